@@ -1,0 +1,1 @@
+"""Thin pipeline steps over `model`, and the job launcher."""

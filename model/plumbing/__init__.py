@@ -1,0 +1,1 @@
+"""Plumbing without nets: storage, manifests, checkpoints, tracking, registry, distributed set-up."""
