@@ -1,0 +1,46 @@
+"""Where captioned pictures come from: one module per kind of source, one interface.
+
+A source module has two functions: `iterate(config, side)` yields every picture once, always in the same order
+and without holding the set in memory; `fingerprint(config)` says in a few bytes what it will yield, so that a
+set made from the same source is found again. Pictures are passed on as the bytes that were found, and only
+`model.images` judges them; sources that draw theirs draw them for a wanted `side`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import ModuleType
+
+from model.config import Source
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A picture as its source has it."""
+
+    key: str  # its name in the source, for people: code points, file name, row
+    image: bytes  # JPEG, PNG or WEBP, not yet decoded
+    captions: list[str] = field(default_factory=list)
+    composition: bool = False  # a combination that training must not see
+
+
+def iterate(config: Source, side: int) -> Iterator[Record]:
+    """Every record of a source, in its fixed order; `side` is the pictures' side in the set, pixels.
+
+    Raises:
+        UserError: when the source is missing, empty or not what its kind promises.
+    """
+    records: Iterator[Record] = _module(config).iterate(config, side)
+    return records
+
+
+def fingerprint(config: Source) -> str:
+    """What the source holds, as a short string that changes when its content does."""
+    mark: str = _module(config).fingerprint(config)
+    return mark
+
+
+def _module(config: Source) -> ModuleType:
+    return import_module(f"model.sources.{config.kind}")
