@@ -1,0 +1,82 @@
+# `make` shows what there is. Everything lives in this folder: .venv (the locked dependencies) and
+# .latent-gpt (services and their data, logs of runs). No target has logic of its own: `latent-gpt` does.
+
+PYTHON ?= python3
+PRESET ?= openmoji-tiny
+PROMPT ?= red apple
+OUT ?= out.png
+ARGS ?=
+export PROMPT OUT
+
+BIN := .venv/bin
+UV := $(BIN)/uv
+SYNC := $(UV) pip sync --python $(BIN)/python --require-hashes --compile-bytecode --quiet
+COMPILE := $(UV) pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --quiet \
+	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
+
+.DEFAULT_GOAL := help
+.PHONY: help run generate mlflow-ui test test-fast lint lock bench bench-gpu clean
+
+##@ Use
+
+run: .venv/run.stamp ## Run the whole pipeline here (PRESET=openmoji-tiny ARGS="--set a.b=c")
+	@$(BIN)/latent-gpt run --preset $(PRESET) $(ARGS)
+
+generate: .venv/run.stamp ## A picture from the registered champion (PROMPT="red apple" OUT=apple.png)
+	@$(BIN)/latent-gpt generate "$$PROMPT" --out "$$OUT" $(ARGS)
+
+mlflow-ui: .venv/run.stamp ## Open MLflow on what the runs left
+	@$(BIN)/latent-gpt mlflow-ui
+
+##@ Develop
+
+test: lint ## Lint, types, and every test: the fast ones, then those with real services and training
+	@$(BIN)/pytest -m "not slow"
+	@$(BIN)/pytest -m slow
+
+test-fast: .venv/dev.stamp ## The tests without services and training, in under a minute
+	@$(BIN)/pytest -m "not slow"
+
+lint: .venv/dev.stamp ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: .venv/dev.stamp ## Ours beside its peers, on CPU
+	@$(BIN)/python -m benchmarks
+
+bench-gpu: ## The GPU half, on a machine that has one
+	@$(PYTHON) -m benchmarks --gpu
+
+lock: $(UV) ## Lock the dependencies anew (versions already locked are kept where they still fit)
+	@$(COMPILE) --output-file requirements.lock
+	@$(COMPILE) --extra dev --constraint requirements.lock --output-file requirements-dev.lock
+
+clean: ## Delete .venv and .latent-gpt: trained models, reports and MLflow's records with it
+	@rm -rf .venv .latent-gpt
+
+# Set-up, done by the targets above
+
+# A bare `make run` needs no development tools; the development set contains the runtime set.
+.venv/run.stamp: requirements.lock pyproject.toml $(UV)
+	@echo "installing the locked dependencies into .venv"
+	@$(SYNC) requirements.lock
+	@$(UV) pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation --editable .
+	@rm -f .venv/dev.stamp
+	@touch $@
+
+.venv/dev.stamp: requirements-dev.lock pyproject.toml $(UV)
+	@echo "installing the locked dependencies and the development tools into .venv"
+	@$(SYNC) requirements-dev.lock
+	@$(UV) pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation --editable .
+	@touch .venv/run.stamp $@
+
+$(UV): requirements-uv.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed")'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-uv.lock
+	@touch $@
+
+help:
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
+		/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
