@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.config import ShapesSource
-from model.sources import fingerprint, iterate, shapes
+from model.config import OpenMojiSource, ShapesSource
+from model.errors import UserError
+from model.sources import fingerprint, iterate, openmoji, shapes
 
 
 def picture(data: bytes) -> np.ndarray:
@@ -86,3 +87,67 @@ def test_shapes_are_the_same_every_time_and_other_with_another_seed():
     assert [r.image for r in first] != [r.image for r in other]
     assert picture(first[0].image).shape == (32, 32, 3)
     assert fingerprint(ShapesSource()) == fingerprint(ShapesSource(count=3))
+
+
+# ── openmoji ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("character", "expected"),
+    [
+        ("🍎", ["red apple", "apple"]),
+        ("👋🏿", ["waving hand with dark skin tone", "wave with dark skin tone"]),
+        ("🇩🇪", ["flag of Germany"]),
+        ("🏴󠁧󠁢󠁥󠁮󠁧󠁿", ["flag of England"]),
+        ("🔝", ["TOP arrow", "top"]),
+        (
+            "👩🏼‍🦰",
+            ["woman red hair with medium-light skin tone", "red haired woman with medium-light skin tone"],
+        ),
+        ("🫱🏻‍🫲🏿", ["handshake with light skin tone and dark skin tone"]),
+        ("🏿", ["dark skin tone"]),
+        ("\ue0c0", []),  # an extra of OpenMoji's own
+    ],
+)
+def test_openmoji_captions(character, expected):
+    assert openmoji.captions(character) == expected
+
+
+def test_openmoji_every_named_picture_has_a_caption_and_a_group():
+    names = list(openmoji._names(OpenMojiSource()))
+    everyone = frozenset().union(*openmoji.groups().values())
+    assert len(names) == 3953
+    assert all(openmoji.captions(name) for name in names)
+    assert {openmoji.without_tones(name).replace("\ufe0f", "") for name in names} <= everyone
+
+
+def test_openmoji_holds_out_combinations_but_no_tone_and_no_person():
+    toned = [n for n in openmoji._names(OpenMojiSource()) if openmoji.without_tones(n) != n]
+    held = [n for n in toned if openmoji.is_composition(n)]
+    seen = [n for n in toned if not openmoji.is_composition(n)]
+    assert 0.08 < len(held) / len(toned) < 0.12
+    assert {openmoji.without_tones(n) for n in seen} == {openmoji.without_tones(n) for n in toned}
+    assert {c for n in seen for c in n if c in openmoji.TONES} == set(openmoji.TONES)
+    assert not openmoji.is_composition("🍎")
+
+
+def test_openmoji_groups_choose_and_limit_cuts():
+    fruit = list(openmoji._names(OpenMojiSource(groups=["food-fruit"])))
+    assert "🍎" in fruit
+    assert "🐈" not in fruit
+    assert list(openmoji._names(OpenMojiSource(groups=["food-fruit"], limit=3))) == fruit[:3]
+    with pytest.raises(UserError, match=r"'fruits' is none of .*food-fruit"):
+        next(iterate(OpenMojiSource(groups=["fruits"]), 32))
+
+
+def test_openmoji_renders_colour_on_transparent(monkeypatch):
+    monkeypatch.setattr("model.parallel.cores", lambda: 1)
+    records = {r.captions[0]: r for r in iterate(OpenMojiSource(groups=["food-fruit"]), 32)}
+    apple = Image.open(io.BytesIO(records["red apple"].image))
+    assert (apple.format, apple.size, apple.mode) == ("PNG", (64, 64), "RGBA")
+    pixels = np.asarray(apple)
+    assert pixels[0, 0, 3] == 0
+    red, green, blue, alpha = pixels[40, 32]
+    assert alpha == 255
+    assert red > 2 * max(green, blue)
+    assert "openmoji-17" in fingerprint(OpenMojiSource())

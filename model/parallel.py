@@ -1,0 +1,49 @@
+"""An ordered map over all cores that holds only a window of the work in memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def parallel_map(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int = 0, threads: bool = False
+) -> Iterator[Result]:
+    """`map(function, items)` in order, over `workers` processes (0: one per core) or threads.
+
+    At most four items per worker are under way, so neither a fast producer nor a slow consumer fills the
+    memory. Processes are spawned, not forked: the caller may hold threads, a GPU, or open connections. An
+    exception of the function comes out in its item's place. With one worker everything runs here.
+    """
+    workers = workers or cores()
+    if workers == 1:
+        yield from map(function, items)
+        return
+    pool: Executor
+    if threads:
+        pool = ThreadPoolExecutor(workers)
+    else:
+        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    source = iter(items)
+    window: deque[Future[Result]] = deque()
+    try:
+        window.extend(pool.submit(function, item) for item in islice(source, 4 * workers))
+        while window:
+            result = window.popleft().result()
+            window.extend(pool.submit(function, item) for item in islice(source, 1))
+            yield result
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
