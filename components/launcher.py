@@ -1,0 +1,104 @@
+"""Run a training job where we are: torchrun processes here, a PyTorchJob on a cluster.
+
+A job is a `JobSpec` (what to compute and where its set goes) and a `JobConfig` (on how many processes). The
+launcher knows processes, logs and exit codes; it knows nothing of nets.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+from model.config import JobConfig
+from model.errors import UserError
+from model.plumbing import manifests
+from model.plumbing.jobs import JobSpec, write_spec
+from model.plumbing.manifests import Manifest
+
+LAST_LINES = 15  # of a failed rank's log, repeated where the failure is reported
+
+
+class JobFailed(RuntimeError):
+    """A job ended without its set: says which rank, how, and its last lines."""
+
+
+def launch(spec: JobSpec, jobs: JobConfig) -> Manifest:
+    """Run `python -m <spec.module> <spec uri>` on every process of the job; return the set it made.
+
+    A job is repeatable: what it left unfinished is resumed from its checkpoints by the next launch.
+
+    Raises:
+        UserError: what a worker found wrong with its input, in the worker's own line.
+        JobFailed: any other end without a complete set.
+    """
+    if os.environ.get("KUBERNETES_SERVICE_HOST"):
+        raise UserError("training jobs on Kubernetes (PyTorchJob) are not built yet; run outside the cluster")
+    logs = Path(os.environ.get("LATENT_GPT_LOGS") or tempfile.mkdtemp(prefix="latent-gpt-")) / spec.name
+    run_torchrun(spec, jobs, logs)
+    manifest = manifests.find(spec.output)
+    if manifest is None:
+        raise JobFailed(f"{spec.name}: all processes ended well, but {spec.output} has no manifest")
+    return manifest
+
+
+def run_torchrun(spec: JobSpec, jobs: JobConfig, logs: Path) -> None:
+    """Run the job's processes on this machine; rank 0 speaks on our stdout, every rank into `logs`.
+
+    SIGTERM and SIGINT reach the workers, which are gone when this returns. No restarts: on one machine a
+    failure repeats itself, and the next run resumes from the checkpoint anyway.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    processes = jobs.workers * jobs.processes_per_worker
+    logs.mkdir(parents=True, exist_ok=True)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=spec.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(
+            log_dir=str(logs),
+            redirects=Std.ALL,
+            tee={rank: Std.ALL if rank == 0 else Std.NONE for rank in range(processes)},
+        ),
+        log_line_prefix_template=" ",
+        signals_to_handle="SIGTERM,SIGINT",
+    )
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ["PYTHONUNBUFFERED"] = "1"  # a line must arrive when it is written, not when a buffer is full
+    try:
+        elastic_launch(config, sys.executable)("-m", spec.module, write_spec(spec))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        _fail(spec, rank, failure.exitcode, logs)
+
+
+def _fail(spec: JobSpec, rank: int, exitcode: int, logs: Path) -> None:
+    """Raise what the first failed rank said, or how it ended."""
+    lines = [
+        line.rstrip()
+        for name in ("stdout.log", "stderr.log")
+        for path in sorted(logs.rglob(f"{rank}/{name}"))
+        for line in path.read_text(errors="replace").splitlines()
+    ]
+    for line in reversed(lines):
+        if match := re.match(r"error: (.*)", line):
+            raise UserError(match[1])
+    if exitcode == -9:
+        how = "was killed (SIGKILL; most often the machine ran out of memory)"
+    elif exitcode < 0:
+        how = f"was ended by signal {-exitcode}"
+    else:
+        how = f"ended with exit code {exitcode}"
+    tail = "\n".join(lines[-LAST_LINES:])
+    raise JobFailed(f"{spec.name}: process {rank} {how}; its log is under {logs}\n{tail}")

@@ -1,0 +1,17 @@
+"""Step: the tokenizer between pictures and codes: a VQ-VAE trained here, or a pretrained one imported."""
+
+from kfp import dsl
+
+from components.step import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def tokenizer(config: str, run: str, images: dsl.Input[dsl.Dataset], model: dsl.Output[dsl.Model]) -> None:
+    """Train the VQ-VAE that the config describes, or import the pretrained one it names."""
+    from components.step import read, step, write
+
+    with step("tokenizer"):
+        from components.work import make_tokenizer
+        from model.config import parse_config
+
+        write(make_tokenizer(parse_config(config), run, read(images)), model)

@@ -1,0 +1,121 @@
+"""The promises that no single module can keep: layers, the README's file map, what `--help` may import."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ALLOWED = {  # what each layer may import of ours
+    "model/plumbing": {"model.config", "model.errors", "model.plumbing"},
+    "model": {"model"},
+    "components": {"model", "components"},
+    "pipelines": {"model", "components", "pipelines"},
+}
+OURS = ("model", "components", "pipelines", "benchmarks", "tests")
+
+
+def tracked() -> list[str]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return listed.stdout.splitlines()
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of everything a file imports, at any depth."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module
+            # `from model.plumbing import storage` imports model.plumbing.storage
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def within(name: str, packages: set[str]) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+@pytest.mark.parametrize("layer", ALLOWED)
+def test_layers_import_downwards_only(layer: str) -> None:
+    files = sorted((ROOT / layer).rglob("*.py"))
+    assert files
+    wrong = []
+    for path in files:
+        if layer == "model" and "plumbing" in path.parts:
+            continue
+        for name in imports(path):
+            if name.split(".")[0] in OURS and not within(name, ALLOWED[layer]):
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong
+
+
+def test_the_layer_check_sees_a_wrong_import(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.py"
+    path.write_text("def f():\n    from components.launcher import launch\n")
+    (name,) = imports(path)
+    assert not within(name, ALLOWED["model"])
+
+
+@pytest.mark.parametrize("module", ["pipelines.cli", "pipelines.dag", "pipelines.local", "model.config"])
+def test_light_modules_do_not_import_torch(module: str) -> None:
+    code = f"import {module}, sys; sys.exit(', '.join({{'torch', 'mlflow', 'boto3'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def readme_map() -> set[str]:
+    """Paths in the README's file map: an indented tree of `name  what it is`."""
+    text = (ROOT / "README.md").read_text()
+    block = re.search(r"## File map.*?```text\n(.*?)```", text, re.DOTALL)
+    assert block, "README.md has no file map"
+    paths: set[str] = set()
+    parents: list[str] = []
+    for line in block[1].splitlines():
+        indent = len(line) - len(line.lstrip())
+        assert indent % 2 == 0, line
+        parents = parents[: indent // 2]
+        for name in line.split("  ")[indent // 2].split(", ") if indent else line.split("  ")[0].split(", "):
+            paths.add("/".join([*parents, name.rstrip("/")]))
+        if line.split()[0].endswith("/"):
+            parents.append(line.split()[0].rstrip("/"))
+    return paths
+
+
+def test_the_readme_maps_every_file_and_no_other() -> None:
+    """Every top-level entry, and every file of the packages and of deployment folders."""
+    expected: set[str] = set()
+    for name in tracked():
+        parts = name.split("/")
+        expected.add(parts[0])
+        packages = ("model", "components", "pipelines", "docs")
+        if parts[0] in packages and parts[-1] not in ("__init__.py", "py.typed"):
+            expected |= {"/".join(parts[:depth]) for depth in range(2, len(parts) + 1)}
+    shown = readme_map()
+    assert sorted(expected - shown) == [], "missing in the README's file map"
+    assert sorted(shown - expected) == [], "in the README's file map, but not in the tree"
+
+
+def test_locks_name_no_registry() -> None:
+    for path in ROOT.glob("requirements*.lock"):
+        text = path.read_text()
+        assert "://" not in text, path
+        assert not re.search(r"^\s*--(find-links|(extra-)?index-url)", text, re.MULTILINE), path
+
+
+def test_every_dependency_is_locked() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for lock, names in (
+        ("requirements.lock", project["dependencies"]),
+        ("requirements-dev.lock", project["dependencies"] + project["optional-dependencies"]["dev"]),
+    ):
+        locked = set(re.findall(r"^([a-z0-9-]+)==", (ROOT / lock).read_text(), re.MULTILINE))
+        wanted = {re.split(r"[\[<>=!~ ]", name)[0].lower().replace("_", "-") for name in names}
+        assert wanted <= locked, f"{lock} misses {wanted - locked}; run `make lock`"
