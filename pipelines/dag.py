@@ -12,6 +12,11 @@ from components.tokenizer import tokenizer
 from components.train_gpt import train_gpt
 
 
+def _named(task: dsl.PipelineTask, name: str) -> dsl.PipelineTask:
+    """Give a task its name for people; KFP's own cache is off, as a set knows better whether it is there."""
+    return task.set_display_name(name).set_caching_options(False)
+
+
 @dsl.pipeline(name="text-to-image", description="Captioned pictures in, a registered model out.")
 def text_to_image(preset: str = "openmoji-tiny", overrides: str = "") -> None:
     """The whole system, in order.
@@ -20,39 +25,40 @@ def text_to_image(preset: str = "openmoji-tiny", overrides: str = "") -> None:
         preset: Name of a shipped preset.
         overrides: Settings to change, one `section.field=value` per line.
     """
-    prepared = prepare(preset=preset, overrides=overrides, job=dsl.PIPELINE_JOB_ID_PLACEHOLDER)
-    prepared.set_display_name("Resolve the config, check services and source")
-    config, run = prepared.outputs["config"], prepared.outputs["run"]
+    start = prepare(preset=preset, overrides=overrides, job=dsl.PIPELINE_JOB_ID_PLACEHOLDER)
+    _named(start, "Resolve the config, check services and source")
+    config, run = start.outputs["config"], start.outputs["run"]
 
-    images = ingest(config=config, run=run).set_display_name("Pictures and captions into shards")
-    codec = tokenizer(config=config, run=run, images=images.output).set_display_name("Tokenizer")
+    images = _named(ingest(config=config, run=run), "Pictures and captions into shards")
+    codec = _named(tokenizer(config=config, run=run, images=images.output), "Tokenizer")
 
-    with dsl.If(prepared.outputs["Output"] == "transformer", name="transformer"):
-        reader = clip(config=config, run=run, role="text", images=images.output)
-        reader.set_display_name("CLIP that reads prompts")
-        judge = clip(config=config, run=run, role="judge", images=images.output)
-        judge.set_display_name("CLIP that judges pictures")
-        tokens = tokenize_data(
-            config=config, run=run, images=images.output, tokenizer=codec.output, clip=reader.output
-        ).set_display_name("Pictures into tokens")
-        gpt = train_gpt(config=config, run=run, tokens=tokens.output, clip=reader.output)
-        gpt.set_display_name("Transformer")
-        judged = evaluate(
-            config=config,
-            run=run,
-            images=images.output,
-            tokens=tokens.output,
-            tokenizer=codec.output,
-            clip=reader.output,
-            judge=judge.output,
-            transformer=gpt.output,
-        ).set_display_name("Measure, draw, report")
-        register(
-            config=config,
-            run=run,
-            tokenizer=codec.output,
-            clip=reader.output,
-            judge=judge.output,
-            transformer=gpt.output,
-            evaluation=judged.outputs["evaluation"],
-        ).set_display_name("Register the model")
+    with dsl.If(start.outputs["Output"] == "transformer", name="transformer"):
+        reader = _named(
+            clip(config=config, run=run, role="text", images=images.output), "CLIP that reads prompts"
+        )
+        judge = _named(
+            clip(config=config, run=run, role="judge", images=images.output), "CLIP that judges pictures"
+        )
+        tokens = _named(
+            tokenize_data(
+                config=config, run=run, images=images.output, tokenizer=codec.output, clip=reader.output
+            ),
+            "Pictures into tokens",
+        )
+        gpt = _named(
+            train_gpt(config=config, run=run, tokens=tokens.output, clip=reader.output), "Transformer"
+        )
+        models = {
+            "tokenizer": codec.output,
+            "clip": reader.output,
+            "judge": judge.output,
+            "transformer": gpt.output,
+        }
+        judged = _named(
+            evaluate(config=config, run=run, images=images.output, tokens=tokens.output, **models),
+            "Measure, draw, report",
+        )
+        _named(
+            register(config=config, run=run, evaluation=judged.outputs["evaluation"], **models),
+            "Register the model",
+        )

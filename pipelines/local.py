@@ -52,9 +52,11 @@ def run(preset: str, overrides: tuple[str, ...]) -> None:
     config = load_config(preset, overrides)
     if preset.endswith((".yaml", ".yml")):
         preset = str(Path(preset).resolve())
+    from components.preflight import check_disk
     from model.plumbing.services import services
 
     state = state_folder()
+    check_disk(state)
     folder = _new_folder(state / "runs")
     started = time.monotonic()
     with _stopping_on_sigterm(), services(state) as environment:

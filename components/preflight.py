@@ -1,0 +1,44 @@
+"""What can be known to be wrong before anything expensive starts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from model.config import RunConfig
+from model.errors import UserError
+
+FREE_BYTES = 2 * 2**30  # a run of a small preset with its services, checkpoints and logs fits
+
+
+def preflight(config: RunConfig) -> list[str]:
+    """Check source, storage, tracking and disk; return what was found, a line each.
+
+    Raises:
+        UserError: the first thing that is wrong, and what would be right.
+    """
+    from model import sources
+    from model.plumbing import storage, tracking
+
+    check_disk(Path(tempfile.gettempdir()))
+    found = [f"source    {sources.fingerprint(config.data.source)}"]
+    root = storage.store_root()
+    storage.check_store(root)
+    found.append(f"storage   {root}")
+    tracking.check_server()
+    found.append(f"tracking  {os.environ['MLFLOW_TRACKING_URI']}")
+    return found
+
+
+def check_disk(folder: Path, needed: int = FREE_BYTES) -> None:
+    """Raise UserError unless `folder` (or the nearest parent that exists) has `needed` bytes free."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"disk: {folder} has {free / 2**30:.1f} GiB free and a run needs {needed / 2**30:.0f} GiB;"
+            " free some, or set LATENT_GPT_STATE to a folder on a larger disk"
+        )
