@@ -1,0 +1,507 @@
+"""Bytes at URIs: `s3://bucket/key` over boto3, anything without a scheme is a path on this machine.
+
+Every failure that a person can mend (credentials, a bucket, the network, a full disk) is a `UserError` that
+names the URI. S3's address and credentials are environment: `S3_ENDPOINT_URL` (empty means AWS) and boto3's
+usual `AWS_*`.
+
+A write is all or nothing: an S3 object appears when its upload is complete, a local file by rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from model.errors import UserError
+
+if TYPE_CHECKING:
+    from boto3.s3.transfer import TransferConfig
+    from mypy_boto3_s3 import S3Client
+
+MIB = 1 << 20
+PART = 16 * MIB  # bytes per part of a large upload or download
+THREADS = 8  # parts under way at once
+READ_AHEAD = MIB  # bytes that a stream buffers
+TEMPORARY = ".partial-"  # prefix of local files that are not complete yet; never listed
+ATTEMPTS = 5  # of a request, the first included
+
+
+class NotFound(UserError):
+    """Nothing is stored at a URI."""
+
+
+class Damaged(UserError):
+    """What is stored at a URI is not what its checksum says."""
+
+
+# ── names ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def join(uri: str, *parts: str) -> str:
+    """`join("s3://bucket/a/", "b", "c.json")` is `s3://bucket/a/b/c.json`; the same for local paths."""
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def store_root() -> str:
+    """Where sets are kept: the environment's `LATENT_GPT_STORE`, an S3 URI or a local folder."""
+    root = os.environ.get("LATENT_GPT_STORE", "")
+    if not root:
+        raise UserError("LATENT_GPT_STORE is not set; give a place for data, e.g. s3://latent-gpt or /data")
+    return root.rstrip("/") if is_s3(root) else str(Path(root).expanduser().absolute())
+
+
+def is_s3(uri: str) -> bool:
+    """Whether a URI names S3.
+
+    Raises:
+        UserError: another scheme than s3.
+    """
+    if uri.startswith("s3://"):
+        return True
+    if "://" in uri:
+        raise UserError(f"{uri}: only s3://bucket/key and local paths can be read and written")
+    return False
+
+
+def split(uri: str) -> tuple[str, str]:
+    """Bucket and key of an S3 URI; the key has no slashes at its ends and may be empty."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not bucket:
+        raise UserError(f"{uri}: an S3 URI reads s3://bucket/key")
+    return bucket, key.strip("/")
+
+
+# ── whole objects ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_bytes(uri: str) -> bytes:
+    """Everything stored at `uri`.
+
+    Raises:
+        NotFound: nothing is there.
+        UserError: no access, no connection.
+    """
+    with open_read(uri) as stream:
+        return stream.read()
+
+
+def write_bytes(uri: str, data: bytes, if_absent: bool = False) -> None:
+    """Store `data` at `uri`, durably.
+
+    Raises:
+        FileExistsError: `if_absent`, and something is there already.
+        UserError: no access, no connection, no space.
+    """
+    if is_s3(uri):
+        bucket, key = split(uri)
+        condition: dict[str, Any] = {"IfNoneMatch": "*"} if if_absent else {}
+        with _explained(uri):
+            client().put_object(Bucket=bucket, Key=key, Body=data, **condition)
+    else:
+        with _local_target(uri, if_absent) as partial:
+            partial.write(data)
+
+
+def upload_file(path: str | Path, uri: str) -> None:
+    """Store a local file at `uri`; on S3 in large parts side by side."""
+    if is_s3(uri):
+        bucket, key = split(uri)
+        with _explained(uri):
+            client().upload_file(str(path), bucket, key, Config=_transfer())
+    else:
+        with open(path, "rb") as source, _local_target(uri) as partial:
+            shutil.copyfileobj(source, partial, 4 * MIB)
+
+
+def download_file(uri: str, path: str | Path, sha256: str | None = None) -> None:
+    """Copy what is stored at `uri` into a local file, which appears only when it is complete and right.
+
+    Raises:
+        UserError: it does not have the given SHA-256; and as `read_bytes`.
+    """
+    with _local_target(path, durable=False) as partial:
+        if is_s3(uri):
+            bucket, key = split(uri)
+            with _explained(uri):
+                client().download_fileobj(bucket, key, partial, Config=_transfer())
+        else:
+            with _explained(uri), open(uri, "rb") as source:
+                shutil.copyfileobj(source, partial, 4 * MIB)
+        partial.flush()
+        if sha256 is not None and (found := file_sha256(partial.name)) != sha256:
+            raise checksum_error(uri, found, sha256)
+
+
+def open_read(uri: str) -> BinaryIO:
+    """A readable, seekable stream over what is stored at `uri`; memory stays at one buffer.
+
+    A broken connection is resumed where it broke, from the same version of the object.
+    """
+    if is_s3(uri):
+        return io.BufferedReader(_S3Stream(uri), READ_AHEAD)
+    with _explained(uri):
+        return open(uri, "rb")
+
+
+def exists(uri: str) -> bool:
+    """Whether an object or file is stored at `uri`."""
+    if not is_s3(uri):
+        return Path(uri).is_file()
+    bucket, key = split(uri)
+    try:
+        with _explained(uri):
+            client().head_object(Bucket=bucket, Key=key)
+    except NotFound:
+        return False
+    return True
+
+
+def delete(uri: str) -> None:
+    """Remove what is stored at `uri`; nothing there is no error."""
+    with _explained(uri):
+        if is_s3(uri):
+            bucket, key = split(uri)
+            client().delete_object(Bucket=bucket, Key=key)
+        else:
+            Path(uri).unlink(missing_ok=True)
+
+
+# ── folders ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def list_sizes(uri: str) -> dict[str, int]:
+    """Names, relative to the folder `uri`, and sizes in bytes of everything below it, sorted by name."""
+    found: dict[str, int] = {}
+    if is_s3(uri):
+        bucket, key = split(uri)
+        prefix = f"{key}/" if key else ""
+        with _explained(uri):
+            for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+                for item in page.get("Contents", []):
+                    found[item["Key"].removeprefix(prefix)] = item["Size"]
+    else:
+        for path in Path(uri).rglob("*"):
+            if path.is_file() and not path.name.startswith(TEMPORARY):
+                found[path.relative_to(uri).as_posix()] = path.stat().st_size
+    return dict(sorted(found.items()))
+
+
+def list_uris(uri: str) -> list[str]:
+    """URIs of everything below the folder `uri`, sorted."""
+    return [join(uri, name) for name in list_sizes(uri)]
+
+
+def delete_prefix(uri: str) -> None:
+    """Remove everything below the folder `uri`.
+
+    Raises:
+        UserError: `uri` is a whole bucket or the root of the file system.
+    """
+    if is_s3(uri):
+        bucket, key = split(uri)
+        if not key:
+            raise UserError(f"{uri}: refusing to delete a whole bucket; name a folder in it")
+        names = list(list_sizes(uri))
+        with _explained(uri):
+            for start in range(0, len(names), 1000):
+                batch = [{"Key": f"{key}/{name}"} for name in names[start : start + 1000]]
+                answer = client().delete_objects(Bucket=bucket, Delete={"Objects": batch, "Quiet": True})  # type: ignore[typeddict-item]
+                for failed in answer.get("Errors", []):
+                    raise UserError(f"{uri}: {failed.get('Key')} cannot be deleted: {failed.get('Message')}")
+    else:
+        if Path(uri).absolute().parent == Path(uri).absolute():
+            raise UserError(f"{uri}: refusing to delete the root of the file system; name a folder")
+        if Path(uri).is_dir():
+            with _explained(uri):
+                shutil.rmtree(uri)
+
+
+def check_store(root: str) -> None:
+    """Prove that `root` can be written, read and deleted from, with the credentials at hand; within seconds.
+
+    A bucket that does not exist is created where the credentials allow it.
+
+    Raises:
+        UserError: what stands in the way, and what would be right.
+    """
+    probe = join(root, f".check-{os.getpid()}-{os.urandom(4).hex()}")
+    data = os.urandom(16)
+    if is_s3(root):
+        bucket, key = split(probe)
+        quick = client(patience=5, attempts=2)
+        try:
+            with _explained(root):
+                quick.head_bucket(Bucket=bucket)
+        except NotFound:
+            with _explained(root):
+                quick.create_bucket(Bucket=bucket)
+        with _explained(root):
+            quick.put_object(Bucket=bucket, Key=key, Body=data)
+            found = quick.get_object(Bucket=bucket, Key=key)["Body"].read()
+            quick.delete_object(Bucket=bucket, Key=key)
+    else:
+        write_bytes(probe, data)
+        found = read_bytes(probe)
+        delete(probe)
+    if found != data:
+        raise UserError(f"{root}: what was written came back different; this is not a working store")
+
+
+# ── checksums ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a local file, as hex digits."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def checksum_error(uri: str, found: str, expected: str) -> Damaged:
+    """The error of a file that is not what its manifest says."""
+    return Damaged(
+        f"{uri} is damaged: its SHA-256 is {found[:16]}…, its manifest says {expected[:16]}…;"
+        " delete the set, so that it is made again, or restore the file"
+    )
+
+
+# ── below ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def client(patience: float | None = None, attempts: int = ATTEMPTS) -> S3Client:
+    """The process's S3 client.
+
+    Args:
+        patience: seconds to wait for an answer; default 20, or the environment's `LATENT_GPT_S3_PATIENCE`.
+            With five attempts an S3 that stands still for a minute is outlived, a dead one reported.
+        attempts: tries of one request.
+    """
+    if patience is None:
+        patience = float(os.environ.get("LATENT_GPT_S3_PATIENCE") or 20)
+    # Connections must not be shared with a forked child, and tests move from server to server.
+    place = tuple(os.environ.get(name, "") for name in ("S3_ENDPOINT_URL", *CREDENTIALS))
+    return _client(os.getpid(), place, patience, attempts)
+
+
+CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION")
+
+
+@functools.cache
+def _client(process: int, place: tuple[str, ...], patience: float, attempts: int) -> S3Client:
+    import boto3
+    from botocore.config import Config
+
+    endpoint, *_, region = place
+    if endpoint and not endpoint.startswith(("http://", "https://")):
+        raise UserError(f"S3_ENDPOINT_URL is '{endpoint}'; it must start with http:// or https://")
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint or None,
+        region_name=region or "us-east-1",
+        config=Config(
+            connect_timeout=patience,
+            read_timeout=patience,
+            retries={"mode": "adaptive", "total_max_attempts": attempts},
+            max_pool_connections=2 * THREADS,
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            s3={"addressing_style": "path"} if endpoint else {},
+        ),
+    )
+
+
+@functools.cache
+def _transfer() -> TransferConfig:
+    from boto3.s3.transfer import TransferConfig
+
+    return TransferConfig(
+        multipart_threshold=2 * PART, multipart_chunksize=PART, max_concurrency=THREADS, io_chunksize=MIB
+    )
+
+
+class _S3Stream(io.RawIOBase):
+    """An S3 object as a raw file; reads on one connection, from wherever the last seek went."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__()
+        self._uri = uri
+        self._bucket, self._key = split(uri)
+        self._position = 0
+        self._body: Any = None
+        self._etag = ""
+        self._size = 0
+        self._open()
+
+    def _open(self) -> None:
+        where: dict[str, Any] = {}
+        if self._etag:  # never mix two versions of an object
+            where = {"IfMatch": self._etag, "Range": f"bytes={self._position}-"}
+        with _explained(self._uri):
+            answer = client().get_object(Bucket=self._bucket, Key=self._key, **where)
+        if not self._etag:
+            self._etag, self._size = answer["ETag"], answer["ContentLength"]
+        self._body = answer["Body"]
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        if start + offset != self._position:
+            self._position = start + offset
+            self._close_body()
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        from botocore.exceptions import BotoCoreError
+        from urllib3.exceptions import HTTPError
+
+        wanted = min(len(buffer), self._size - self._position)
+        if wanted <= 0:
+            return 0
+        for attempt in range(ATTEMPTS):
+            try:
+                if self._body is None:
+                    self._open()
+                data = self._body.read(wanted)
+                if data:
+                    break
+            except (BotoCoreError, HTTPError, OSError) as error:
+                if attempt == ATTEMPTS - 1:
+                    raise UserError(
+                        f"{self._uri}: the connection to S3 broke again and again: {error}"
+                    ) from None
+            self._close_body()
+        else:
+            raise UserError(f"{self._uri} ends after {self._position} of {self._size} bytes")
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def _close_body(self) -> None:
+        if self._body is not None:
+            self._body.close()
+            self._body = None
+
+    def close(self) -> None:
+        self._close_body()
+        super().close()
+
+
+@contextlib.contextmanager
+def _local_target(uri: str | Path, if_absent: bool = False, durable: bool = True) -> Iterator[Any]:
+    """A binary file that takes the name `uri` when the block ends well, and vanishes when it does not."""
+    target = Path(uri)
+    with _explained(str(uri)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=target.parent)
+        try:
+            with os.fdopen(handle, "w+b") as partial:
+                yield partial
+                partial.flush()
+                if durable:
+                    os.fsync(partial.fileno())
+            os.chmod(name, 0o666 & ~_umask())
+            if if_absent:
+                os.link(name, target)
+            else:
+                os.replace(name, target)
+            if durable:
+                _sync_folder(target.parent)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+
+
+@functools.cache
+def _umask() -> int:
+    current = os.umask(0o077)
+    os.umask(current)
+    return current
+
+
+def _sync_folder(folder: Path) -> None:
+    """A rename is durable when its folder is."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _explained(uri: str) -> Iterator[None]:
+    """Turn what boto3 and the file system raise into one line that says what is wrong and what is right."""
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except FileNotFoundError:
+        raise NotFound(f"{uri} does not exist") from None
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise UserError(f"{uri}: {error.strerror}; a file is needed here") from None
+    except PermissionError:
+        raise UserError(f"{uri}: permission denied; give this user access, or choose another place") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{uri}: no space left on the disk; free some, or choose another place") from None
+        raise
+    except Exception as error:
+        if not type(error).__module__.startswith(("botocore", "boto3", "s3transfer")):
+            raise
+        raise _s3_error(uri, error) from None
+
+
+def _s3_error(uri: str, error: Exception) -> Exception:
+    """What a person can do about an S3 failure."""
+    from botocore import exceptions as boto
+
+    endpoint = os.environ.get("S3_ENDPOINT_URL") or "AWS S3"
+    if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
+        return UserError(f"{uri}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    if isinstance(error, boto.ClientError):
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        message = error.response.get("Error", {}).get("Message", "")
+        if code in ("PreconditionFailed", "ConditionalRequestConflict") or status in (409, 412):
+            return FileExistsError(f"{uri} exists already")
+        if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken"):
+            return UserError(
+                f"{uri}: {endpoint} refuses the credentials ({code}); check AWS_ACCESS_KEY_ID and"
+                " AWS_SECRET_ACCESS_KEY"
+            )
+        if status in (401, 403):
+            return UserError(
+                f"{uri}: {endpoint} denies access ({code}); check AWS_ACCESS_KEY_ID and"
+                " AWS_SECRET_ACCESS_KEY, and that they may read and write this bucket"
+            )
+        if code == "NoSuchBucket":
+            return NotFound(
+                f"{uri}: bucket {split(uri)[0]} does not exist at {endpoint}; create it or name another"
+            )
+        if status == 404:
+            return NotFound(f"{uri} does not exist")
+        return UserError(f"{uri}: {endpoint} answers {status} {code}: {message}")
+    if isinstance(error, boto.ConnectTimeoutError | boto.ReadTimeoutError):
+        return UserError(
+            f"{uri}: {endpoint} does not answer; check that it runs and S3_ENDPOINT_URL is right"
+        )
+    if isinstance(error, boto.HTTPClientError):
+        return UserError(
+            f"{uri}: {endpoint} cannot be reached; check that it runs and S3_ENDPOINT_URL is right"
+        )
+    return UserError(f"{uri}: {' '.join(str(error).split())}")
