@@ -75,7 +75,9 @@ class SelfAttention(nn.Module):
         self.heads = config.heads
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=bias)
         self.out = nn.Linear(config.width, config.width, bias=bias)
-        self.qk_scale = nn.Parameter(torch.ones(2, 1, config.width // config.heads)) if config.qk_norm else None
+        self.qk_scale = (
+            nn.Parameter(torch.ones(2, 1, config.width // config.heads)) if config.qk_norm else None
+        )
 
     def forward(self, x: Tensor, rope: Tensor | None, cache: Cache | None = None, block: int = 0) -> Tensor:
         B, T, D = x.shape
@@ -104,7 +106,9 @@ class CrossAttention(nn.Module):
         self.q = nn.Linear(config.width, config.width, bias=bias)
         self.kv = nn.Linear(context_width, 2 * config.width, bias=bias)
         self.out = nn.Linear(config.width, config.width, bias=bias)
-        self.qk_scale = nn.Parameter(torch.ones(2, 1, config.width // config.heads)) if config.qk_norm else None
+        self.qk_scale = (
+            nn.Parameter(torch.ones(2, 1, config.width // config.heads)) if config.qk_norm else None
+        )
 
     def read(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Text (B, S, width of the context) -> keys and values, (B, H, S, d) each."""
@@ -120,7 +124,9 @@ class CrossAttention(nn.Module):
         q = self.q(x).view(B, T, self.heads, D // self.heads)  # (B, T, H, d)
         if self.qk_scale is not None:
             q = F.rms_norm(q, q.shape[-1:], eps=1e-6) * self.qk_scale[0].to(q.dtype)
-        y = F.scaled_dot_product_attention(q.transpose(1, 2).to(k.dtype), k, v, attn_mask=mask)  # (B, H, T, d)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2).to(k.dtype), k, v, attn_mask=mask
+        )  # (B, H, T, d)
         return self.out(y.transpose(1, 2).reshape(B, T, D).to(x.dtype))
 
 
@@ -268,9 +274,7 @@ class GPT(nn.Module):
             return F.linear(x, self.embedding.weight[: self.vocabulary])  # (B, n, K)
         return self.head(x)  # (B, n, K)
 
-    def _positions(
-        self, n: int, order: Tensor | None, cache: Cache | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _positions(self, n: int, order: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor | None]:
         """Grid positions of n predicted tokens, and the rotations of their queries and keys."""
         places = torch.arange(n, device=self.rope.device)
         if cache is not None:
@@ -354,7 +358,9 @@ def load_gpt(folder: str | Path, device: str | torch.device = "cpu") -> GPT:
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise UserError(f"{folder}: no {name}; a transformer folder holds config.json and model.safetensors")
+            raise UserError(
+                f"{folder}: no {name}; a transformer folder holds config.json and model.safetensors"
+            )
     gpt = build(json.loads((folder / "config.json").read_text()))
     try:
         gpt.load_state_dict(load_file(folder / "model.safetensors"))
