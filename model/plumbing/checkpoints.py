@@ -1,7 +1,8 @@
 """Weights on disk and in S3: safetensors beside JSON, with SHA-256; nothing is ever unpickled.
 
 A checkpoint is a folder `step-00000340` with `tensors.safetensors`, `state.json` and, written last,
-`complete.json`, which holds the SHA-256 of the other two. A kill at any instant leaves the previous one whole.
+`complete.json`, which holds the SHA-256 of the other two. A kill at any instant leaves the one
+before it whole.
 """
 
 from __future__ import annotations

@@ -130,17 +130,18 @@ def seed_all(*parts: int | str) -> None:
 
 def rng_state() -> dict[str, Tensor]:
     """The state of Python's, NumPy's and torch's random numbers in this process, as tensors."""
-    version, words, gauss = random.getstate()
-    assert version == 3
+    _, words, gauss = random.getstate()
     state: dict[str, Tensor] = {
         "rng.python": torch.tensor(words, dtype=torch.int64),
         "rng.python.gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
         "rng.torch": torch.get_rng_state(),
     }
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
-    assert name == "MT19937"
-    state["rng.numpy"] = torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64)
-    state["rng.numpy.gauss"] = torch.tensor([cached], dtype=torch.float64)
+    numpy = np.random.get_state(legacy=False)
+    assert isinstance(numpy, dict)
+    assert numpy["bit_generator"] == "MT19937"
+    numbers = [*numpy["state"]["key"].tolist(), numpy["state"]["pos"], numpy["has_gauss"]]
+    state["rng.numpy"] = torch.tensor(numbers, dtype=torch.int64)
+    state["rng.numpy.gauss"] = torch.tensor([numpy["gauss"]], dtype=torch.float64)
     if torch.cuda.is_available():
         state["rng.cuda"] = torch.cuda.get_rng_state()
     return state

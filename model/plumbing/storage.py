@@ -344,8 +344,11 @@ class _S3Stream(io.RawIOBase):
         where: dict[str, Any] = {}
         if self._etag:  # never mix two versions of an object
             where = {"IfMatch": self._etag, "Range": f"bytes={self._position}-"}
-        with _explained(self._uri):
-            answer = client().get_object(Bucket=self._bucket, Key=self._key, **where)
+        try:
+            with _explained(self._uri):
+                answer = client().get_object(Bucket=self._bucket, Key=self._key, **where)
+        except FileExistsError:
+            raise UserError(f"{self._uri} was replaced while it was read; run the step again") from None
         if not self._etag:
             self._etag, self._size = answer["ETag"], answer["ContentLength"]
         self._body = answer["Body"]
