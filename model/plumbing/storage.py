@@ -136,9 +136,11 @@ def download_file(uri: str, path: str | Path, sha256: str | None = None) -> None
         else:
             with _explained(uri), open(uri, "rb") as source:
                 shutil.copyfileobj(source, partial, 4 * MIB)
-        partial.flush()
-        if sha256 is not None and (found := file_sha256(partial.name)) != sha256:
-            raise checksum_error(uri, found, sha256)
+        if sha256 is not None:
+            partial.seek(0)
+            found = hashlib.file_digest(partial, "sha256").hexdigest()
+            if found != sha256:
+                raise checksum_error(uri, found, sha256)
 
 
 def open_read(uri: str) -> BinaryIO:
