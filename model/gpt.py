@@ -4,8 +4,8 @@ It sees token ids and text states and nothing of pixels or prompts. `arch: moder
 decoders (RMSNorm, QK-norm, 2-D rotary positions, SwiGLU, zero-init head); `arch: gpt2` is Hugging Face's
 `GPT2LMHeadModel(add_cross_attention=True)` to the last operation, with the start token as id K.
 
-Letters: B batch, T image tokens (raster order), S text tokens, D width, H heads, d = D / H, K codes, W width of
-the text states, L blocks.
+Letters: B batch, T image tokens (raster order), S text tokens, D width, H heads, d = D / H, K codes, W width
+of the text states, L blocks.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Context(NamedTuple):
 class Cache:
     """Keys and values of the image tokens so far, allocated once for the whole picture.
 
-    `at` is where the next token goes: an int on the plain path, which then attends to exactly what is filled,
-    or a 0-d tensor on the static path (compiled, CUDA graph), which attends to the first `span` places under a
-    mask, so that every step is the same program.
+    `at` is where the next token goes: an int on the plain path, which then attends to exactly what is
+    filled, or a 0-d tensor on the static path (compiled, CUDA graph), which attends to the first `span`
+    places under a mask, so that every step is the same program.
     """
 
     def __init__(self, gpt: GPT, batch: int, dtype: torch.dtype = torch.float32) -> None:
@@ -52,7 +52,7 @@ class Cache:
         self.span = gpt.tokens
 
     def extend(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Append (B, H, n, d) keys and values; returns all that may be attended to, and the mask if needed."""
+        """Append (B, H, n, d) keys and values; returns what may be attended to, and its mask."""
         keys, values = self.keys[block], self.values[block]
         if isinstance(self.at, int):
             end = self.at + k.shape[2]
@@ -66,8 +66,9 @@ class Cache:
 
 
 class SelfAttention(nn.Module):
-    """Causal attention over image tokens. The query turns by the position of the token it predicts, the key by
-    the position of the token it holds, so that distances on the grid are exact, also across a line's end."""
+    """Causal attention over image tokens. The query turns by the position of the token it predicts, the key
+    by the position of the token it holds, so that distances on the grid are exact, also across a line's
+    end."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -215,8 +216,8 @@ class GPT(nn.Module):
         codes: Int[Tensor, "B T"],
         text: Float[Tensor, "B S W"] | None = None,
         text_mask: Bool[Tensor, "B S"] | None = None,
-        drop: Bool[Tensor, "B"] | None = None,
-        order: Int[Tensor, "*B T"] | None = None,
+        drop: Bool[Tensor, " B"] | None = None,
+        order: Int[Tensor, "*rows T"] | None = None,
     ) -> Float[Tensor, "B T K"]:
         """Logits of each code given the codes before it: `logits[:, t]` predict `codes[:, t]`.
 
@@ -237,7 +238,7 @@ class GPT(nn.Module):
         self,
         text: Float[Tensor, "B S W"] | None,
         text_mask: Bool[Tensor, "B S"] | None = None,
-        drop: Bool[Tensor, "B"] | None = None,
+        drop: Bool[Tensor, " B"] | None = None,
         batch: int = 1,
     ) -> Context:
         """Keys and values of the text for every block (a batch of null texts where `text` is None)."""
@@ -257,7 +258,7 @@ class GPT(nn.Module):
         self,
         inputs: Int[Tensor, "B n"],
         context: Context,
-        order: Int[Tensor, "*B n"] | None = None,
+        order: Int[Tensor, "*rows n"] | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "B n K"]:
         """From the tokens that stand before them (start token first) to the logits of n codes.

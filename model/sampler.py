@@ -3,8 +3,8 @@
 This module sees token ids and text states: never pixels, prompts or files. Whoever wants the best of several
 draws hands in the judge as a function.
 
-Randomness is counter-based: the noise of a token is a hash of (seed, position, code), so the picture of a seed
-depends neither on the batch it is drawn in nor on the device, and there is no generator state to carry.
+Randomness is counter-based: the noise of a token is a hash of (seed, position, code), so the picture of a
+seed depends neither on the batch it is drawn in nor on the device, and there is no generator state to carry.
 
 Letters: B pictures, R rows of the forward pass (2 B under guidance: text first, null text second), T tokens,
 K codes, S text tokens, W width of the text states.
@@ -306,10 +306,10 @@ def guidance(config: SamplingConfig, tokens: int) -> list[float]:
 def draw(
     logits: Float[Tensor, "B K"],
     config: SamplingConfig,
-    seeds: Int[Tensor, "B"],
+    seeds: Int[Tensor, " B"],
     at: int | Tensor,
-    keys: Int[Tensor, "K"],
-) -> Int[Tensor, "B"]:
+    keys: Int[Tensor, " K"],
+) -> Int[Tensor, " B"]:
     """One code per row: temperature, then top-k, then top-p, then a draw (Gumbel-max); greedy at 0.
 
     Gumbel-max rather than inverting the cumulative distribution: a rounding difference of 1e-6 in the logits
@@ -330,7 +330,7 @@ def draw(
     return (logits + gumbel(seeds, at, keys)).argmax(dim=-1)
 
 
-def gumbel(seeds: Int[Tensor, "B"], at: int | Tensor, keys: Int[Tensor, "K"]) -> Float[Tensor, "B K"]:
+def gumbel(seeds: Int[Tensor, " B"], at: int | Tensor, keys: Int[Tensor, " K"]) -> Float[Tensor, "B K"]:
     """Standard Gumbel noise as a pure function of (seed, position, code)."""
     stream = _scramble(_scramble(seeds) + at)  # (B,)
     bits = _scramble(stream[:, None] ^ keys)  # (B, K)
@@ -338,7 +338,7 @@ def gumbel(seeds: Int[Tensor, "B"], at: int | Tensor, keys: Int[Tensor, "K"]) ->
     return -(-uniform.log()).log()
 
 
-def noise_keys(vocabulary: int, device: torch.device | str = "cpu") -> Int[Tensor, "K"]:
+def noise_keys(vocabulary: int, device: torch.device | str = "cpu") -> Int[Tensor, " K"]:
     """What tells the codes' noise apart. Made outside of the compiled step: inductor (2.14, CPU) folds a
     wrapping multiple of `arange` into its index arithmetic, where it does not wrap."""
     return torch.arange(vocabulary, device=device) * 0x2545F4914F6CDD1D

@@ -103,7 +103,7 @@ def test_gpt2_is_hugging_face_gpt2() -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-def hugging_face_twin(gpt: GPT):  # noqa: ANN201 (the type is transformers')
+def hugging_face_twin(gpt: GPT):
     """GPT2LMHeadModel with a `gpt2` GPT's weights; its vocabulary has the start token as last id."""
     from benchmarks.model import hugging_face_twin as twin
 
@@ -164,7 +164,7 @@ def test_xl_is_built_without_memory() -> None:
     assert gpt.flops_per_token(77) > 6 * 0.75e9
 
 
-def test_folder_round_trip_and_its_refusals(tmp_path) -> None:  # noqa: ANN001
+def test_folder_round_trip_and_its_refusals(tmp_path) -> None:
     import json
 
     from safetensors.torch import save_file

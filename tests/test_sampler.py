@@ -9,7 +9,7 @@ import torch
 
 from model.config import SamplingConfig, TrainingConfig, TransformerConfig
 from model.gpt import GPT, Cache
-from model.sampler import Sampler, candidate_seed, gumbel, guidance, noise_keys, sample
+from model.sampler import Sampler, candidate_seed, guidance, gumbel, noise_keys, sample
 
 TRAINING = TrainingConfig(steps=10, batch_size=4, warmup_steps=1)
 GREEDY = SamplingConfig(temperature=0, cfg_scale=1)
@@ -36,7 +36,7 @@ def texts(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def naive_greedy(gpt: GPT, text: torch.Tensor | None, mask: torch.Tensor | None, scale: float, batch: int):  # noqa: ANN201
+def naive_greedy(gpt: GPT, text: torch.Tensor | None, mask: torch.Tensor | None, scale: float, batch: int):
     """A full forward pass per token, two per token under guidance."""
     codes = torch.zeros(batch, gpt.tokens, dtype=torch.long)
     for t in range(gpt.tokens):
@@ -127,7 +127,7 @@ def test_a_seed_is_a_picture_whatever_the_batch() -> None:
     assert not torch.equal(sample(gpt, text, mask, config, seeds=[17, 18, 19, 20]), together)
 
 
-def exact_distribution(gpt: GPT, text: torch.Tensor, mask: torch.Tensor, config: SamplingConfig):  # noqa: ANN201
+def exact_distribution(gpt: GPT, text: torch.Tensor, mask: torch.Tensor, config: SamplingConfig):
     """Probability of every two-token picture, filtered code by code in plain Python."""
 
     def filtered(logits: torch.Tensor) -> list[float]:

@@ -1,0 +1,338 @@
+"""Text as the transformer reads it, and the judge of picture and prompt: both are open_clip models, used frozen.
+
+A `clip` set is a folder with `model.safetensors` and a `config.json` that holds the open_clip architecture, so
+a model this project trained and a pretrained one are loaded through the same door.
+
+Letters: B batch, S text tokens, W width of the text tower, E width of the shared embedding.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import PretrainedCLIPConfig, TrainedCLIPConfig
+from model.errors import UserError
+
+log = logging.getLogger(__name__)
+
+START, END = 49406, 49407  # of CLIP's byte-pair vocabulary
+VOCABULARY = 49408
+CACHED_CAPTIONS = 8192  # text states kept by an encoder, least recently used first to go
+
+
+class TextEncoder:
+    """Captions → per-token states before the pooled projection, with the mask of real tokens.
+
+    Args:
+        model: an open_clip `CLIP`.
+        device: where states are computed and returned.
+        dtype: of the tower and of the states.
+        cached: number of captions whose states are kept.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        cached: int = CACHED_CAPTIONS,
+    ) -> None:
+        self.device, self.dtype = torch.device(device), dtype
+        self.context_length: int = model.context_length
+        self.width: int = model.token_embedding.embedding_dim
+        self._tower = _text_tower(model).to(self.device, dtype)
+        self._cached = cached
+        self._states: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> ids (B, S) int64, padded with 0; longer ones lose their end, with a warning."""
+        return tokenize(captions, self.context_length)
+
+    @torch.no_grad()
+    def encode(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids (B, S) -> states (B, S, W) and mask (B, S), True = a token of the caption, its ends included.
+
+        An empty caption has no real token: the transformer reads it as the null text.
+        """
+        ids = ids.cpu()
+        keys = [row.numpy().tobytes() for row in ids]
+        missing = {key: row for key, row in zip(keys, ids, strict=True) if key not in self._states}
+        if missing:
+            states = self._tower(torch.stack(list(missing.values())).to(self.device))
+            self._states.update(zip(missing, states, strict=True))
+        for key in keys:
+            self._states.move_to_end(key)
+        batch = torch.stack([self._states[key] for key in keys])
+        while len(self._states) > self._cached:
+            self._states.popitem(last=False)
+        return batch, text_mask(ids).to(self.device)
+
+
+class Judge:
+    """How well pictures fit captions, in CLIP's shared space; `logit_scale` is the trained temperature."""
+
+    def __init__(
+        self, model: nn.Module, preprocess: dict[str, Any], device: str | torch.device = "cpu"
+    ) -> None:
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        size = preprocess["size"]
+        self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        self._mean = torch.tensor(preprocess["mean"], device=self.device).view(3, 1, 1)
+        self._std = torch.tensor(preprocess["std"], device=self.device).view(3, 1, 1)
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor on cosine similarities before a softmax over candidates."""
+        return float(self.model.logit_scale.exp())
+
+    @torch.no_grad()
+    def image_features(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] -> unit vectors (B, E)."""
+        images = images.to(self.device)
+        if images.shape[-2:] != self.size:
+            images = F.interpolate(images, self.size, mode="bicubic", antialias=True).clamp(-1, 1)
+        pixels = (images / 2 + 0.5 - self._mean) / self._std
+        return self.model.encode_image(pixels, normalize=True).float()
+
+    @torch.no_grad()
+    def text_features(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> unit vectors (B, E)."""
+        ids = tokenize(captions, self.model.context_length).to(self.device)
+        return self.model.encode_text(ids, normalize=True).float()
+
+
+# ── tokens ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def tokenize(captions: Sequence[str], context_length: int) -> Tensor:
+    """CLIP's byte-pair ids (B, S) int64: start, caption, end, then zeros. Never fails on a string."""
+    encode = _byte_pairs()
+    ids = torch.zeros(len(captions), context_length, dtype=torch.long)
+    truncated = []
+    for row, caption in enumerate(captions):
+        tokens = encode(caption)
+        if len(tokens) > context_length - 2:
+            truncated.append(caption)
+            tokens = tokens[: context_length - 2]
+        ids[row, : len(tokens) + 2] = torch.tensor([START, *tokens, END])
+    if truncated:
+        shown = truncated[0] if len(truncated[0]) <= 60 else truncated[0][:57] + "..."
+        log.warning(
+            "%d of %d captions exceed %d text tokens and lose their end, the first: %r",
+            len(truncated),
+            len(captions),
+            context_length,
+            shown,
+        )
+    return ids
+
+
+def text_mask(ids: Tensor) -> Tensor:
+    """Mask (B, S) of the tokens up to the end token; all False for an empty caption."""
+    end = ids.argmax(dim=1)  # the end token has the largest id
+    return (torch.arange(ids.shape[1], device=ids.device) <= end[:, None]) & (end > 1)[:, None]
+
+
+def _byte_pairs() -> Any:
+    """open_clip's tokenizer (its vocabulary ships in the wheel), made once."""
+    global _tokenizer
+    if _tokenizer is None:
+        import open_clip  # seconds to import
+
+        _tokenizer = open_clip.SimpleTokenizer()
+    return _tokenizer.encode
+
+
+_tokenizer: Any = None
+
+
+# ── models ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def architecture(config: TrainedCLIPConfig, image_size: int) -> dict[str, Any]:
+    """The open_clip architecture of a compact CLIP that this project trains."""
+    heads = config.text_heads
+    return {
+        "embed_dim": config.embed_dim,
+        "vision_cfg": {
+            "image_size": image_size,
+            "patch_size": config.patch_size,
+            "width": config.vision_width,
+            "layers": config.vision_layers,
+            "head_width": min(32, config.vision_width),
+        },
+        "text_cfg": {
+            "context_length": config.context_length,
+            "vocab_size": VOCABULARY,
+            "width": config.text_width,
+            "layers": config.text_layers,
+            "heads": heads,
+        },
+    }
+
+
+def build_clip(description: dict[str, Any]) -> nn.Module:
+    """An open_clip `CLIP` with fresh weights from a `config.json`'s content.
+
+    Raises:
+        UserError: where the architecture is not OpenAI's (another tokenizer, or no per-token states).
+    """
+    import open_clip
+
+    values = dict(description["architecture"])
+    name = description.get("name", "clip")
+    text = values["text_cfg"]
+    if values.pop("custom_text", False) or "hf_model_name" in text or text.get("hf_tokenizer_name"):
+        raise UserError(
+            f"clip.name '{name}' has a text tower or tokenizer of its own; choose one with CLIP's, for example"
+            " ViT-B-32, ViT-L-14 or ViT-H-14"
+        )
+    return open_clip.model.CLIP(**values)
+
+
+def load_text_encoder(
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> TextEncoder:
+    """The text encoder of a `clip` set's folder. Raises UserError where a file is missing or does not fit."""
+    model, _ = load_clip(folder)
+    return TextEncoder(model, device, dtype)
+
+
+def load_judge(folder: str | Path, device: str | torch.device = "cpu") -> Judge:
+    """The judge of a `clip` set's folder. Raises UserError where a file is missing or does not fit."""
+    model, description = load_clip(folder)
+    return Judge(model, description["preprocess"], device)
+
+
+def load_clip(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Model and `config.json` of a `clip` set's folder."""
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: no {name}; a clip folder holds config.json and model.safetensors")
+    description = json.loads((folder / "config.json").read_text())
+    model = build_clip(description)
+    _load_weights(model, load_file(folder / "model.safetensors"), str(folder))
+    return model.eval(), description
+
+
+def import_pretrained(config: PretrainedCLIPConfig) -> tuple[nn.Module, dict[str, Any]]:
+    """A pretrained open_clip model and the `config.json` that describes it.
+
+    `weights` is a tag of open_clip (downloaded or taken from the Hugging Face cache), or a `.safetensors` file
+    by path or `s3://` URI. Pickled checkpoints are not loaded.
+
+    Raises:
+        UserError: where architecture or weights cannot be had, with the ways to provide them.
+    """
+    import open_clip
+
+    values = open_clip.get_model_config(config.name)
+    if values is None:
+        close = [name for name in open_clip.list_models() if name.startswith(config.name[:5])]
+        raise UserError(
+            f"clip.name '{config.name}' is no open_clip architecture; similar: {', '.join(close[:8]) or 'none'}"
+        )
+    tag = open_clip.get_pretrained_cfg(config.name, config.weights)
+    values = dict(values)
+    if tag.get("quick_gelu"):
+        values["quick_gelu"] = True
+    defaults = open_clip.transform.PreprocessCfg()
+    description = {
+        "name": config.name,
+        "weights": config.weights,
+        "architecture": values,
+        "preprocess": {
+            "size": values["vision_cfg"]["image_size"],
+            "mean": list(tag.get("mean") or defaults.mean),
+            "std": list(tag.get("std") or defaults.std),
+        },
+    }
+    model = build_clip(description)
+    _load_weights(model, _pretrained_tensors(config, tag), config.weights)
+    return model.eval(), description
+
+
+def _pretrained_tensors(config: PretrainedCLIPConfig, tag: dict[str, Any]) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load, load_file
+
+    ref = config.weights
+    how = (
+        "set clip.weights to a .safetensors file (a path, or an s3:// URI) with open_clip's keys, or to a tag"
+        f" of {config.name} on a machine that reaches the Hugging Face hub or has it in HF_HOME; or set"
+        " clip.kind: trained to train a compact CLIP on the run's own captions"
+    )
+    if tag:
+        if not tag.get("hf_hub"):
+            raise UserError(
+                f"clip.weights '{ref}' exists only as a pickled checkpoint, which is not loaded; {how}"
+            )
+        from huggingface_hub import hf_hub_download
+
+        repository = str(tag["hf_hub"]).strip("/")
+        try:
+            return load_file(hf_hub_download(repository, "open_clip_model.safetensors"))
+        except Exception as error:  # the hub raises many kinds; a person needs one line
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"clip.weights '{ref}' ({repository}) cannot be had here ({reason}); {how}"
+            ) from None
+    if not ref.endswith(".safetensors"):
+        import open_clip
+
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.name)) or "none"
+        raise UserError(
+            f"clip.weights '{ref}' is neither a tag of {config.name} ({tags}) nor a .safetensors; {how}"
+        )
+    try:
+        if ref.startswith("s3://"):
+            from model.plumbing import storage
+
+            return load(storage.read_bytes(ref))
+        return load_file(ref)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise UserError(f"clip.weights '{ref}' cannot be read ({error}); {how}") from None
+
+
+def _load_weights(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    for name in ("attn_mask", "text.attn_mask"):  # a buffer in older checkpoints
+        tensors.pop(name, None)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        raise UserError(f"{where}: the weights do not fit the architecture: {lines[0][:160]}") from None
+
+
+class _TextTower(nn.Module):
+    """The text half of a CLIP up to its last LayerNorm; the pooled projection is left out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.token_embedding = model.token_embedding
+        self.positional_embedding = nn.Parameter(model.positional_embedding.detach(), requires_grad=False)
+        self.transformer = model.transformer
+        self.ln_final = model.ln_final
+        self.register_buffer("attn_mask", model.attn_mask, persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids (B, S) -> states (B, S, W)."""
+        x = self.token_embedding(ids) + self.positional_embedding  # (B, S, W)
+        return self.ln_final(self.transformer(x, attn_mask=self.attn_mask))  # (B, S, W)
+
+
+def _text_tower(model: nn.Module) -> nn.Module:
+    return _TextTower(model).eval().requires_grad_(False)
