@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from components.step import say
 from model.config import JobConfig
 from model.errors import UserError
 from model.plumbing import manifests
@@ -34,6 +35,9 @@ def launch(spec: JobSpec, jobs: JobConfig) -> Manifest:
         UserError: what a worker found wrong with its input, in the worker's own line.
         JobFailed: any other end without a complete set.
     """
+    if made := manifests.find(spec.output):
+        say(spec.name, f"reused {made.uri}")
+        return made
     if os.environ.get("KUBERNETES_SERVICE_HOST"):
         raise UserError("training jobs on Kubernetes (PyTorchJob) are not built yet; run outside the cluster")
     logs = Path(os.environ.get("LATENT_GPT_LOGS") or tempfile.mkdtemp(prefix="latent-gpt-")) / spec.name
