@@ -13,7 +13,10 @@ def clip(
     from components.step import read, step, write
 
     with step(f"clip_{role}"):
-        from components.work import make_clip
+        from components.launcher import launch
         from model.config import parse_config
+        from model.work import job
 
-        write(make_clip(parse_config(config), run, role, read(images)), model)
+        settings = parse_config(config)
+        spec = job("clip", f"clip_{role}", settings, run, {"images": read(images)}, role)
+        write(launch(spec, settings.jobs), model)

@@ -25,9 +25,10 @@ def evaluate(
     with step("evaluate"):
         from pathlib import Path
 
-        from components.work import make_evaluation
+        from components.launcher import launch
         from model.config import parse_config
         from model.plumbing import storage
+        from model.work import job
 
         inputs = {
             "images": read(images),
@@ -37,7 +38,9 @@ def evaluate(
             "judge": read(judge),
             "transformer": read(transformer),
         }
-        made = make_evaluation(parse_config(config), run, inputs)
+        settings = parse_config(config)
+        alone = settings.jobs.model_copy(update={"workers": 1, "processes_per_worker": 1})
+        made = launch(job("evaluation", "evaluate", settings, run, inputs), alone)
         write(made, evaluation)
         for name, value in made.info.items():
             if isinstance(value, int | float):

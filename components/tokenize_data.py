@@ -18,7 +18,10 @@ def tokenize_data(
     from components.step import read, step, write
 
     with step("tokenize_data"):
-        from components.work import make_tokens
+        from components.launcher import launch
         from model.config import parse_config
+        from model.work import job
 
-        write(make_tokens(parse_config(config), run, read(images), read(tokenizer), read(clip)), tokens)
+        settings = parse_config(config)
+        inputs = {"images": read(images), "tokenizer": read(tokenizer), "text": read(clip)}
+        write(launch(job("tokens", "tokenize_data", settings, run, inputs), settings.jobs), tokens)

@@ -11,7 +11,10 @@ def tokenizer(config: str, run: str, images: dsl.Input[dsl.Dataset], model: dsl.
     from components.step import read, step, write
 
     with step("tokenizer"):
-        from components.work import make_tokenizer
+        from components.launcher import launch
         from model.config import parse_config
+        from model.work import job
 
-        write(make_tokenizer(parse_config(config), run, read(images)), model)
+        settings = parse_config(config)
+        spec = job("tokenizer", "tokenizer", settings, run, {"images": read(images)})
+        write(launch(spec, settings.jobs), model)

@@ -17,7 +17,10 @@ def train_gpt(
     from components.step import read, step, write
 
     with step("train_gpt"):
-        from components.work import make_transformer
+        from components.launcher import launch
         from model.config import parse_config
+        from model.work import job
 
-        write(make_transformer(parse_config(config), run, read(tokens), read(clip)), transformer)
+        settings = parse_config(config)
+        inputs = {"tokens": read(tokens), "text": read(clip)}
+        write(launch(job("transformer", "train_gpt", settings, run, inputs), settings.jobs), transformer)

@@ -1,0 +1,53 @@
+"""What is reused when a setting changes."""
+
+import subprocess
+import sys
+
+import pytest
+
+from model.config import load_config
+from model.plumbing.manifests import Kind
+from model.work import MODULES, job, settings
+
+
+@pytest.mark.parametrize(
+    ("kind", "override", "changes"),
+    [
+        ("clip", "jobs.processes_per_worker=1", False),
+        ("clip", "clip.training.log_every=7", False),
+        ("clip", "clip.training.steps=7", True),
+        ("clip", "clip.training.eval_every=7", True),
+        ("clip", "seed=1", True),
+        ("tokenizer", "clip.text_width=32", False),
+        ("tokenizer", "data.augment.flip=true", True),
+        ("transformer", "sampling.cfg_scale=3", False),
+        ("transformer", "transformer.dropout=0.5", True),
+        ("evaluation", "sampling.cfg_scale=3", True),
+    ],
+)
+def test_a_set_depends_on_what_changes_its_content(kind: Kind, override: str, changes: bool) -> None:
+    before, after = load_config("smoke"), load_config("smoke", [override])
+    assert (settings(kind, before, "text") != settings(kind, after, "text")) is changes
+
+
+def test_reader_and_judge_are_different_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATENT_GPT_STORE", "s3://b")
+    config = load_config("smoke")
+    text, judge = (job("clip", "clip", config, "r", {}, role) for role in ("text", "judge"))
+    assert text.output != judge.output
+    assert (text.module, text.options) == ("model.train_clip", {"role": "text"})
+
+
+def test_a_pretrained_clip_reads_and_judges_as_one_set() -> None:
+    config = load_config("coco256-base")
+    assert settings("clip", config, "text") == settings("clip", config, "judge")
+
+
+def test_every_kind_has_its_module() -> None:
+    for kind in MODULES:
+        assert settings(kind, load_config("smoke"), "text")
+
+
+def test_finding_out_that_there_is_nothing_to_do_needs_no_torch() -> None:
+    code = "import model.work, components.launcher, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
