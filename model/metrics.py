@@ -1,0 +1,136 @@
+"""What is measured, as pure functions: tensors in, numbers out; no model is loaded and no file read.
+
+Letters: N pictures, B batch, T tokens, K codes, E width of the judge's embedding, M training pictures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+COPY_DISTANCE = 0.05  # RMS difference of two pictures on [0, 1] below which one is a copy (26 dB)
+
+
+# ── tokenizer ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def psnr(images: Float[Tensor, "N 3 H W"], targets: Float[Tensor, "N 3 H W"]) -> Float[Tensor, " N"]:
+    """Peak signal-to-noise ratio of each picture in dB, both in [-1, 1]; 100 dB where they are equal."""
+    mse = (images.float() - targets.float()).square().flatten(1).mean(1)
+    return 10 * torch.log10(4 / mse.clamp_min(4e-10))
+
+
+def codebook_use(codes: Int[Tensor, "*shape"], vocabulary: int) -> tuple[float, float]:
+    """Share of codes that occur, and perplexity: to how many equally frequent codes the usage amounts."""
+    counts = torch.bincount(codes.flatten().cpu(), minlength=vocabulary).double()
+    p = counts / counts.sum()
+    entropy = -(p[p > 0] * p[p > 0].log()).sum()
+    return float((counts > 0).double().mean()), float(entropy.exp())
+
+
+# ── transformer ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def token_nll(logits: Float[Tensor, "B T K"], codes: Int[Tensor, "*shape"]) -> Float[Tensor, " B"]:
+    """Negative log-likelihood of each picture's codes, nats per token."""
+    return F.cross_entropy(logits.float().transpose(1, 2), codes, reduction="none").mean(1)
+
+
+# ── pictures and captions, by a judge ───────────────────────────────────────────────────────────────────
+
+
+def clip_score(
+    image_features: Float[Tensor, "N E"], text_features: Float[Tensor, "N E"]
+) -> Float[Tensor, " N"]:
+    """100 × cosine similarity of each picture and its caption (CLIPScore, arXiv:2104.08718, unscaled and
+    not cut at 0). Features are unit vectors. Comparable only under one judge."""
+    return 100 * (image_features * text_features).sum(1)
+
+
+def retrieval_accuracy(
+    image_features: Float[Tensor, "N E"], text_features: Float[Tensor, "N E"], captions: Sequence[str]
+) -> float:
+    """R@1, picture to text: share of pictures whose own caption fits best among all N.
+
+    Captions that read the same count as one another. Chance is about 1 / N.
+    """
+    best = (image_features @ text_features.T).argmax(1).tolist()
+    return sum(captions[j] == captions[i] for i, j in enumerate(best)) / len(captions)
+
+
+def mismatched(captions: Sequence[str]) -> list[int]:
+    """For each place another place with another caption: the floor against which captions are measured.
+
+    Half the list further on, or the next after it that reads differently; the same in every run. With only
+    one distinct caption there is none, and each place stands for itself.
+    """
+    n = len(captions)
+    places = []
+    for i in range(n):
+        others = ((i + n // 2 + step) % n for step in range(n))
+        places.append(next((j for j in others if captions[j] != captions[i]), i))
+    return places
+
+
+# ── originality ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def nearest_pictures(
+    pictures: Float[Tensor, "N 3 H W"],
+    training: Float[Tensor, "M 3 H W"],
+    shift: int = 0,
+    flip: bool = False,
+) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"]]:
+    """The nearest training picture of each picture: RMS difference on [0, 1], and which one it is.
+
+    A copy that was moved by up to `shift` pixels each way, or mirrored, is as near as one that was not
+    (training augments so); what a shift uncovers repeats the edge.
+
+    Args:
+        pictures: in [-1, 1].
+        training: in [-1, 1], of the same size.
+    """
+    n, _, height, width = pictures.shape
+    best = pictures.new_full((n,), math.inf)
+    which = torch.zeros(n, dtype=torch.long, device=pictures.device)
+    rows = training.flatten(1)
+    norms = rows.square().sum(1)
+    moves = range(-shift, shift + 1)
+    padded = F.pad(pictures, (shift,) * 4, mode="replicate") if shift else pictures
+    for dy in moves:
+        for dx in moves:
+            moved = padded[:, :, shift + dy : shift + dy + height, shift + dx : shift + dx + width]
+            for view in (moved, moved.flip(-1)) if flip else (moved,):
+                flat = view.flatten(1)
+                distance = flat.square().sum(1, keepdim=True) + norms - 2 * flat @ rows.T  # (N, M)
+                least, index = distance.min(1)
+                which = torch.where(least < best, index, which)
+                best = torch.minimum(best, least)
+    return (best.clamp_min(0) / (3 * height * width)).sqrt() / 2, which
+
+
+def copy_share(distances: Float[Tensor, " N"]) -> float:
+    """Share of pictures that are near-duplicates of a training picture."""
+    return float((distances <= COPY_DISTANCE).double().mean())
+
+
+# ── comparing ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """Mean of `ours` - `theirs` over the same prompts and seeds, and its standard error.
+
+    Raises:
+        ValueError: where the two are not of the same prompts.
+    """
+    if len(ours) != len(theirs) or not ours:
+        raise ValueError(f"{len(ours)} scores cannot be paired with {len(theirs)}")
+    difference = torch.tensor(ours, dtype=torch.float64) - torch.tensor(theirs, dtype=torch.float64)
+    if len(ours) == 1:
+        return float(difference[0]), math.inf
+    return float(difference.mean()), float(difference.std() / math.sqrt(len(ours)))
