@@ -68,6 +68,7 @@ class VectorQuantizer(nn.Module):
 
     codebook: Tensor  # (K, D)
     unused: Tensor  # (K,) steps since a code was last used
+    _gathered: Tensor  # (K, 2D + 1) what forward saw since the last update
 
     def __init__(self, size: int, dim: int, beta: float, estimator: str, reset_after: int) -> None:
         super().__init__()
@@ -77,7 +78,7 @@ class VectorQuantizer(nn.Module):
         self.reset_after = reset_after
         self.register_buffer("codebook", F.normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("unused", torch.zeros(size, dtype=torch.int64))
-        # Per code since the last update: sum of latents, their number, and a candidate to replace the code.
+        # Per code: sum of its latents, their number, and a candidate to replace the code.
         self.register_buffer("_gathered", torch.zeros(size, 2 * dim + 1), persistent=False)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,7 +115,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the codebook by what `forward` gathered on all ranks since the last call, without a GPU sync."""
+        """Move the codebook by what `forward` gathered on all ranks since the last call; no GPU sync."""
         if dist.is_initialized():
             dist.all_reduce(self._gathered)
         dim = self.codebook.shape[1]

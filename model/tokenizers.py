@@ -1,0 +1,315 @@
+"""Tokenizers behind one interface, ours and pretrained ones, and the set they are kept in.
+
+A tokenizer set is `model.safetensors` beside `config.json`; `load_tokenizer` opens it without knowing who
+trained it. Weights made elsewhere enter once, through `import_pretrained`, and are a set like any other after
+that: hashed, versioned, safetensors only.
+
+Letters: B batch, H W pixels, h w token grid (H / factor, W / factor), D code dimension, K codes.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from pydantic import ValidationError
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from model.config import PretrainedTokenizerConfig, VQVAEConfig
+from model.errors import UserError
+from model.plumbing import storage
+from model.plumbing.checkpoints import CONFIG, WEIGHTS, load_model, save_model
+from model.plumbing.manifests import Manifest, SetWriter, find, set_uri
+from model.plumbing.storage import file_sha256
+from model.quantize import nearest_codes
+from model.vqvae import VQVAE, check_sides
+
+
+class Tokenizer(Protocol):
+    """Pictures to codes and back. Images are float (B, 3, H, W) in [-1, 1], codes int64 (B, h, w)."""
+
+    vocabulary: int  # K
+    factor: int  # image side / token grid side
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes of images. Raises UserError when a side is not a multiple of the factor."""
+        ...
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images of codes."""
+        ...
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """What is left of images after `encode` and `decode`."""
+        ...
+
+
+# ── pretrained families ─────────────────────────────────────────────────────────────────────────────────
+
+
+class Pretrained(nn.Module):
+    """A frozen tokenizer of another project: its convolutions, our search for the nearest code."""
+
+    factor: int
+    codebook: Tensor  # (K, D)
+    _search: Tensor  # (K, D + 1)
+
+    def __init__(self, codebook: Tensor) -> None:
+        super().__init__()
+        self.vocabulary = len(codebook)
+        # |z - c|² is smallest where z·c - |c|²/2 is largest: one more column, and the search is a product.
+        offset = -0.5 * codebook.square().sum(1, keepdim=True)
+        self.register_buffer("codebook", codebook, persistent=False)
+        self.register_buffer("_search", torch.cat([codebook, offset], dim=1), persistent=False)
+
+    @abstractmethod
+    def latents(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, D, h, w), before quantization."""
+
+    @abstractmethod
+    def render(self, codes: Tensor) -> Tensor:
+        """(B, h, w) -> (B, 3, H, W)."""
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes (B, h, w), the nearest row of the codebook to each latent; ties go to the lowest index."""
+        check_sides(images, self.factor)
+        latents = self.latents(images).movedim(1, -1)
+        flat = latents.flatten(0, 2)
+        search = torch.cat([flat, torch.ones_like(flat[:, :1])], dim=1)
+        return nearest_codes(search, self._search).view(latents.shape[:-1])
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] of codes (B, h, w)."""
+        return self.render(codes).clamp(-1, 1)
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """What is left of the images after `encode` and `decode`."""
+        return self.decode(self.encode(images))
+
+
+class Janus(Pretrained):
+    """`JanusVQVAE` of transformers: LlamaGen's VQ-16, 16384 codes of dimension 8, factor 16.
+
+    Its `encode` compares with the raw codebook although `decode` normalises what it looks up, so its own ids
+    are right only by chance; and its `decode` accepts one grid size alone. Here the rows are normalised on
+    load, which makes search and lookup agree, and the convolutions take any grid.
+    """
+
+    def __init__(self, architecture: dict[str, Any], weights: dict[str, Tensor]) -> None:
+        from transformers import JanusVQVAE, JanusVQVAEConfig
+
+        net = JanusVQVAE(JanusVQVAEConfig.from_dict(architecture))
+        load_weights(net, weights)
+        super().__init__(nn.functional.normalize(net.quantize.embedding.weight.detach(), dim=1))
+        self.net = net
+        self.factor = 2 ** (len(net.config.channel_multiplier) - 1)
+
+    def latents(self, images: Tensor) -> Tensor:
+        return self.net.quant_conv(self.net.encoder(images))
+
+    def render(self, codes: Tensor) -> Tensor:
+        return self.net.decoder(self.net.post_quant_conv(self.codebook[codes].movedim(-1, 1).contiguous()))
+
+
+class Diffusers(Pretrained):
+    """`VQModel` of diffusers: taming-transformers' and latent diffusion's VQ autoencoders."""
+
+    def __init__(self, architecture: dict[str, Any], weights: dict[str, Tensor]) -> None:
+        from diffusers import VQModel
+
+        net = VQModel.from_config(architecture)
+        load_weights(net, weights)
+        super().__init__(net.quantize.embedding.weight.detach())
+        self.net = net
+        self.factor = 2 ** (len(net.config.block_out_channels) - 1)
+
+    def latents(self, images: Tensor) -> Tensor:
+        return self.net.quant_conv(self.net.encoder(images))
+
+    def render(self, codes: Tensor) -> Tensor:
+        return self.net.decode(self.codebook[codes].movedim(-1, 1), force_not_quantize=True).sample
+
+
+class Emu3(Pretrained):
+    """`Emu3VQVAE` of transformers: a video tokenizer; a picture is a clip of identical frames."""
+
+    def __init__(self, architecture: dict[str, Any], weights: dict[str, Tensor]) -> None:
+        from transformers import Emu3VQVAE, Emu3VQVAEConfig
+
+        net = Emu3VQVAE(Emu3VQVAEConfig.from_dict(architecture))
+        load_weights(net, weights)
+        super().__init__(net.quantize.embedding.weight.detach())
+        self.net = net
+        self.factor = net.spatial_scale_factor
+
+    def latents(self, images: Tensor) -> Tensor:
+        clip = images[:, None].repeat(1, self.net.config.temporal_downsample_factor, 1, 1, 1)
+        return self.net.quant_conv(self.net.encoder(clip).transpose(1, 2))[:, :, 0]
+
+    def render(self, codes: Tensor) -> Tensor:
+        return self.net.decode(codes)
+
+
+FAMILIES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Pretrained]] = {
+    "janus": Janus,
+    "diffusers": Diffusers,
+    "emu3": Emu3,
+}
+
+
+# ── sets ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def load_tokenizer(folder: Path, device: torch.device | str = "cpu") -> Tokenizer:
+    """Open the files of a tokenizer set, fetched to `folder`; frozen and in evaluation mode.
+
+    Raises:
+        UserError: when the folder holds no tokenizer or its weights do not fit its config.
+    """
+    weights, config = load_model(folder)
+    tokenizer: nn.Module
+    match config.get("kind"):
+        case "vqvae":
+            try:
+                tokenizer = VQVAE(VQVAEConfig.model_validate(config))
+            except ValidationError as error:
+                raise UserError(f"{folder / CONFIG}: {error.errors()[0]['msg']}") from None
+            load_weights(tokenizer, weights)
+        case "pretrained":
+            tokenizer = FAMILIES[config["family"]](config["architecture"], weights)
+        case other:
+            raise UserError(f"{folder / CONFIG}: kind is {other!r}; a tokenizer is 'vqvae' or 'pretrained'")
+    return tokenizer.to(device).eval().requires_grad_(False)  # type: ignore[return-value]
+
+
+def load_weights(net: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Strict `load_state_dict` whose complaint is one line.
+
+    Raises:
+        UserError: naming the first tensors that are missing, unknown or of another shape.
+    """
+    own = net.state_dict()
+    wrong = [f"{name} is missing" for name in own.keys() - weights.keys()]
+    wrong += [f"{name} is unknown" for name in weights.keys() - own.keys()]
+    wrong += [
+        f"{name} is {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own.keys() & weights.keys()
+        if own[name].shape != weights[name].shape
+    ]
+    if wrong:
+        raise UserError(f"weights do not fit {type(net).__name__}: {'; '.join(sorted(wrong)[:3])}")
+    net.load_state_dict(weights)
+
+
+# ── import ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def import_pretrained(config: PretrainedTokenizerConfig) -> Manifest:
+    """Publish a tokenizer trained elsewhere as a `tokenizer` set, or find it published already.
+
+    `config.ref` is a local folder, an `s3://` folder, or a hub id `owner/name[/subfolder]`; it must hold
+    `config.json` and safetensors. The set is keyed by the weights themselves, not by where they were found.
+
+    Raises:
+        UserError: when the reference cannot be reached or does not hold the family's tokenizer.
+    """
+    with _local_copy(config.ref) as source, tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        described, weights = _read_reference(config, source)
+        save_model(folder, weights, described)
+        tokenizer = load_tokenizer(folder)  # what cannot be loaded is not published
+        files = {name: file_sha256(folder / name) for name in (CONFIG, WEIGHTS)}
+        identity = {"family": config.family, "sha256": files}
+        if finished := find(set_uri("tokenizer", identity, {})):
+            return finished
+        writer = SetWriter("tokenizer", identity, {})
+        for name in files:
+            writer.add_file(name, folder / name)
+        info = {"ref": config.ref, "vocabulary": tokenizer.vocabulary, "factor": tokenizer.factor}
+        return writer.finish(info)
+
+
+def _read_reference(
+    config: PretrainedTokenizerConfig, folder: Path
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    described = _read_json(folder / CONFIG)
+    if config.family == "latent-gpt":
+        return described, _read_tensors(folder, "")
+    # A whole Janus or Emu3 model keeps its tokenizer's config and weights under these names.
+    whole = "vq_config" in described
+    architecture = described["vq_config"] if whole else described
+    described = {"kind": "pretrained", "family": config.family, "architecture": architecture}
+    return described, _read_tensors(folder, "model.vqmodel." if whole else "")
+
+
+def _read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
+    files = sorted(path for path in folder.glob("*.safetensors") if ".fp16." not in path.name)
+    if not files:
+        pickles = ", ".join(path.name for path in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*")))
+        found = f"only {pickles}, and pickles are never loaded" if pickles else "none"
+        raise UserError(f"{folder}: needs weights as .safetensors; found {found}")
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            tensors.update({name.removeprefix(prefix): file.get_tensor(name) for name in names})
+    return {
+        name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
+    }
+
+
+@contextmanager
+def _local_copy(ref: str) -> Iterator[Path]:
+    """A folder with the reference's config and weights: itself when local, else a copy for the duration."""
+    if ref.startswith("s3://"):
+        with tempfile.TemporaryDirectory() as scratch:
+            for uri in storage.list_uris(ref):
+                name = uri.rpartition("/")[2]
+                if name == CONFIG or name.endswith(".safetensors"):
+                    storage.download_file(uri, Path(scratch) / name)
+            yield Path(scratch)
+    elif Path(ref).is_dir() or ref.startswith(("/", ".", "~")):
+        yield Path(ref).expanduser()
+    else:
+        yield _download_from_hub(ref)
+
+
+def _download_from_hub(ref: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    owner, _, rest = ref.partition("/")
+    name, _, subfolder = rest.partition("/")
+    inside = f"{subfolder}/" if subfolder else ""
+    try:
+        snapshot = snapshot_download(
+            f"{owner}/{name}", allow_patterns=[f"{inside}{CONFIG}", f"{inside}*.safetensors"]
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"tokenizer.ref '{ref}' is neither a local folder nor can it be had from the hub ({reason});"
+            f" where the hub is out of reach, put its {CONFIG} and *.safetensors into a folder and give that"
+            " path or an s3:// URI as tokenizer.ref, or set HF_HOME to a cache that holds it"
+        ) from None
+    return Path(snapshot) / subfolder
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path.parent}: no {CONFIG}; a tokenizer is {CONFIG} beside *.safetensors") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must be a mapping, not {type(value).__name__}")
+    return value
