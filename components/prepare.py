@@ -7,7 +7,11 @@ from components.step import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def prepare(
-    preset: str, overrides: str, job: str, config: dsl.OutputPath(str), run: dsl.OutputPath(str)
+    preset: str,
+    overrides: str,
+    job: str,
+    config: dsl.OutputPath(str),  # type: ignore[valid-type]
+    run: dsl.OutputPath(str),  # type: ignore[valid-type]
 ) -> str:
     """Write the full config and the id of the MLflow run that all steps log below.
 

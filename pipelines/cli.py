@@ -59,6 +59,45 @@ def compile_(
 
 
 @app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")] = "",
+    out: Annotated[Path, typer.Option(help="Picture file; more than one are numbered.")] = Path("out.png"),
+    model: Annotated[
+        str, typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION, a folder, or s3://…")
+    ] = "models:/latent-gpt@champion",
+    num_images: Annotated[int, typer.Option(min=1)] = 1,
+    seed: Annotated[int, typer.Option(help="Of the first picture; the next ones count on.")] = 0,
+    cfg_scale: Annotated[Optional[float], typer.Option(min=0, help="Guidance; 1 is none.")] = None,  # noqa: UP045
+    temperature: Annotated[Optional[float], typer.Option(min=0, help="0 is greedy.")] = None,  # noqa: UP045
+    top_k: Annotated[Optional[int], typer.Option(min=0, help="0 keeps all.")] = None,  # noqa: UP045
+    top_p: Annotated[Optional[float], typer.Option(min=0, max=1, help="1 keeps all.")] = None,  # noqa: UP045
+    unconditional: Annotated[bool, typer.Option("--unconditional", help="Draw without a prompt.")] = False,
+) -> None:
+    """Draw pictures from a prompt. Options left out are those that the model was registered with."""
+    from pipelines import local
+
+    changed = {"cfg_scale": cfg_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    sampling = {name: value for name, value in changed.items() if value is not None}
+    local.generate(prompt, out, model, num_images, seed, sampling, unconditional)
+
+
+@app.command(name="mlflow-ui")
+def mlflow_ui() -> None:
+    """Keep MLflow and S3 running on what the runs left, until Ctrl-C."""
+    from pipelines import local
+
+    local.mlflow_ui()
+
+
+@app.command()
+def preflight(preset: Preset = "openmoji-tiny", set_: Set = None) -> None:
+    """Check config, source, storage, tracking and disk without running anything."""
+    from pipelines import local
+
+    local.check(preset, tuple(set_ or ()))
+
+
+@app.command()
 def presets() -> None:
     """List the shipped presets and what each promises."""
     from model.config import PRESETS, preset_names

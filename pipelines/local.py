@@ -84,6 +84,64 @@ def run(preset: str, overrides: tuple[str, ...]) -> None:
     _summary(follower, folder, time.monotonic() - started)
 
 
+def generate(
+    prompt: str,
+    out: Path,
+    model: str,
+    count: int,
+    seed: int,
+    sampling: dict[str, float],
+    unconditional: bool,
+) -> None:
+    """Draw `count` pictures into `out` (numbered where there are several) with seeds from `seed` on.
+
+    Raises:
+        UserError: no prompt, a suffix that is no picture's, a model that is not there.
+    """
+    if not prompt.strip() and not unconditional:
+        raise UserError("the prompt is empty; say what to draw, or give --unconditional")
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"--out {out} must end in .png, .jpg or .webp")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: folder {out.parent} does not exist")
+    from model.plumbing.services import services
+
+    with _stopping_on_sigterm(), services(state_folder()) as environment:
+        os.environ.update(environment)
+        from model.generate import Generator
+        from model.plumbing import registry
+
+        generator = Generator.load(registry.resolve(model))
+    changed = generator.sampling.model_copy(update=sampling)
+    seeds = list(range(seed, seed + count))
+    pictures = generator.generate([prompt] * count, seeds, changed, unconditional=unconditional)
+    for number, picture in enumerate(pictures):
+        path = out if count == 1 else out.with_stem(f"{out.stem}-{number}")
+        picture.save(path)
+        print(path)
+
+
+def mlflow_ui() -> None:
+    """Keep the services running until Ctrl-C, and say where MLflow is."""
+    from model.plumbing.services import services
+
+    with _stopping_on_sigterm(), services(state_folder()) as environment:
+        print(f"MLflow is at {environment['MLFLOW_TRACKING_URI']}; Ctrl-C stops it", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.pause()
+
+
+def check(preset: str, overrides: tuple[str, ...]) -> None:
+    """Print what `preflight` finds, with the services of a run."""
+    config = load_config(preset, overrides)
+    from components.preflight import preflight
+    from model.plumbing.services import services
+
+    with _stopping_on_sigterm(), services(state_folder()) as environment:
+        os.environ.update(environment)
+        print("\n".join(preflight(config)))
+
+
 @dataclass
 class Follower:
     """Turns the child's output into progress on the terminal."""
