@@ -1,0 +1,17 @@
+"""What is found out before anything starts."""
+
+from pathlib import Path
+
+import pytest
+
+from components.preflight import check_disk
+from model.errors import UserError
+
+
+def test_enough_room_is_fine_even_where_the_folder_is_not_there_yet(tmp_path: Path) -> None:
+    check_disk(tmp_path / "not" / "yet", needed=1)
+
+
+def test_a_full_disk_is_named_with_what_it_has_and_what_is_needed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"GiB free and a run needs 1048576 GiB"):
+        check_disk(tmp_path, needed=2**50)
