@@ -156,9 +156,9 @@ class VQVAEConfig(Section):
     kind: Literal["vqvae"] = "vqvae"
     factor: Literal[4, 8, 16] = 8  # image side / token grid side
     width: Positive = 64  # channels at full resolution of the first level
-    multipliers: list[Positive] = [1, 2, 2, 4]  # channels of each level, in `width`s; one level more than log2(factor/stem)
+    multipliers: list[Positive] = [1, 2, 2, 4]  # channels per level, in `width`s; log2(factor / stem) + 1
     blocks: Positive = 2  # residual blocks per level
-    stem: Literal[1, 2, 4] = 1  # the first convolution folds stem × stem pixels; cheap where pictures are flat
+    stem: Literal[1, 2, 4] = 1  # stem × stem pixels folded into channels first: cheap where pictures are flat
     dropout: Share = 0.0
     quantizer: Literal["vq", "fsq"] = "vq"
     codebook_size: Positive = 1024  # vq: entries K
@@ -337,8 +337,8 @@ class RunConfig(Section):
             training = getattr(part, "training", None)
             if training and training.batch_size % (processes * training.accumulate):
                 raise ValueError(
-                    f"{where}.training.batch_size ({training.batch_size}) must be a multiple of processes ×"
-                    f" accumulate ({processes} × {training.accumulate})"
+                    f"{where}.training.batch_size ({training.batch_size}) must be a multiple of processes x"
+                    f" accumulate ({processes} x {training.accumulate})"
                 )
         return self
 
