@@ -1,0 +1,326 @@
+"""What a run measures, in MLflow: one parent run per pipeline run, one child below it per step.
+
+Runs are found again by tag, so a step that is repeated continues its own curves. A server that is away for
+a while costs the training loop nothing but a warning; one that is not there at the start is an error.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import logging
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from model.errors import UserError
+from model.plumbing.jobs import TrackingIds
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+    from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+RUN_TAG, STEP_TAG = "latent_gpt.pipeline_run", "latent_gpt.step"
+PIPELINE = "pipeline"  # STEP_TAG of a parent run
+
+# Set wherever MLflow is used, by us and by the servers we start. Artifacts go through the tracking server:
+# left to itself the client asks the server for presigned URLs and then hangs where it cannot reach the S3
+# behind it. Requests are repeated for about a minute, which outlives a restart.
+MLFLOW_SETTINGS = {
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false",
+    "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+def mlflow_client() -> MlflowClient:
+    """A client of the tracking server that the environment names.
+
+    Raises:
+        UserError: it names none, or it does not answer.
+    """
+    check_server()
+    os.environ.update(MLFLOW_SETTINGS)
+    from mlflow import MlflowClient
+
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def check_server(patience: float = 10.0) -> None:
+    """Ask the tracking server for something that needs its database.
+
+    Args:
+        patience: seconds to wait for the answer.
+
+    Raises:
+        UserError: `MLFLOW_TRACKING_URI` is missing or wrong, or the server does not answer as MLflow does.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri.startswith(("http://", "https://")):
+        raise UserError(
+            f"MLFLOW_TRACKING_URI is '{uri}'; it must name an MLflow server, e.g. http://127.0.0.1:5000"
+        )
+    request = urllib.request.Request(
+        f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search",
+        data=b'{"max_results": 1}',
+        headers={"Content-Type": "application/json", **_authorization()},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=patience) as answer:
+            json.load(answer)
+    except urllib.error.HTTPError as error:
+        said = " ".join(error.read(200).decode(errors="replace").split())
+        if error.code == 401:
+            right = "check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        elif error.code == 403:
+            right = (
+                "check the permissions, and that the server was started with --allowed-hosts for this name"
+            )
+        else:
+            right = "check that MLFLOW_TRACKING_URI names an MLflow server"
+        raise UserError(f"MLflow at {uri} answers {error.code} ({said}); {right}") from None
+    except ValueError:
+        raise UserError(f"{uri} does not answer as MLflow does; check MLFLOW_TRACKING_URI") from None
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(
+            f"MLflow at {uri} cannot be reached ({reason}); check that it runs, and MLFLOW_TRACKING_URI"
+        ) from None
+
+
+def _authorization() -> dict[str, str]:
+    if token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
+        return {"Authorization": f"Bearer {token}"}
+    if user := os.environ.get("MLFLOW_TRACKING_USERNAME"):
+        both = f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}"
+        return {"Authorization": f"Basic {base64.b64encode(both.encode()).decode()}"}
+    return {}
+
+
+class Tracker:
+    """The run of one step. A context manager: leaving it ends the run, as failed if by an exception.
+
+    Once it stands, nothing here raises for a server's sake: what did not get through is reported in a
+    warning, at the latest when the run ends.
+    """
+
+    def __init__(self, ids: TrackingIds, params: dict[str, Any] | None = None, enabled: bool = True) -> None:
+        """Find or create the run.
+
+        Args:
+            ids: experiment, pipeline run and step.
+            params: nested settings, flattened to `section.field`.
+            enabled: False tracks nothing (every rank but one).
+
+        Raises:
+            UserError: MLflow cannot be reached.
+        """
+        self.enabled = enabled
+        self.lost = 0  # messages that did not get through
+        self._pending: list[Any] = []
+        if not enabled:
+            return
+        self._client = mlflow_client()
+        with _explained():
+            parent = open_pipeline_run(ids.experiment, ids.run)
+            run, found = _open(self._client, ids.experiment, ids.run, ids.step, parent)
+            self.run_id: str = run
+            if params and not found:
+                _log_params(self._client, run, params)
+
+    def metrics(self, step: int, **values: float) -> None:
+        """Log figures of an optimiser step; returns at once."""
+        if not self.enabled:
+            return
+        from mlflow.entities import Metric
+
+        now = int(1000 * time.time())
+        batch = [Metric(name, float(value), now, step) for name, value in values.items()]
+        self._pending = [operation for operation in self._pending if not self._is_done(operation)]
+        self._attempt(
+            lambda: self._pending.append(self._client.log_batch(self.run_id, batch, synchronous=False))
+        )
+
+    def tags(self, **values: str) -> None:
+        """Mark the run, e.g. with what it made."""
+
+        def send() -> None:
+            for name, value in values.items():
+                self._client.set_tag(self.run_id, name, value)
+
+        self._attempt(send)
+
+    def figure(self, name: str, figure: Figure) -> None:
+        """Keep a matplotlib figure under an artifact name such as `curves.png`."""
+        self._attempt(lambda: self._client.log_figure(self.run_id, figure, name))
+
+    def image(self, name: str, image: Image.Image) -> None:
+        """Keep a picture under an artifact name such as `samples/step-500.png`."""
+        self._attempt(lambda: self._client.log_image(self.run_id, image, artifact_file=name))
+
+    def text(self, name: str, text: str) -> None:
+        """Keep a text, e.g. `report.html`."""
+        self._attempt(lambda: self._client.log_text(self.run_id, text, name))
+
+    def file(self, path: str | Path, folder: str | None = None) -> None:
+        """Keep a local file, in an artifact folder if one is named."""
+        self._attempt(lambda: self._client.log_artifact(self.run_id, str(path), folder))
+
+    def finish(self, status: str = "FINISHED") -> None:
+        """Wait for what is under way, report what was lost, and end the run as FINISHED, FAILED or KILLED."""
+        if not self.enabled:
+            return
+        for operation in self._pending:
+            self._attempt(operation.wait)
+        self._pending = []
+        self._attempt(lambda: self._client.set_terminated(self.run_id, status))
+        if self.lost:
+            logger.warning("%d messages to MLflow were lost; the curves of this run have gaps", self.lost)
+
+    def _is_done(self, operation: Any) -> bool:
+        """Whether an asynchronous message is through, one way or the other; failures are reported here."""
+        futures = operation._operation_futures
+        if not all(future.done() for future in futures):
+            return False
+        self._attempt(operation.wait)
+        return True
+
+    def _attempt(self, send: Callable[[], object]) -> None:
+        if not self.enabled:
+            return
+        try:
+            send()
+        except Exception as error:  # whatever MLflow raises: training goes on
+            self.lost += 1
+            if self.lost in (1, 10, 100, 1000):
+                what = " ".join(str(error).split())[:200]
+                logger.warning("MLflow did not take a message (%d so far): %s", self.lost, what)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.finish("FAILED" if issubclass(kind, Exception) else "KILLED")
+
+
+def open_pipeline_run(experiment: str, run: str, params: dict[str, Any] | None = None) -> str:
+    """The id of a pipeline run's parent run, found by tag in any experiment, or created in this one.
+
+    Raises:
+        UserError: MLflow cannot be reached.
+    """
+    client = mlflow_client()
+    with _explained():
+        parent, found = _open(client, experiment, run, PIPELINE, parent="")
+        if params and not found:
+            _log_params(client, parent, params)
+    return parent
+
+
+def finish_pipeline_run(run: str, status: str = "FINISHED", tags: dict[str, str] | None = None) -> None:
+    """End a pipeline run's parent run as FINISHED, FAILED or KILLED; no parent run is no error.
+
+    Raises:
+        UserError: MLflow cannot be reached.
+    """
+    client = mlflow_client()
+    with _explained():
+        if found := _find(client, run, PIPELINE):
+            for name, value in (tags or {}).items():
+                client.set_tag(found.info.run_id, name, value)
+            client.set_terminated(found.info.run_id, status)
+
+
+def _open(client: MlflowClient, experiment: str, run: str, step: str, parent: str) -> tuple[str, bool]:
+    """Find a run by its tags, or create it: (id, whether it was there already)."""
+    if found := _find(client, run, step):
+        client.update_run(found.info.run_id, status="RUNNING")
+        return found.info.run_id, True
+    tags = {RUN_TAG: run, STEP_TAG: step}
+    if parent:
+        tags["mlflow.parentRunId"] = parent
+    name = step if parent else run
+    made = client.create_run(_experiment(client, experiment), tags=tags, run_name=name).info.run_id
+    first = _find(client, run, step)
+    if first and first.info.run_id != made:  # steps that start side by side; the first one's stays
+        client.delete_run(made)
+        return first.info.run_id, True
+    return made, False
+
+
+def _find(client: MlflowClient, run: str, step: str) -> Run | None:
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    query = f"tags.`{RUN_TAG}` = '{_quoted(run)}' and tags.`{STEP_TAG}` = '{_quoted(step)}'"
+    runs = client.search_runs(experiments, query, order_by=["attributes.start_time ASC"], max_results=10)
+    return min(runs, key=lambda one: (one.info.start_time, one.info.run_id), default=None)
+
+
+def _quoted(text: str) -> str:
+    if "'" in text:
+        raise UserError(f"run and step names go into MLflow queries; '{text}' must not hold a quote")
+    return text
+
+
+def _experiment(client: MlflowClient, name: str) -> str:
+    """The id of an experiment, created if need be, undeleted if somebody deleted it."""
+    from mlflow.exceptions import MlflowException
+
+    for _ in range(2):
+        if found := client.get_experiment_by_name(name):
+            if found.lifecycle_stage == "deleted":
+                client.restore_experiment(found.experiment_id)
+            return str(found.experiment_id)
+        with contextlib.suppress(MlflowException):  # somebody was quicker
+            return client.create_experiment(name)
+    raise UserError(f"MLflow does not let experiment '{name}' be created; check the permissions")
+
+
+def _log_params(client: MlflowClient, run_id: str, params: dict[str, Any]) -> None:
+    from mlflow.entities import Param
+
+    flat = [Param(name, str(value)[:6000]) for name, value in flatten(params).items()]
+    for start in range(0, len(flat), 100):  # MLflow's limit
+        client.log_batch(run_id, params=flat[start : start + 100])
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` is `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Turn MLflow's refusals into one line."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        what = " ".join(str(error).split())[:300]
+        raise UserError(f"MLflow at {os.environ.get('MLFLOW_TRACKING_URI')} refuses: {what}") from None
