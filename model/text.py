@@ -1,7 +1,7 @@
-"""Text as the transformer reads it, and the judge of picture and prompt: both are open_clip models, used frozen.
+"""Text as the transformer reads it, and the judge of picture and prompt: open_clip models, used frozen.
 
-A `clip` set is a folder with `model.safetensors` and a `config.json` that holds the open_clip architecture, so
-a model this project trained and a pretrained one are loaded through the same door.
+A `clip` set is a folder with `model.safetensors` and a `config.json` that holds the open_clip architecture,
+so a model this project trained and a pretrained one are loaded through the same door.
 
 Letters: B batch, S text tokens, W width of the text tower, E width of the shared embedding.
 """
@@ -194,8 +194,8 @@ def build_clip(description: dict[str, Any]) -> nn.Module:
     text = values["text_cfg"]
     if values.pop("custom_text", False) or "hf_model_name" in text or text.get("hf_tokenizer_name"):
         raise UserError(
-            f"clip.name '{name}' has a text tower or tokenizer of its own; choose one with CLIP's, for example"
-            " ViT-B-32, ViT-L-14 or ViT-H-14"
+            f"clip.name '{name}' has a text tower or tokenizer of its own; choose one with CLIP's, for"
+            " example ViT-B-32, ViT-L-14 or ViT-H-14"
         )
     return open_clip.model.CLIP(**values)
 
@@ -231,8 +231,8 @@ def load_clip(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 def import_pretrained(config: PretrainedCLIPConfig) -> tuple[nn.Module, dict[str, Any]]:
     """A pretrained open_clip model and the `config.json` that describes it.
 
-    `weights` is a tag of open_clip (downloaded or taken from the Hugging Face cache), or a `.safetensors` file
-    by path or `s3://` URI. Pickled checkpoints are not loaded.
+    `weights` is a tag of open_clip (downloaded or taken from the Hugging Face cache), or a `.safetensors`
+    file by path or `s3://` URI. Pickled checkpoints are not loaded.
 
     Raises:
         UserError: where architecture or weights cannot be had, with the ways to provide them.
@@ -242,9 +242,8 @@ def import_pretrained(config: PretrainedCLIPConfig) -> tuple[nn.Module, dict[str
     values = open_clip.get_model_config(config.name)
     if values is None:
         close = [name for name in open_clip.list_models() if name.startswith(config.name[:5])]
-        raise UserError(
-            f"clip.name '{config.name}' is no open_clip architecture; similar: {', '.join(close[:8]) or 'none'}"
-        )
+        similar = ", ".join(close[:8]) or "none"
+        raise UserError(f"clip.name '{config.name}' is no open_clip architecture; similar: {similar}")
     tag = open_clip.get_pretrained_cfg(config.name, config.weights)
     values = dict(values)
     if tag.get("quick_gelu"):
