@@ -26,7 +26,7 @@ from typing import IO
 
 POLL = 0.1  # seconds
 YOUNG = 10.0  # seconds; a server that ends sooner would end again
-PATIENCE = 10.0  # seconds that a server gets to stop
+PATIENCE = 5.0  # seconds that a server gets to stop
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 

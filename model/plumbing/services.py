@@ -50,7 +50,7 @@ def services(state_dir: str | Path) -> Iterator[dict[str, str]]:
     needs_mlflow = not os.environ.get("MLFLOW_TRACKING_URI")
     with ExitStack() as stack:
         s3 = mlflow = None
-        stack.enter_context(_environment(MLFLOW_SETTINGS))
+        stack.enter_context(_environment({**MLFLOW_SETTINGS, "LATENT_GPT_CACHE": str(state / "cache")}))
         if needs_s3:
             s3 = stack.enter_context(_use(state / "s3", S3Server()))
             stack.enter_context(_environment(s3.environment))
@@ -70,7 +70,8 @@ def services(state_dir: str | Path) -> Iterator[dict[str, str]]:
                 server.wait_until_ready()
         if s3 and not storage.is_s3(storage.store_root()):
             storage.check_store(storage.store_root())
-        names = [*MLFLOW_SETTINGS, *S3Server.VARIABLES, "LATENT_GPT_STORE", "MLFLOW_TRACKING_URI"]
+        names = [*MLFLOW_SETTINGS, *S3Server.VARIABLES, "LATENT_GPT_STORE", "LATENT_GPT_CACHE"]
+        names.append("MLFLOW_TRACKING_URI")
         yield {name: os.environ[name] for name in names if name in os.environ}
 
 

@@ -136,7 +136,7 @@ class Tracker:
         if not enabled:
             return
         self._client = mlflow_client()
-        with _explained():
+        with explained():
             parent = open_pipeline_run(ids.experiment, ids.run)
             run, found = _open(self._client, ids.experiment, ids.run, ids.step, parent)
             self.run_id: str = run
@@ -230,7 +230,7 @@ def open_pipeline_run(experiment: str, run: str, params: dict[str, Any] | None =
         UserError: MLflow cannot be reached.
     """
     client = mlflow_client()
-    with _explained():
+    with explained():
         parent, found = _open(client, experiment, run, PIPELINE, parent="")
         if params and not found:
             _log_params(client, parent, params)
@@ -244,7 +244,7 @@ def finish_pipeline_run(run: str, status: str = "FINISHED", tags: dict[str, str]
         UserError: MLflow cannot be reached.
     """
     client = mlflow_client()
-    with _explained():
+    with explained():
         if found := _find(client, run, PIPELINE):
             for name, value in (tags or {}).items():
                 client.set_tag(found.info.run_id, name, value)
@@ -315,7 +315,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _explained() -> Iterator[None]:
+def explained() -> Iterator[None]:
     """Turn MLflow's refusals into one line."""
     from mlflow.exceptions import MlflowException
 
