@@ -9,12 +9,15 @@ import tempfile
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from model.config import TokenizerLoss
+from model.config import TokenizerLoss, TrainingConfig
 from model.errors import UserError
+from model.optim import adamw, set_learning_rate
 from model.plumbing import storage
 
 GRADIENT_SCALES = 3  # full, half and quarter resolution
@@ -165,18 +168,40 @@ class PatchDiscriminator(nn.Sequential):
         super().__init__(*layers, nn.Conv2d(8 * width, 1, 4, padding=1))
 
 
-def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Hinge loss of the discriminator's judgements of pictures and of reconstructions."""
-    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+class Adversary:
+    """The discriminator with its optimiser; it plays along from `loss.adversarial_from` on."""
 
+    def __init__(self, config: TokenizerLoss, training: TrainingConfig, device: torch.device) -> None:
+        self.weight = config.adversarial
+        self.first_step = round(config.adversarial_from * training.steps)
+        self.grad_clip = training.grad_clip
+        self.net = PatchDiscriminator().to(device)
+        # Averages gradients over processes; the net itself judges where no gradient is to reach it.
+        self.reducer = DistributedDataParallel(self.net) if dist.is_initialized() else self.net
+        self.optimizer = adamw(self.net, training)
 
-def adversarial_loss(fake: Tensor) -> Tensor:
-    """What the decoder minimises."""
-    return -fake.mean()
+    def term(self, reconstruction: Tensor, loss: Tensor) -> Tensor:
+        """What the decoder minimises beside the reconstruction's `loss`, weighted so that both pull alike.
 
+        The weight is the ratio of the two gradients' norms, as in VQGAN (Esser et al. 2021,
+        arXiv:2012.09841), but at the reconstruction instead of at the decoder's last layer: no second pass
+        through the decoder, and nothing that a compiled or distributed module would have to allow for.
+        """
+        self.net.requires_grad_(False)
+        adversarial = -self.net(reconstruction).mean()
+        self.net.requires_grad_(True)
+        (ours,) = torch.autograd.grad(loss, reconstruction, retain_graph=True)
+        (theirs,) = torch.autograd.grad(adversarial, reconstruction, retain_graph=True)
+        ratio = (ours.norm() / theirs.norm().clamp_min(1e-8)).clamp_max(1e4)
+        return self.weight * ratio.detach() * adversarial
 
-def adaptive_weight(reconstruction_loss: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
-    """Ratio of the losses' gradients at the decoder's last layer (Esser et al. 2021, arXiv:2012.09841)."""
-    (ours,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
-    (theirs,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    return (ours.norm() / (theirs.norm() + 1e-4)).clamp(0, 1e4).detach()
+    def learn(self, images: Tensor, reconstruction: Tensor, rate: float) -> Tensor:
+        """One optimiser step on the hinge loss at learning rate `rate`; returns the loss."""
+        set_learning_rate(self.optimizer, rate)
+        real, fake = self.reducer(torch.cat([images, reconstruction.detach()])).float().chunk(2)
+        loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.net.parameters(), self.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()

@@ -26,8 +26,7 @@ from model.config import PretrainedTokenizerConfig, VQVAEConfig
 from model.errors import UserError
 from model.plumbing import storage
 from model.plumbing.checkpoints import CONFIG, WEIGHTS, load_model, save_model
-from model.plumbing.manifests import Manifest, SetWriter, find, set_uri
-from model.plumbing.storage import file_sha256
+from model.plumbing.manifests import Manifest, SetWriter
 from model.quantize import nearest_codes
 from model.vqvae import VQVAE, check_sides
 
@@ -213,11 +212,11 @@ def load_weights(net: nn.Module, weights: dict[str, Tensor]) -> None:
 # ── import ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def import_pretrained(config: PretrainedTokenizerConfig) -> Manifest:
-    """Publish a tokenizer trained elsewhere as a `tokenizer` set, or find it published already.
+def import_pretrained(config: PretrainedTokenizerConfig, writer: SetWriter) -> Manifest:
+    """Publish a tokenizer trained elsewhere as the set that `writer` stands for.
 
     `config.ref` is a local folder, an `s3://` folder, or a hub id `owner/name[/subfolder]`; it must hold
-    `config.json` and safetensors. The set is keyed by the weights themselves, not by where they were found.
+    `config.json` and safetensors.
 
     Raises:
         UserError: when the reference cannot be reached or does not hold the family's tokenizer.
@@ -227,15 +226,9 @@ def import_pretrained(config: PretrainedTokenizerConfig) -> Manifest:
         described, weights = _read_reference(config, source)
         save_model(folder, weights, described)
         tokenizer = load_tokenizer(folder)  # what cannot be loaded is not published
-        files = {name: file_sha256(folder / name) for name in (CONFIG, WEIGHTS)}
-        identity = {"family": config.family, "sha256": files}
-        if finished := find(set_uri("tokenizer", identity, {})):
-            return finished
-        writer = SetWriter("tokenizer", identity, {})
-        for name in files:
+        for name in (CONFIG, WEIGHTS):
             writer.add_file(name, folder / name)
-        info = {"ref": config.ref, "vocabulary": tokenizer.vocabulary, "factor": tokenizer.factor}
-        return writer.finish(info)
+    return writer.finish({"vocabulary": tokenizer.vocabulary, "factor": tokenizer.factor})
 
 
 def _read_reference(
