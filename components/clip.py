@@ -12,7 +12,7 @@ def clip(
     """`role` is "text" or "judge": two models from separate seeds and splits, so that none judges itself."""
     from components.step import read, step, write
 
-    with step(f"clip_{role}"):
+    with step(f"clip_{role}", run):
         from components.launcher import launch
         from model.config import parse_config
         from model.work import job

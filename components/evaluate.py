@@ -22,7 +22,7 @@ def evaluate(
     """Metrics on held-out pictures, sample grids, curves and lineage in one self-contained page."""
     from components.step import read, step, write
 
-    with step("evaluate"):
+    with step("evaluate", run):
         from pathlib import Path
 
         from components.launcher import launch

@@ -10,7 +10,7 @@ def ingest(config: str, run: str, images: dsl.Output[dsl.Dataset]) -> None:
     """Validate, normalise, split and shard; bad pictures are quarantined with their reasons."""
     from components.step import step, write
 
-    with step("ingest"):
+    with step("ingest", run):
         from model.config import parse_config
         from model.ingest import ingest
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from components.step import say
+from components.step import JobFailed, say
 from model.config import JobConfig
 from model.errors import UserError
 from model.plumbing import manifests
@@ -20,10 +20,6 @@ from model.plumbing.jobs import JobSpec, write_spec
 from model.plumbing.manifests import Manifest
 
 LAST_LINES = 15  # of a failed rank's log, repeated where the failure is reported
-
-
-class JobFailed(RuntimeError):
-    """A job ended without its set: says which rank, how, and its last lines."""
 
 
 def launch(spec: JobSpec, jobs: JobConfig) -> Manifest:
@@ -44,7 +40,7 @@ def launch(spec: JobSpec, jobs: JobConfig) -> Manifest:
     run_torchrun(spec, jobs, logs)
     manifest = manifests.find(spec.output)
     if manifest is None:
-        raise JobFailed(f"{spec.name}: all processes ended well, but {spec.output} has no manifest")
+        raise JobFailed(f"all processes ended well, but {spec.output} has no manifest")
     return manifest
 
 
@@ -84,11 +80,11 @@ def run_torchrun(spec: JobSpec, jobs: JobConfig, logs: Path) -> None:
         elastic_launch(config, sys.executable)("-m", spec.module, write_spec(spec))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        _fail(spec, rank, failure.exitcode, logs)
+        raise _reason(rank, failure.exitcode, logs) from None
 
 
-def _fail(spec: JobSpec, rank: int, exitcode: int, logs: Path) -> None:
-    """Raise what the first failed rank said, or how it ended."""
+def _reason(rank: int, exitcode: int, logs: Path) -> UserError | JobFailed:
+    """What the first failed rank said, or how it ended."""
     lines = [
         line.rstrip()
         for name in ("stdout.log", "stderr.log")
@@ -97,12 +93,13 @@ def _fail(spec: JobSpec, rank: int, exitcode: int, logs: Path) -> None:
     ]
     for line in reversed(lines):
         if match := re.match(r"error: (.*)", line):
-            raise UserError(match[1])
+            return UserError(match[1])
     if exitcode == -9:
         how = "was killed (SIGKILL; most often the machine ran out of memory)"
     elif exitcode < 0:
         how = f"was ended by signal {-exitcode}"
     else:
         how = f"ended with exit code {exitcode}"
+    last = f" ({lines[-1].strip()[:200]})" if lines else ""
     tail = "\n".join(lines[-LAST_LINES:])
-    raise JobFailed(f"{spec.name}: process {rank} {how}; its log is under {logs}\n{tail}")
+    return JobFailed(f"process {rank} {how}{last}; its log is under {logs}\n{tail}")

@@ -13,7 +13,7 @@ def prepare(
     config: dsl.OutputPath(str),  # type: ignore[valid-type]
     run: dsl.OutputPath(str),  # type: ignore[valid-type]
 ) -> str:
-    """Write the full config and the id of the MLflow run that all steps log below.
+    """Write the full config and the name of the MLflow run that all steps log below.
 
     Returns "transformer" or "tokenizer", what the run is to end with: the pipeline branches on it. (It is
     the function's return value because kfp.local takes the named outputs of a task in a condition for unset.)
@@ -24,12 +24,14 @@ def prepare(
         from pathlib import Path
 
         from components.preflight import preflight
-        from components.work import start_run
         from model.config import load_config
+        from model.plumbing.tracking import open_pipeline_run
 
         resolved = load_config(preset, overrides.split("\n") if overrides else [])
         for line in preflight(resolved):
             say("prepare", line)
         Path(config).write_text(resolved.model_dump_json())
-        Path(run).write_text(start_run(resolved, job))
+        name = f"{resolved.name}-{job}"
+        open_pipeline_run(resolved.experiment, name, resolved.model_dump(mode="json"))
+        Path(run).write_text(name)
     return "transformer" if resolved.transformer else "tokenizer"

@@ -9,6 +9,8 @@ from components.step import IMAGE
 def register(
     config: str,
     run: str,
+    images: dsl.Input[dsl.Dataset],
+    tokens: dsl.Input[dsl.Dataset],
     tokenizer: dsl.Input[dsl.Model],
     clip: dsl.Input[dsl.Model],
     judge: dsl.Input[dsl.Model],
@@ -18,18 +20,19 @@ def register(
     """Log the model as a pyfunc that loads without pickle; returns what was registered, as JSON."""
     from components.step import read, step
 
-    with step("register"):
-        import json
-
-        from components.work import register_model
+    with step("register", run):
+        from components.registration import register_model
         from model.config import parse_config
+        from model.plumbing.tracking import finish_pipeline_run
 
-        inputs = {
+        sets = {
+            "images": read(images),
+            "tokens": read(tokens),
             "tokenizer": read(tokenizer),
             "text": read(clip),
             "judge": read(judge),
             "transformer": read(transformer),
-            "evaluation": read(evaluation),
         }
-        registered = register_model(parse_config(config), run, inputs)
-    return json.dumps(registered)
+        registered = register_model(parse_config(config), run, sets, read(evaluation))
+        finish_pipeline_run(run)
+    return registered.model_dump_json()

@@ -22,33 +22,53 @@ if TYPE_CHECKING:
 IMAGE = os.environ.get("LATENT_GPT_IMAGE", "latent-gpt:dev")  # of every step; by digest on a cluster
 
 
+class JobFailed(Exception):
+    """A job ended without its set. The first line of the message is for people, the rest for the log."""
+
+
 def say(name: str, text: str) -> None:
     """Print a line of a step's progress."""
     print(f"{name}  {text}", flush=True)
 
 
 @contextmanager
-def step(name: str) -> Iterator[None]:
+def step(name: str, run: str = "") -> Iterator[None]:
     """Report a step's start, end and failure; a failure leaves with a non-zero status.
 
     A `UserError` comes out as its one line. Anything else is a defect: its trace goes to the step's log,
-    and the line says so.
+    and the line says so. Either way MLflow's run of the pipeline, if it is named, has failed with it.
     """
     started = time.monotonic()
     say(name, "started")
     try:
         yield
-    except UserError as error:
-        if os.environ.get("LATENT_GPT_DEBUG"):
-            traceback.print_exc()
-        print(f"error: {error}", flush=True)
-        sys.exit(2)
     except Exception as error:
-        traceback.print_exc()
-        what = str(error).partition("\n")[0]
-        print(f"error: {name} failed: {type(error).__name__}: {what}", flush=True)
-        sys.exit(1)
+        expected = isinstance(error, UserError)
+        if not expected or os.environ.get("LATENT_GPT_DEBUG"):
+            traceback.print_exc()
+        print(f"error: {_reason(name, error)}", flush=True)
+        if run:
+            _record_failure(run)
+        sys.exit(2 if expected else 1)
     say(name, f"done in {time.monotonic() - started:.1f} s")
+
+
+def _reason(name: str, error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    first = str(error).partition("\n")[0]
+    if isinstance(error, JobFailed):
+        return f"{name} failed: {first}"
+    return f"{name} failed: {type(error).__name__}: {first}"
+
+
+def _record_failure(run: str) -> None:
+    from model.plumbing.tracking import finish_pipeline_run
+
+    try:
+        finish_pipeline_run(run, "FAILED")
+    except UserError as error:  # the reason of the failure itself is said already, and matters more
+        print(f"warning: {error}", flush=True)
 
 
 def write(manifest: Manifest, artifact: Any) -> None:

@@ -17,7 +17,7 @@ def tokenize_data(
     """Write token shards that the trainer reads without touching a picture again."""
     from components.step import read, step, write
 
-    with step("tokenize_data"):
+    with step("tokenize_data", run):
         from components.launcher import launch
         from model.config import parse_config
         from model.work import job

@@ -10,11 +10,14 @@ def tokenizer(config: str, run: str, images: dsl.Input[dsl.Dataset], model: dsl.
     """Train the VQ-VAE that the config describes, or import the pretrained one it names."""
     from components.step import read, step, write
 
-    with step("tokenizer"):
+    with step("tokenizer", run):
         from components.launcher import launch
         from model.config import parse_config
+        from model.plumbing.tracking import finish_pipeline_run
         from model.work import job
 
         settings = parse_config(config)
         spec = job("tokenizer", "tokenizer", settings, run, {"images": read(images)})
         write(launch(spec, settings.jobs), model)
+        if settings.transformer is None:  # the run ends here
+            finish_pipeline_run(run)

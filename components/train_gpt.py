@@ -16,7 +16,7 @@ def train_gpt(
     """Train as a job of as many processes as the config asks for."""
     from components.step import read, step, write
 
-    with step("train_gpt"):
+    with step("train_gpt", run):
         from components.launcher import launch
         from model.config import parse_config
         from model.work import job

@@ -48,17 +48,19 @@ def text_to_image(preset: str = "openmoji-tiny", overrides: str = "") -> None:
         gpt = _named(
             train_gpt(config=config, run=run, tokens=tokens.output, clip=reader.output), "Transformer"
         )
-        models = {
+        sets = {
+            "images": images.output,
+            "tokens": tokens.output,
             "tokenizer": codec.output,
             "clip": reader.output,
             "judge": judge.output,
             "transformer": gpt.output,
         }
         judged = _named(
-            evaluate(config=config, run=run, images=images.output, tokens=tokens.output, **models),
+            evaluate(config=config, run=run, **sets),
             "Measure, draw, report",
         )
         _named(
-            register(config=config, run=run, evaluation=judged.outputs["evaluation"], **models),
+            register(config=config, run=run, evaluation=judged.outputs["evaluation"], **sets),
             "Register the model",
         )

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from components.launcher import JobFailed, launch
+from components.launcher import launch
+from components.step import JobFailed
 from model.config import JobConfig, load_config
 from model.errors import UserError
 from model.plumbing import manifests
