@@ -1,0 +1,227 @@
+"""From prompts to pictures: the whole way through text encoder, transformer and tokenizer.
+
+A **bundle** is a folder with all that drawing needs:
+
+    tokenizer/  text/  transformer/  judge/     the files of these sets
+    sampling.json                               the settings the model was evaluated with
+    lineage.json                                URI and hash of each set
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from pydantic import ValidationError
+from torch import Tensor
+
+from model.config import SamplingConfig
+from model.errors import UserError
+from model.gpt import GPT, load_gpt
+from model.images import to_pixels
+from model.plumbing import manifests
+from model.plumbing.manifests import Manifest
+from model.sampler import OnToken, Rerank, Sampler
+from model.text import Judge, TextEncoder, load_judge, load_text_encoder
+from model.tokenizers import Tokenizer, load_tokenizer
+
+PARTS = ("tokenizer", "text", "transformer", "judge")
+FILES = ("config.json", "model.safetensors")
+SAMPLING, LINEAGE = "sampling.json", "lineage.json"
+LONGEST_PROMPT = 1000  # characters: far beyond any text encoder's context
+BATCH_CPU, BATCH_CUDA = 64, 256  # pictures drawn side by side
+
+
+# ── bundles ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def write_bundle(sets: Mapping[str, Manifest], sampling: SamplingConfig, folder: str | Path) -> Path:
+    """Fetch the sets `tokenizer`, `text`, `transformer` and `judge`, verified, into a bundle.
+
+    Nothing is left in `folder` where a set cannot be had. Other sets are named in the lineage alone.
+
+    Raises:
+        UserError: where a file is not what its manifest says.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        made = Path(scratch) / "bundle"
+        for part in PARTS:
+            manifests.fetch(sets[part], made / part, FILES)
+        (made / SAMPLING).write_text(sampling.model_dump_json(indent=2))
+        lineage = {name: {"uri": one.uri, "sha256": one.sha256} for name, one in sorted(sets.items())}
+        (made / LINEAGE).write_text(json.dumps(lineage, indent=2))
+        shutil.copytree(made, folder, dirs_exist_ok=True)
+    return folder
+
+
+class Generator:
+    """Draws pictures from prompts; `load` makes one from a bundle."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        text: TextEncoder,
+        gpt: GPT,
+        judge: Judge | None = None,
+        sampling: SamplingConfig | None = None,
+        compile: bool = False,
+    ) -> None:
+        """
+        Args:
+            tokenizer, text, gpt: on one device, in evaluation mode.
+            judge: chooses where `best_of` asks for several draws.
+            sampling: settings of draws that bring none.
+            compile: see `model.sampler.Sampler`.
+        """
+        if gpt.vocabulary != tokenizer.vocabulary or gpt.text_width != text.width:
+            raise UserError(
+                f"the parts do not belong together: the transformer has {gpt.vocabulary} codes and reads text"
+                f" of width {gpt.text_width}, the tokenizer has {tokenizer.vocabulary} codes and the text"
+                f" encoder width {text.width}"
+            )
+        self.tokenizer, self.text, self.gpt, self.judge = tokenizer, text, gpt, judge
+        self.sampling = sampling or SamplingConfig()
+        self.sampler = Sampler(gpt, compile)
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, device: str | torch.device | None = None, compile: bool = False
+    ) -> Generator:
+        """The generator of a bundle; on the GPU where there is one, unless `device` says otherwise.
+
+        Raises:
+            UserError: where the folder is no bundle, or a part is missing or does not fit.
+        """
+        folder = Path(folder)
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if not (folder / SAMPLING).is_file():
+            raise UserError(
+                f"{folder} is no model: it has no {SAMPLING}; a model folder has {', '.join(PARTS)} and that"
+            )
+        try:
+            sampling = SamplingConfig.model_validate_json((folder / SAMPLING).read_text())
+        except ValidationError as error:
+            raise UserError(f"{folder / SAMPLING}: {error.errors()[0]['msg']}") from None
+        gpt = load_gpt(folder / "transformer", device)
+        if device.type == "cuda" and gpt.config.training.precision == "bf16":
+            gpt = gpt.bfloat16()
+        judge = load_judge(folder / "judge", device) if (folder / "judge").is_dir() else None
+        return cls(
+            load_tokenizer(folder / "tokenizer", device),
+            load_text_encoder(folder / "text", device),
+            gpt,
+            judge,
+            sampling,
+            compile,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where pictures are drawn."""
+        return self.gpt.embedding.weight.device
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        sampling: SamplingConfig | None = None,
+        unconditional: bool = False,
+    ) -> list[Image.Image]:
+        """One picture per prompt and seed; the same prompt, seed and settings give the same picture.
+
+        Args:
+            prompts: in words; ignored where `unconditional`.
+            seeds: 0 ≤ seed < 2⁶³, as many as prompts.
+            sampling: other settings than the model's own.
+            unconditional: draw without text.
+
+        Raises:
+            UserError: an empty prompt, one of more than 1,000 characters, an impossible seed or setting.
+        """
+        images = self.draw(prompts, seeds, sampling, unconditional)
+        return [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in to_pixels(images).cpu()]
+
+    @torch.no_grad()
+    def draw(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        sampling: SamplingConfig | None = None,
+        unconditional: bool = False,
+        on_batch: Callable[[int], object] | None = None,
+        on_token: OnToken | None = None,
+    ) -> Tensor:
+        """As `generate`, but float (N, 3, H, W) in [-1, 1]; `on_batch` hears how many are done."""
+        if len(prompts) != len(seeds):
+            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; each picture needs both")
+        if not unconditional:
+            for prompt in prompts:
+                check_prompt(prompt)
+        for seed in seeds:
+            if not 0 <= seed < 2**63:
+                raise UserError(f"seed {seed} is out of range; a seed is a whole number from 0 to 2^63 - 1")
+        sampling = checked(sampling or self.sampling)
+        size = BATCH_CUDA if self.device.type == "cuda" else BATCH_CPU
+        size = max(1, size // sampling.best_of)
+        images = []
+        for start in range(0, len(seeds), size):
+            batch = list(prompts[start : start + size])
+            codes = self._codes(batch, list(seeds[start : start + size]), sampling, unconditional, on_token)
+            images.append(self.tokenizer.decode(codes.view(len(codes), *self.gpt.grid)))
+            if on_batch is not None:
+                on_batch(min(start + size, len(seeds)))
+        return torch.cat(images)
+
+    def _codes(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        sampling: SamplingConfig,
+        unconditional: bool,
+        on_token: OnToken | None,
+    ) -> Tensor:
+        if unconditional:
+            alone = sampling.model_copy(update={"best_of": 1})  # there is nothing to judge a picture by
+            return self.sampler(None, None, alone, seeds, on_token=on_token)
+        states, mask = self.text.encode(self.text.tokenize(prompts))
+        rerank = self._rerank(prompts) if sampling.best_of > 1 else None
+        return self.sampler(states, mask, sampling, seeds, on_token=on_token, rerank=rerank)
+
+    def _rerank(self, prompts: list[str]) -> Rerank:
+        judge = self.judge
+        if judge is None:
+            raise UserError("best_of above 1 needs a judge, and this model has none; set best_of to 1")
+
+        def scores(codes: Tensor) -> Tensor:  # (B, n, T) -> (B, n)
+            images = self.tokenizer.decode(codes.reshape(-1, *self.gpt.grid))
+            features = judge.image_features(images).view(*codes.shape[:2], -1)
+            return torch.einsum("bne,be->bn", features, judge.text_features(prompts))
+
+        return scores
+
+
+def check_prompt(prompt: str) -> None:
+    """Refuse what cannot be drawn from. Raises UserError. (What exceeds the text encoder loses its end.)"""
+    if not prompt.strip():
+        raise UserError("the prompt is empty; say what to draw, or draw unconditionally")
+    if len(prompt) > LONGEST_PROMPT:
+        raise UserError(f"the prompt has {len(prompt)} characters; at most {LONGEST_PROMPT} are read")
+
+
+def checked(sampling: SamplingConfig | Mapping[str, Any]) -> SamplingConfig:
+    """Sampling settings, validated. Raises UserError naming the first that is impossible."""
+    values = sampling.model_dump() if isinstance(sampling, SamplingConfig) else dict(sampling)
+    try:
+        return SamplingConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise UserError(f"sampling: {name} is {first['input']!r}: {first['msg']}") from None

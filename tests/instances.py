@@ -1,0 +1,79 @@
+"""Tiny models with random weights, and the sets they would be published as."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from model.config import RunConfig, TrainedCLIPConfig, VQVAEConfig, parse_config
+from model.gpt import GPT
+from model.plumbing.checkpoints import save_model
+from model.plumbing.manifests import Manifest, SetWriter
+from model.text import architecture, build_clip
+from model.vqvae import VQVAE
+
+SIDE = 16
+TRAINING = {"steps": 3, "batch_size": 8, "warmup_steps": 1}
+
+
+def config(**changes: object) -> RunConfig:
+    """A run on shapes of 16 px whose nets have a few thousand weights."""
+    return parse_config(
+        {
+            "name": "tiny",
+            "data": {"source": {"kind": "shapes", "count": 64}, "image_size": SIDE, "validation_share": 0.2},
+            "clip": {
+                "kind": "trained", "embed_dim": 16, "text_width": 16, "text_layers": 1, "text_heads": 2,
+                "context_length": 24, "vision_width": 16, "vision_layers": 1, "patch_size": 8,
+                "training": TRAINING,
+            },
+            "tokenizer": {
+                "kind": "vqvae", "factor": 4, "width": 8, "multipliers": [1, 1, 1], "blocks": 1,
+                "codebook_size": 16, "code_dim": 4, "training": TRAINING,
+            },
+            "transformer": {"depth": 1, "width": 16, "heads": 2, "training": TRAINING},
+            "evaluation": {"samples_per_prompt": 2, "pictures": 6},
+            **changes,
+        }
+    )  # fmt: skip
+
+
+def write_models(folder: Path, run: RunConfig, seed: int = 0) -> dict[str, Path]:
+    """Folders of a tokenizer, two CLIPs and a transformer that fit together, with random weights."""
+    torch.manual_seed(seed)
+    assert isinstance(run.tokenizer, VQVAEConfig)
+    assert isinstance(run.clip, TrainedCLIPConfig)
+    assert run.transformer
+    side = run.data.image_size
+    folders = {name: folder / name for name in ("tokenizer", "text", "judge", "transformer")}
+    vqvae = VQVAE(run.tokenizer)
+    save_model(folders["tokenizer"], vqvae.state_dict(), run.tokenizer.model_dump(mode="json"))
+    for role in ("text", "judge"):
+        description = {
+            "name": "tiny",
+            "architecture": architecture(run.clip, side),
+            "preprocess": {"size": side, "mean": [0.5] * 3, "std": [0.5] * 3},
+        }
+        save_model(folders[role], build_clip(description).state_dict(), description)
+    grid = side // run.tokenizer.factor
+    gpt = GPT(run.transformer, run.tokenizer.vocabulary, (grid, grid), run.clip.text_width)
+    for parameter in gpt.parameters():  # the head starts at zero, which would hide every mistake
+        torch.nn.init.normal_(parameter, std=1.0)
+    save_model(folders["transformer"], gpt.state_dict(), gpt.description())
+    return folders
+
+
+def publish_models(folder: Path, run: RunConfig, images: Manifest, seed: int = 0) -> dict[str, Manifest]:
+    """The same as sets in the store, with histories, made from `images`."""
+    kinds = {"tokenizer": "tokenizer", "text": "clip", "judge": "clip", "transformer": "transformer"}
+    history = {"train/loss": [[1, 2.0], [2, 1.5], [3, 1.2]], "validation/loss": [[3, 1.4]]}
+    sets = {}
+    for name, path in write_models(folder, run, seed).items():
+        writer = SetWriter(kinds[name], {"of": name, "seed": seed}, {"images": images})  # type: ignore[arg-type]
+        for file in sorted(path.iterdir()):
+            writer.add_file(file.name, file)
+        writer.add_bytes("history.json", json.dumps(history).encode())
+        sets[name] = writer.finish({"role": name} if kinds[name] == "clip" else {})
+    return sets
