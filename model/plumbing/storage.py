@@ -18,6 +18,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -115,8 +116,8 @@ def upload_file(path: str | Path, uri: str) -> None:
     """Store a local file at `uri`; on S3 in large parts side by side."""
     if is_s3(uri):
         bucket, key = split(uri)
-        with _explained(uri):
-            client().upload_file(str(path), bucket, key, Config=_transfer())
+        with _explained(uri), open(path, "rb") as source:
+            client().upload_fileobj(source, bucket, key, Config=_transfer())
     else:
         with open(path, "rb") as source, _local_target(uri) as partial:
             shutil.copyfileobj(source, partial, 4 * MIB)
@@ -130,9 +131,7 @@ def download_file(uri: str, path: str | Path, sha256: str | None = None) -> None
     """
     with _local_target(path, durable=False) as partial:
         if is_s3(uri):
-            bucket, key = split(uri)
-            with _explained(uri):
-                client().download_fileobj(bucket, key, partial, Config=_transfer())
+            _download(uri, partial)
         else:
             with _explained(uri), open(uri, "rb") as source:
                 shutil.copyfileobj(source, partial, 4 * MIB)
@@ -304,7 +303,8 @@ def _client(process: int, place: tuple[str, ...], patience: float, attempts: int
     endpoint, *_, region = place
     if endpoint and not endpoint.startswith(("http://", "https://")):
         raise UserError(f"S3_ENDPOINT_URL is '{endpoint}'; it must start with http:// or https://")
-    return boto3.client(
+    # Not boto3's default session: that one keeps the first credentials it has seen.
+    return boto3.session.Session().client(
         "s3",
         endpoint_url=endpoint or None,
         region_name=region or "us-east-1",
@@ -329,30 +329,59 @@ def _transfer() -> TransferConfig:
     )
 
 
-class _S3Stream(io.RawIOBase):
-    """An S3 object as a raw file; reads on one connection, from wherever the last seek went."""
+def _download(uri: str, target: Any) -> None:
+    """Write an S3 object into an open local file, a large one in parts side by side."""
+    with _S3Stream(uri) as whole:
+        if whole.end <= 2 * PART:
+            shutil.copyfileobj(whole, target, MIB)
+            target.flush()
+            return
+        size, etag = whole.end, whole.etag
 
-    def __init__(self, uri: str) -> None:
+    def fetch(start: int) -> None:
+        chunk = memoryview(bytearray(MIB))
+        with _S3Stream(uri, etag, start, min(start + PART, size)) as part:
+            position = start
+            while count := part.readinto(chunk):
+                os.pwrite(target.fileno(), chunk[:count], position)
+                position += count
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            list(pool.map(fetch, range(0, size, PART)))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+class _S3Stream(io.RawIOBase):
+    """An S3 object, or the bytes of it from `start` to `end`, as a raw file on one connection.
+
+    Seeking opens a new connection at the next read, and so does a connection that breaks.
+    """
+
+    def __init__(self, uri: str, etag: str = "", start: int = 0, end: int = 0) -> None:
         super().__init__()
+        self.etag = etag
+        self.end = end
         self._uri = uri
         self._bucket, self._key = split(uri)
-        self._position = 0
+        self._position = start
         self._body: Any = None
-        self._etag = ""
-        self._size = 0
-        self._open()
+        if not etag:
+            self._open()
 
     def _open(self) -> None:
         where: dict[str, Any] = {}
-        if self._etag:  # never mix two versions of an object
-            where = {"IfMatch": self._etag, "Range": f"bytes={self._position}-"}
+        if self.etag:  # never mix two versions of an object
+            where = {"IfMatch": self.etag, "Range": f"bytes={self._position}-{self.end - 1}"}
         try:
             with _explained(self._uri):
                 answer = client().get_object(Bucket=self._bucket, Key=self._key, **where)
         except FileExistsError:
             raise UserError(f"{self._uri} was replaced while it was read; run the step again") from None
-        if not self._etag:
-            self._etag, self._size = answer["ETag"], answer["ContentLength"]
+        if not self.etag:
+            self.etag, self.end = answer["ETag"], answer["ContentLength"]
         self._body = answer["Body"]
 
     def readable(self) -> bool:
@@ -362,7 +391,7 @@ class _S3Stream(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.end}[whence]
         if start + offset != self._position:
             self._position = start + offset
             self._close_body()
@@ -375,7 +404,7 @@ class _S3Stream(io.RawIOBase):
         from botocore.exceptions import BotoCoreError
         from urllib3.exceptions import HTTPError
 
-        wanted = min(len(buffer), self._size - self._position)
+        wanted = min(len(buffer), self.end - self._position)
         if wanted <= 0:
             return 0
         for attempt in range(ATTEMPTS):
@@ -392,7 +421,7 @@ class _S3Stream(io.RawIOBase):
                     ) from None
             self._close_body()
         else:
-            raise UserError(f"{self._uri} ends after {self._position} of {self._size} bytes")
+            raise UserError(f"{self._uri} ends after {self._position} of {self.end} bytes")
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
@@ -453,22 +482,25 @@ def _explained(uri: str) -> Iterator[None]:
     """Turn what boto3 and the file system raise into one line that says what is wrong and what is right."""
     try:
         yield
-    except FileExistsError:
-        raise
-    except FileNotFoundError:
-        raise NotFound(f"{uri} does not exist") from None
-    except (IsADirectoryError, NotADirectoryError) as error:
-        raise UserError(f"{uri}: {error.strerror}; a file is needed here") from None
-    except PermissionError:
-        raise UserError(f"{uri}: permission denied; give this user access, or choose another place") from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{uri}: no space left on the disk; free some, or choose another place") from None
-        raise
     except Exception as error:
-        if not type(error).__module__.startswith(("botocore", "boto3", "s3transfer")):
-            raise
-        raise _s3_error(uri, error) from None
+        if type(error).__module__.startswith(("botocore", "boto3", "s3transfer")):
+            raise _s3_error(uri, error) from None  # some of these are OSErrors as well
+        if isinstance(error, OSError):
+            raise _file_error(uri, error) from None
+        raise
+
+
+def _file_error(uri: str, error: OSError) -> Exception:
+    """What a person can do about a failure of the file system; `error` itself where that is nothing."""
+    if isinstance(error, FileNotFoundError):
+        return NotFound(f"{uri} does not exist")
+    if isinstance(error, IsADirectoryError | NotADirectoryError):
+        return UserError(f"{uri}: {error.strerror}; a file is needed here")
+    if isinstance(error, PermissionError):
+        return UserError(f"{uri}: permission denied; give this user access, or choose another place")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"{uri}: no space left on the disk; free some, or choose another place")
+    return error
 
 
 def _s3_error(uri: str, error: Exception) -> Exception:
@@ -505,7 +537,7 @@ def _s3_error(uri: str, error: Exception) -> Exception:
         return UserError(
             f"{uri}: {endpoint} does not answer; check that it runs and S3_ENDPOINT_URL is right"
         )
-    if isinstance(error, boto.HTTPClientError):
+    if isinstance(error, boto.ConnectionError | boto.HTTPClientError):
         return UserError(
             f"{uri}: {endpoint} cannot be reached; check that it runs and S3_ENDPOINT_URL is right"
         )

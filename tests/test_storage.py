@@ -1,0 +1,275 @@
+"""Storage: the same promises on a local folder and on the real S3, and one clear line for each failure."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from model.errors import UserError
+from model.plumbing import storage
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
+def root(request: pytest.FixtureRequest) -> str:
+    """An empty store of each kind."""
+    if request.param == "local":
+        return request.getfixturevalue("store")
+    return request.getfixturevalue("services")["LATENT_GPT_STORE"]
+
+
+def test_join_and_split() -> None:
+    assert storage.join("s3://bucket/a/", "/b/", "c.json") == "s3://bucket/a/b/c.json"
+    assert storage.join("/data", "b") == "/data/b"
+    assert storage.split("s3://bucket/a/b/") == ("bucket", "a/b")
+    assert storage.split("s3://bucket") == ("bucket", "")
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/key", "https://host/key", "file:///data"])
+def test_other_schemes_are_refused(uri: str) -> None:
+    with pytest.raises(UserError, match="only s3://bucket/key and local paths"):
+        storage.read_bytes(uri)
+
+
+def test_the_store_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LATENT_GPT_STORE", raising=False)
+    with pytest.raises(UserError, match="LATENT_GPT_STORE is not set"):
+        storage.store_root()
+
+
+def test_bytes_there_and_back(root: str) -> None:
+    uri = storage.join(root, "a/b.bin")
+    assert not storage.exists(uri)
+    storage.write_bytes(uri, b"one")
+    storage.write_bytes(uri, b"two")
+    assert storage.exists(uri)
+    assert storage.read_bytes(uri) == b"two"
+    storage.write_bytes(storage.join(root, "empty"), b"")
+    assert storage.read_bytes(storage.join(root, "empty")) == b""
+
+
+def test_what_is_not_there_says_so(root: str) -> None:
+    uri = storage.join(root, "missing")
+    with pytest.raises(storage.NotFound, match=r"missing does not exist"):
+        storage.read_bytes(uri)
+    with pytest.raises(storage.NotFound):
+        storage.open_read(uri)
+    storage.delete(uri)  # no error
+
+
+def test_only_one_of_many_writers_is_first(root: str) -> None:
+    uri = storage.join(root, "once")
+    won: list[int] = []
+
+    def write(number: int) -> None:
+        try:
+            storage.write_bytes(uri, b"%d" % number, if_absent=True)
+            won.append(number)
+        except FileExistsError:
+            pass
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert storage.read_bytes(uri) == b"%d" % won[0]
+
+
+def test_files_there_and_back_in_parts(root: str, tmp_path: Path) -> None:
+    data = os.urandom(1 << 20) * 40  # above the threshold of multipart uploads
+    source, target = tmp_path / "source", tmp_path / "deep/target"
+    source.write_bytes(data)
+    uri = storage.join(root, "big")
+    storage.upload_file(source, uri)
+    storage.download_file(uri, target, hashlib.sha256(data).hexdigest())
+    assert target.read_bytes() == data
+
+
+def test_a_wrong_checksum_leaves_no_file(root: str, tmp_path: Path) -> None:
+    uri = storage.join(root, "file")
+    storage.write_bytes(uri, b"right")
+    with pytest.raises(storage.Damaged, match=rf"{uri} is damaged.*manifest says {'0' * 16}"):
+        storage.download_file(uri, tmp_path / "target", "0" * 64)
+    assert list(tmp_path.glob("**/.partial-*")) == []
+    assert not (tmp_path / "target").exists()
+
+
+def test_streams_read_and_seek(root: str) -> None:
+    data = os.urandom(3 << 20)
+    uri = storage.join(root, "stream")
+    storage.write_bytes(uri, data)
+    with storage.open_read(uri) as stream:
+        assert stream.read(10) == data[:10]
+        assert stream.seek(-10, os.SEEK_END) == len(data) - 10
+        assert stream.read() == data[-10:]
+        stream.seek(2_000_000)
+        assert stream.read(1_000) == data[2_000_000:2_001_000]
+        stream.seek(0)
+        assert stream.read() == data
+
+
+def test_folders_list_and_go(root: str) -> None:
+    for name in ("set/b", "set/a/c", "set-2/d"):
+        storage.write_bytes(storage.join(root, name), b"123")
+    assert storage.list_sizes(storage.join(root, "set")) == {"a/c": 3, "b": 3}
+    assert storage.list_uris(storage.join(root, "set-2")) == [storage.join(root, "set-2/d")]
+    storage.delete_prefix(storage.join(root, "set"))
+    assert storage.list_sizes(root) == {"set-2/d": 3}
+    storage.delete_prefix(storage.join(root, "set"))  # nothing there is no error
+    assert storage.list_sizes(storage.join(root, "set")) == {}
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket", "/"])
+def test_everything_is_not_a_folder(uri: str) -> None:
+    with pytest.raises(UserError, match="refusing to delete"):
+        storage.delete_prefix(uri)
+
+
+def test_a_store_that_works_passes_its_check(root: str) -> None:
+    storage.check_store(root)
+    assert storage.list_sizes(root) == {}
+
+
+def test_a_failed_write_leaves_the_old_file(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = storage.join(store, "file")
+    storage.write_bytes(uri, b"old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="no space left on the disk"):
+        storage.write_bytes(uri, b"new")
+    monkeypatch.undo()
+    assert storage.read_bytes(uri) == b"old"
+    assert [path.name for path in Path(store).iterdir()] == ["file"]
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    """A real one: /dev/full takes nothing, whatever the size."""
+    with pytest.raises(UserError, match="no space left"), storage._explained("/dev/full"):
+        Path("/dev/full").write_bytes(b"x")
+
+
+def test_a_folder_in_the_place_of_a_file(store: str) -> None:
+    storage.write_bytes(storage.join(store, "a/b"), b"")
+    with pytest.raises(UserError, match="a file is needed"):
+        storage.read_bytes(storage.join(store, "a"))
+
+
+def test_an_unreachable_s3_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    with pytest.raises(UserError, match=r"s3://bucket: http://127.0.0.1:\d+ cannot be reached"):
+        storage.check_store("s3://bucket")
+
+
+def test_an_endpoint_without_scheme_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("S3_ENDPOINT_URL", "127.0.0.1:9000")
+    with pytest.raises(UserError, match="must start with http"):
+        storage.check_store("s3://bucket")
+
+
+@pytest.mark.slow
+class TestRealS3:
+    """What only a server can show."""
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("AWS_ACCESS_KEY_ID", "wrong"), ("AWS_SECRET_ACCESS_KEY", "wrong")]
+    )
+    def test_wrong_credentials(
+        self, services: dict[str, str], monkeypatch: pytest.MonkeyPatch, name: str, value: str
+    ) -> None:
+        monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=r"check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+            storage.check_store(services["LATENT_GPT_STORE"])
+        with pytest.raises(UserError, match=r"check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+            storage.write_bytes(storage.join(services["LATENT_GPT_STORE"], "x"), b"x")
+
+    def test_a_missing_bucket_is_named(self, services: dict[str, str]) -> None:
+        with pytest.raises(storage.NotFound, match="bucket no-such-bucket does not exist"):
+            storage.read_bytes("s3://no-such-bucket/key")
+
+    def test_the_check_creates_the_bucket(self, services: dict[str, str]) -> None:
+        bucket = f"s3://made-{os.urandom(4).hex()}"
+        storage.check_store(bucket)
+        storage.write_bytes(storage.join(bucket, "x"), b"x")
+        assert storage.list_sizes(bucket) == {"x": 1}
+
+    def test_a_stream_does_not_mix_versions(self, services: dict[str, str]) -> None:
+        uri = storage.join(services["LATENT_GPT_STORE"], "changing")
+        storage.write_bytes(uri, b"a" * 5_000_000)
+        with storage.open_read(uri) as stream:
+            stream.read(1)
+            storage.write_bytes(uri, b"b" * 5_000_000)
+            stream.seek(4_000_000)
+            with pytest.raises(UserError, match="was replaced while it was read"):
+                stream.read(1)
+
+    def test_many_objects_are_listed_and_deleted(self, services: dict[str, str]) -> None:
+        folder = storage.join(services["LATENT_GPT_STORE"], "many")
+        for number in range(1100):  # S3 answers 1,000 at a time
+            storage.write_bytes(storage.join(folder, f"{number:04}"), b"")
+        assert len(storage.list_uris(folder)) == 1100
+        storage.delete_prefix(folder)
+        assert storage.list_uris(folder) == []
+
+
+@pytest.mark.slow
+class TestFrozenS3:
+    """An S3 that stands still: outlived if it wakes up in time, else one clear line."""
+
+    @pytest.fixture
+    def weed(self, services: dict[str, str]) -> int:
+        """Process id of the S3 server."""
+        port = services["S3_ENDPOINT_URL"].rpartition(":")[2]
+        listing = subprocess.run(["ss", "-ltnpH", f"sport = :{port}"], capture_output=True, text=True).stdout
+        return int(listing.partition("pid=")[2].partition(",")[0])
+
+    def test_for_good(
+        self, services: dict[str, str], monkeypatch: pytest.MonkeyPatch, weed: int, tmp_path: Path
+    ) -> None:
+        monkeypatch.setenv("LATENT_GPT_S3_PATIENCE", "0.5")
+        uri = storage.join(services["LATENT_GPT_STORE"], "x")
+        storage.write_bytes(uri, b"x")
+        os.kill(weed, signal.SIGSTOP)
+        try:
+            for attempt in (
+                lambda: storage.write_bytes(uri, b"y" * 100),
+                lambda: storage.read_bytes(uri),
+                lambda: storage.download_file(uri, tmp_path / "x"),
+                lambda: storage.check_store(services["LATENT_GPT_STORE"]),
+            ):
+                with pytest.raises(UserError, match="does not answer"):
+                    attempt()
+        finally:
+            os.kill(weed, signal.SIGCONT)
+        assert list(tmp_path.iterdir()) == []
+        assert storage.exists(uri)
+
+    def test_for_a_moment(self, services: dict[str, str], monkeypatch: pytest.MonkeyPatch, weed: int) -> None:
+        monkeypatch.setenv("LATENT_GPT_S3_PATIENCE", "2")
+        data = os.urandom(30 << 20)
+        uri = storage.join(services["LATENT_GPT_STORE"], "x")
+        storage.write_bytes(uri, data)
+        with storage.open_read(uri) as stream:
+            start = stream.read(1000)
+            os.kill(weed, signal.SIGSTOP)
+            threading.Timer(3, os.kill, (weed, signal.SIGCONT)).start()
+            assert start + stream.read() == data
+        os.kill(weed, signal.SIGSTOP)
+        threading.Timer(3, os.kill, (weed, signal.SIGCONT)).start()
+        storage.write_bytes(uri, b"after")
+        assert storage.read_bytes(uri) == b"after"
