@@ -1,0 +1,79 @@
+"""The plan's figures against real nets, and every shipped preset planned."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.config import load_config, preset_names
+from model.errors import UserError
+from model.gpt import GPT
+from model.plan import HARDWARE, UTILISATION, plan
+
+
+def stage_of(config, name):
+    return next(stage for stage in plan(config, "cpu").stages if stage.name == name)
+
+
+def small(*overrides):
+    return load_config("smoke", ["jobs.processes_per_worker=1", *overrides])
+
+
+def test_weights_memory_and_operations_are_those_of_the_real_net():
+    config = small()
+    transformer, size = config.transformer, config.data.image_size
+    assert transformer
+    assert config.tokenizer.kind == "vqvae"
+    assert config.clip.kind == "trained"
+    side, text = size // config.tokenizer.factor, config.clip.context_length
+    gpt = GPT(transformer, config.tokenizer.vocabulary, (side, side), config.clip.text_width).train()
+    batch = transformer.training.batch_size
+    codes = torch.zeros(batch, side * side, dtype=torch.long)
+    kept = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in gpt.parameters()}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        states = torch.zeros(batch, text, config.clip.text_width)
+        mask = torch.ones(batch, text, dtype=torch.bool)
+        logits = gpt(codes, states, mask, torch.zeros(batch, dtype=torch.bool))
+        F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+    really = sum(storage.nbytes() for place, storage in kept.items() if place not in own)
+
+    stage = stage_of(config, "transformer")
+    assert stage.parameters == gpt.parameter_count()
+    assert stage.activation_bytes == pytest.approx(really, rel=0.1)
+    flops = stage.flops / (stage.samples * side * side)
+    assert flops == pytest.approx(gpt.flops_per_token(text), rel=0.35)  # that formula leaves small terms out
+    assert stage.tokens == stage.samples * side * side
+    assert stage.hours == pytest.approx(stage.flops / (HARDWARE["cpu"]["fp32"] * UTILISATION) / 3600)
+
+
+def test_more_devices_and_accumulation_divide_the_micro_batch():
+    batch = "transformer.training.batch_size=32"
+    whole = stage_of(small(batch), "transformer").activation_bytes
+    halved = stage_of(small(batch, "transformer.training.accumulate=2"), "transformer").activation_bytes
+    shared = stage_of(small(batch, "jobs.processes_per_worker=2"), "transformer").activation_bytes
+    assert halved == pytest.approx(whole / 2)
+    assert shared == pytest.approx(whole / 2)
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_preset_is_planned(preset):
+    config = load_config(preset)
+    text = plan(config, "a100").render()
+    assert preset in text
+    assert ("transformer" in text) == (config.transformer is not None)
+
+
+def test_bad_input_is_named():
+    with pytest.raises(UserError, match="hardware 'tpu' is unknown; choose one of cpu"):
+        plan(small(), "tpu")
+    values = small().model_dump()
+    values["tokenizer"] = {"kind": "pretrained", "family": "diffusers", "ref": "some/model"}
+    from model.config import parse_config
+
+    with pytest.raises(UserError, match="vocabulary is unknown until some/model is loaded"):
+        plan(parse_config(values), "cpu")
