@@ -98,6 +98,27 @@ def preflight(preset: Preset = "openmoji-tiny", set_: Set = None) -> None:
 
 
 @app.command()
+def plan(
+    preset: Annotated[str, typer.Argument(help="Name of a shipped preset, or a .yaml file.")],
+    hardware: Annotated[str, typer.Option(help="cpu, l4, a100, h100 or h200.")] = "a100",
+    set_: Set = None,
+) -> None:
+    """Say what a preset needs: parameters, memory, steps, tokens, estimated hours."""
+    from model.config import load_config
+    from model.plan import plan
+
+    print(plan(load_config(preset, set_ or []), hardware).render())
+
+
+@app.command()
+def rollback() -> None:
+    """Put the previous champion back in use."""
+    from pipelines import local
+
+    local.rollback()
+
+
+@app.command()
 def presets() -> None:
     """List the shipped presets and what each promises."""
     from model.config import PRESETS, preset_names

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def run(preset: str, overrides: tuple[str, ...]) -> None:
             raise RuntimeError(f"the pipeline ended without {', '.join(missing)}; see {folder}/log.txt")
         if code:
             raise UserError(follower.error or f"the pipeline stopped (status {code}); see {folder}/log.txt")
-    _summary(follower, folder, time.monotonic() - started)
+    print("\n".join(_summary(follower, folder, time.monotonic() - started)))
 
 
 def generate(
@@ -98,27 +99,37 @@ def generate(
     Raises:
         UserError: no prompt, a suffix that is no picture's, a model that is not there.
     """
-    if not prompt.strip() and not unconditional:
-        raise UserError("the prompt is empty; say what to draw, or give --unconditional")
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--out {out} must end in .png, .jpg or .webp")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: folder {out.parent} does not exist")
-    from model.plumbing.services import services
+    from model.generate import Generator, check_prompt
+    from model.plumbing import registry
 
-    with _stopping_on_sigterm(), services(state_folder()) as environment:
-        os.environ.update(environment)
-        from model.generate import Generator
-        from model.plumbing import registry
-
-        generator = Generator.load(registry.resolve(model))
-    changed = generator.sampling.model_copy(update=sampling)
+    if not unconditional:
+        check_prompt(prompt)
+    with _stopping_on_sigterm(), _services_for(model):
+        folder = registry.resolve(model)
+    generator = Generator.load(folder)
+    settings = generator.sampling.model_copy(update=sampling)
     seeds = list(range(seed, seed + count))
-    pictures = generator.generate([prompt] * count, seeds, changed, unconditional=unconditional)
+    pictures = generator.generate([prompt] * count, seeds, settings, unconditional)
     for number, picture in enumerate(pictures):
         path = out if count == 1 else out.with_stem(f"{out.stem}-{number}")
         picture.save(path)
         print(path)
+
+
+@contextlib.contextmanager
+def _services_for(model: str) -> Iterator[None]:
+    """The services where a model's name needs them, none for a folder."""
+    if not model.startswith(("models:/", "s3://")):
+        yield
+        return
+    from model.plumbing.services import services
+
+    with services(state_folder()):
+        yield
 
 
 def mlflow_ui() -> None:
@@ -131,14 +142,22 @@ def mlflow_ui() -> None:
             signal.pause()
 
 
+def rollback() -> None:
+    """Swap champion and previous champion."""
+    from model.plumbing import registry
+    from model.plumbing.services import services
+
+    with _stopping_on_sigterm(), services(state_folder()):
+        print(f"{registry.MODEL} version {registry.rollback()} is champion")
+
+
 def check(preset: str, overrides: tuple[str, ...]) -> None:
     """Print what `preflight` finds, with the services of a run."""
     config = load_config(preset, overrides)
     from components.preflight import preflight
     from model.plumbing.services import services
 
-    with _stopping_on_sigterm(), services(state_folder()) as environment:
-        os.environ.update(environment)
+    with _stopping_on_sigterm(), services(state_folder()):
         print("\n".join(preflight(config)))
 
 
@@ -254,18 +273,34 @@ def _end_session(child: subprocess.Popen[str]) -> None:
             time.sleep(0.05)
 
 
-def _summary(follower: Follower, folder: Path, total: float) -> None:
-    print("\n".join(_summary_lines(follower, folder, total)))
-
-
-def _summary_lines(follower: Follower, folder: Path, total: float) -> list[str]:
-    spent = sum(follower.seconds.values())
+def _summary(follower: Follower, folder: Path, total: float) -> list[str]:
+    """What came of a run, in a few lines."""
+    steps = sum(follower.seconds.values())
     times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in follower.seconds.items())
-    lines = ["", f"finished in {total:.0f} s ({times}; orchestration {100 * (1 - spent / total):.0f} %)"]
-    if follower.reused:
-        lines.append(f"reused      {', '.join(name for name in follower.steps if name in follower.reused)}")
-    lines.append(f"log         {folder / 'log.txt'}")
+    lines = ["", f"finished in {total:.0f} s, {100 * (1 - steps / total):.0f} % of it outside the steps"]
+    lines.append(f"{'steps':10}{times}")
+    if reused := [name for name in follower.seconds if name in follower.reused]:
+        lines.append(f"{'reused':10}{', '.join(reused)}")
+    if registered := _registered(folder):
+        metrics = ", ".join(f"{name} {value:.3g}" for name, value in registered["metrics"].items())
+        lines.append(f"{'model':10}latent-gpt version {registered['version']}, {registered['alias']}")
+        lines.append(f"{'':10}{registered['reason']}")
+        lines.append(f"{'metrics':10}{metrics}")
+        lines.append(f"{'report':10}{folder / 'report.html'}")
+        lines.append(f'{"draw":10}make generate PROMPT="red apple" OUT=apple.png')
+    lines.append(f"{'MLflow':10}make mlflow-ui")
+    lines.append(f"{'log':10}{folder / 'log.txt'}")
     return lines
+
+
+def _registered(folder: Path) -> dict[str, Any] | None:
+    """What the register step returned; the report is copied out of KFP's folder on the way."""
+    for output in folder.glob("kfp/*/register/executor_output.json"):
+        for report in folder.glob("kfp/*/evaluate/report*"):
+            shutil.copyfile(report, folder / "report.html")
+        value: dict[str, Any] = json.loads(json.loads(output.read_text())["parameterValues"]["Output"])
+        return value
+    return None
 
 
 def _run_dag(folder: Path, preset: str, overrides: list[str]) -> None:
