@@ -1,0 +1,1 @@
+"""Ours beside its peers; run by `python -m benchmarks`."""

@@ -1,0 +1,117 @@
+"""The benchmarks' harness: pairing, failing rows, the table. Nothing here asserts a time."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import benchmarks
+from benchmarks import __main__ as command
+from benchmarks import harness
+from benchmarks.harness import Comparison, Ratio, Results, Row, compare
+
+CPU = torch.device("cpu")
+
+
+def test_ratio_is_taken_within_each_round() -> None:
+    # Medians alone would say 3 / 2 = 1.5; the pairs say 2, 3 and 1.
+    comparison = Comparison({"ours": [1.0, 2.0, 3.0], "peer": [2.0, 6.0, 3.0]})
+    assert comparison.ratio("peer") == Ratio(median=2.0, low=1.0, high=3.0)
+
+
+def test_every_way_is_warmed_up_and_called_once_a_round_in_turning_order() -> None:
+    calls: list[str] = []
+    ways = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    comparison = compare(ways, rounds=3, warmup=2)
+    assert "".join(calls) == "abcabc" + "abc" + "bca" + "cab"
+    assert {name: len(seconds) for name, seconds in comparison.seconds.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_untimed_preparation_precedes_every_call() -> None:
+    calls: list[str] = []
+    ways = {name: (lambda name=name: calls.append(name)) for name in "ab"}
+    compare(ways, rounds=1, warmup=1, before=lambda: calls.append("-"))
+    assert "".join(calls) == "-a-b-a-b"
+
+
+def test_a_row_fails_when_results_differ_however_fast_it_is() -> None:
+    ways = {"ours": lambda: 1, "right": lambda: 1, "wrong": lambda: 2}
+    comparison = compare(ways, rounds=1, same=lambda ours, theirs: ours == theirs)
+    row = comparison.row(7, "work", amount=1, unit="things/s", goals={"wrong": 0.0, "right": 0.0})
+    assert row.met is False
+    assert row.note.startswith("FAILED")
+    assert "wrong" in row.note
+    assert "right" not in row.note
+
+
+def test_goals_are_judged_by_ratio_and_by_share_of_the_floor() -> None:
+    comparison = Comparison({"ours": [1.0], "peer": [2.0]})
+    row = comparison.row(1, "w", amount=10, unit="u/s", goals={"peer": 2.0, "floor": 0.5}, floor=20.0)
+    assert (row.met, row.share, row.figures) == (True, 0.5, {"ours": 10.0, "peer": 5.0})
+    assert row.goal == "≥ 2x peer; ≥ 50% of the floor"
+    assert comparison.row(1, "w", amount=10, unit="u/s", goals={"peer": 2.1}).met is False
+    assert comparison.row(1, "w", amount=10, unit="u/s", goals={"floor": 0.6}, floor=20.0).met is False
+    assert comparison.row(1, "w", amount=10, unit="u/s").met is None
+    with pytest.raises(KeyError):
+        comparison.row(1, "w", amount=10, unit="u/s", goals={"typo": 1.0})
+
+
+def test_peak_memory_sees_what_is_freed_again() -> None:
+    size = 2**27
+    small = harness.peak_memory(lambda: torch.ones(2**10))
+    large = harness.peak_memory(lambda: torch.ones(size, dtype=torch.uint8).max())
+    assert large - small == pytest.approx(size, rel=0.2)
+
+
+def test_the_table_keeps_rows_that_were_not_measured_again(tmp_path: Path) -> None:
+    comparison = Comparison({"ours": [1.0], "peer": [2.0]})
+    rows = [comparison.row(n, f"work|{n}", amount=1, unit="u/s", goals={"peer": 3.0}) for n in (2, 1)]
+    Results(tmp_path, "cpu", {"cores": 2}).replace(2, [rows[0]])
+    Results(tmp_path, "cpu", {"cores": 2}).replace(1, [rows[1], rows[1]])
+    Results(tmp_path, "cpu", {"cores": 2}).replace(1, [rows[1]])
+    document = json.loads((tmp_path / "cpu.json").read_text())
+    assert [row["number"] for row in document["rows"]] == [1, 2]
+    assert document["rows"][0]["ratios"] == {"peer": {"median": 2.0, "low": 2.0, "high": 2.0}}
+    lines = (tmp_path / "cpu.md").read_text().splitlines()
+    assert lines[0] == "cores 2"
+    assert lines[-1].startswith("| 2 | work\\|2 | ours 1, peer 0.5 u/s | peer 2x (2 to 2) |")
+    assert "**no**" in lines[-1]
+
+
+def test_a_row_that_breaks_is_a_failed_line_and_keeps_what_was_measured() -> None:
+    def broken(device: torch.device) -> Iterator[Row]:
+        yield Row(3, "fine", "s", {"ours": 1.0})
+        raise RuntimeError("no such peer")
+
+    rows = command.measure(3, broken, CPU)
+    assert [row.met for row in rows] == [None, False]
+    assert rows[1].note == "FAILED: RuntimeError: no such peer"
+
+
+@pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(benchmarks.__path__)])
+def test_every_module_imports(name: str) -> None:
+    importlib.import_module(f"benchmarks.{name}")
+
+
+def test_no_two_modules_offer_the_same_row() -> None:
+    seen: dict[int, str] = {}
+    for module in pkgutil.iter_modules(benchmarks.__path__):
+        if not module.name.startswith("__"):
+            for number in getattr(importlib.import_module(f"benchmarks.{module.name}"), "ROWS", {}):
+                assert seen.setdefault(number, module.name) == module.name
+
+
+def test_an_unknown_row_is_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--rows", "99"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "there is no row 99" in capsys.readouterr().err
