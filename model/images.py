@@ -131,8 +131,13 @@ def to_tensor(images: torch.Tensor) -> torch.Tensor:
 
 
 def to_pixels(images: torch.Tensor) -> torch.Tensor:
-    """float (B, 3, H, W), -1…1 and cut there, to uint8 (B, 3, H, W): the inverse of `to_tensor`."""
+    """float (…, H, W), -1…1 and cut there, to uint8: the inverse of `to_tensor`."""
     return images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+
+
+def to_image(image: torch.Tensor) -> Image.Image:
+    """One picture, float (3, H, W) in -1…1, for a file or a person."""
+    return Image.fromarray(to_pixels(image).permute(1, 2, 0).cpu().numpy())
 
 
 def draw_views(count: int, config: Augment, generator: torch.Generator) -> torch.Tensor:

@@ -1,9 +1,10 @@
 """Where captioned pictures come from: one module per kind of source, one interface.
 
-A source module has two functions: `iterate(config, side)` yields every picture once, always in the same order
-and without holding the set in memory; `fingerprint(config)` says in a few bytes what it will yield, so that a
-set made from the same source is found again. Pictures are passed on as the bytes that were found, and only
-`model.images` judges them; sources that draw theirs draw them for a wanted `side`.
+A source module has two functions. `iterate(config, side, start)` yields every picture once, always in one
+order and without holding the set in memory; the first `start` are passed over, without reading them where the
+format allows. `fingerprint(config)` says in a few bytes what it will yield, so that a set made from the same
+source is found again, and refuses a source that is not there. Pictures are passed on as the bytes that were
+found, and only `model.images` judges them; sources that draw theirs draw them for a wanted `side`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from types import ModuleType
 
 from model.config import Source
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of picture files; others in a folder or tar are not looked at
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -22,22 +25,27 @@ class Record:
 
     key: str  # its name in the source, for people: code points, file name, row
     image: bytes  # JPEG, PNG or WEBP, not yet decoded
-    captions: list[str] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)  # as found; `model.ingest` cleans them
     composition: bool = False  # a combination that training must not see
+    problem: str = ""  # why the source could not even read it; such a record is quarantined
 
 
-def iterate(config: Source, side: int) -> Iterator[Record]:
-    """Every record of a source, in its fixed order; `side` is the pictures' side in the set, pixels.
+def iterate(config: Source, side: int, start: int = 0) -> Iterator[Record]:
+    """Every record of a source from number `start` on; `side` is the pictures' side in the set, pixels.
 
     Raises:
         UserError: when the source is missing, empty or not what its kind promises.
     """
-    records: Iterator[Record] = _module(config).iterate(config, side)
+    records: Iterator[Record] = _module(config).iterate(config, side, start)
     return records
 
 
 def fingerprint(config: Source) -> str:
-    """What the source holds, as a short string that changes when its content does."""
+    """What the source holds, as a short string that changes when its content does.
+
+    Raises:
+        UserError: when the source is missing or empty.
+    """
     mark: str = _module(config).fingerprint(config)
     return mark
 

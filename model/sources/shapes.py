@@ -165,9 +165,9 @@ def random_scene(rng: random.Random, things: int = 2) -> Scene:
     return Scene(drawn, rng.choice(list(RELATIONS)) if things == 2 else "")
 
 
-def iterate(config: ShapesSource, side: int) -> Iterator[Record]:
+def iterate(config: ShapesSource, side: int, start: int = 0) -> Iterator[Record]:
     """`config.count` pictures, each captioned from either thing's side; the n-th is always the same."""
-    for number in range(config.count):
+    for number in range(start, config.count):
         rng = random.Random(f"{config.seed}/{number}")
         scene = random_scene(rng, config.shapes_per_image)
         tellings = [scene, scene.converse()] if scene.relation else [scene]
