@@ -150,22 +150,22 @@ class Lpips(nn.Module):
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Judges overlapping patches, (B, 3, H, W) -> (B, 1, H/8 - 2, W/8 - 2) (PatchGAN; Isola et al. 2017,
+    """Judges overlapping patches, (B, 3, H, W) -> (B, 1, H/8, W/8) (PatchGAN; Isola et al. 2017,
     arXiv:1611.07004).
 
     Group instead of batch normalisation: what is said of a picture does not depend on its neighbours, and
-    processes need not synchronise statistics.
+    processes need not synchronise statistics. Kernels of 3 after the last reduction, for small pictures too.
     """
 
     def __init__(self, width: int = 64) -> None:
         layers: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for here, there, stride in ((1, 2, 2), (2, 4, 2), (4, 8, 1)):
+        for here, there, kernel, stride in ((1, 2, 4, 2), (2, 4, 4, 2), (4, 8, 3, 1)):
             layers += [
-                nn.Conv2d(here * width, there * width, 4, stride=stride, padding=1, bias=False),
+                nn.Conv2d(here * width, there * width, kernel, stride=stride, padding=1, bias=False),
                 nn.GroupNorm(8, there * width),
                 nn.LeakyReLU(0.2),
             ]
-        super().__init__(*layers, nn.Conv2d(8 * width, 1, 4, padding=1))
+        super().__init__(*layers, nn.Conv2d(8 * width, 1, 3, padding=1))
 
 
 class Adversary:

@@ -119,7 +119,8 @@ def test_unusable_weights_are_refused(tmp_path: Path) -> None:
 
 
 def test_discriminator_judges_patches() -> None:
-    assert PatchDiscriminator(width=8)(pictures()).shape == (2, 1, 2, 2)
+    assert PatchDiscriminator(width=8)(pictures(side=32)).shape == (2, 1, 4, 4)
+    assert PatchDiscriminator(width=8)(pictures(side=16)).shape == (2, 1, 2, 2)
 
 
 def test_adversary_learns_to_tell_apart() -> None:

@@ -125,6 +125,11 @@ def restore_optimizer(
             _, index, key = name.split(".", 2)
             state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
+    for parameter, moments in optimizer.state.items():
+        for key, value in moments.items():
+            # A file knows no strides, and fused kernels read moments in the order of the parameter's memory.
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                moments[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def save_model(folder: str | Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:

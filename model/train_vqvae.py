@@ -1,0 +1,247 @@
+"""The tokenizer's job: train the VQ-VAE that the config describes, or import the pretrained one it names.
+
+    python -m model.train_vqvae SPEC_URI        (by torchrun, one process per device)
+
+The set holds the averaged weights (`training.ema`) of the validation with the highest PSNR. A step draws its
+chances from (seed, rank, step) and its pictures from a position in the shuffled order, and a checkpoint holds
+everything else, so a job that was killed at any moment continues as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.utils import make_grid  # type: ignore[import-untyped]
+
+from model.config import VQVAEConfig
+from model.curves import HISTORY, Curves
+from model.images import augment, to_pixels, to_tensor
+from model.losses import Adversary, ReconstructionLoss
+from model.metrics import psnr
+from model.optim import Ema, adamw, learning_rate, set_learning_rate
+from model.plumbing import manifests
+from model.plumbing.checkpoints import (
+    CONFIG,
+    WEIGHTS,
+    Checkpointer,
+    optimizer_state,
+    restore_optimizer,
+    save_model,
+)
+from model.plumbing.distributed import Distributed, derive_seed, seed_all, setup
+from model.plumbing.jobs import JobSpec, run_worker
+from model.plumbing.manifests import Manifest, SetWriter
+from model.plumbing.progress import Progress
+from model.plumbing.tracking import Tracker
+from model.shards import ImageBatch, image_batches, load_images
+from model.tokenizers import import_pretrained
+from model.vqvae import VQVAE
+from model.work import settings
+
+KMEANS_VECTORS = 16  # latents per code from which the codebook is initialised
+VALIDATION_PICTURES = 2048  # measured at each validation, at most
+VALIDATION_BATCH = 64
+GRID_PICTURES, GRID_COLUMNS = 16, 8  # pairs of original and reconstruction shown in MLflow
+
+
+def main(spec: JobSpec) -> Manifest | None:
+    """Make the tokenizer set at `spec.output`; its manifest on the main process, None on the others."""
+    inputs = {name: manifests.load(uri) for name, uri in spec.inputs.items()}
+    config = spec.config.tokenizer
+    writer = SetWriter("tokenizer", settings("tokenizer", spec.config), inputs)
+    with (
+        setup() as processes,
+        Tracker(spec.tracking, {"tokenizer": config.model_dump()}, processes.is_main) as tracker,
+    ):
+        if config.kind == "vqvae":
+            return train(spec, config, inputs["images"], writer, processes, tracker)
+        return import_pretrained(config, writer) if processes.is_main else None
+
+
+def train(
+    spec: JobSpec,
+    config: VQVAEConfig,
+    images: Manifest,
+    writer: SetWriter,
+    processes: Distributed,
+    tracker: Tracker,
+) -> Manifest | None:
+    """Train the VQ-VAE; the main process writes the set and returns its manifest."""
+    training, seed, device = config.training, spec.config.seed, processes.device
+    rank, world = processes.rank, processes.world
+    views, chances = spec.config.data.augment, torch.Generator(device)
+    bf16 = training.precision == "bf16"
+    torch.backends.cudnn.benchmark = True
+
+    # ── what learns ──────────────────────────────────────────────────────────────────────────────────────
+    seed_all(seed, "vqvae")
+    net = VQVAE(config).to(device)
+    criterion = ReconstructionLoss(config.loss).to(device)
+    adversary = Adversary(config.loss, training, device) if config.loss.adversarial else None
+    optimizer = adamw(net, training)
+    ema = Ema(net, training.ema)
+    best = {name: tensor.clone() for name, tensor in net.state_dict().items()}  # of the highest PSNR
+    best_figures = {"step": 0.0, "psnr": -math.inf}
+    lately = torch.zeros(2, device=device)  # reconstruction and commitment loss since the last log line
+    curves = Curves(tracker)
+
+    # ── where it was ─────────────────────────────────────────────────────────────────────────────────────
+    checkpointer = Checkpointer(spec.checkpoints)
+    start = 0
+    if saved := checkpointer.latest():
+        start, tensors, state = saved
+        net.load_state_dict(_below("net.", tensors))
+        ema.load(_below("ema.", tensors), state["ema_updates"])
+        restore_optimizer(optimizer, tensors, state["optimizer"])
+        if adversary:
+            adversary.net.load_state_dict(_below("adversary.net.", tensors))
+            restore_optimizer(adversary.optimizer, _below("adversary.", tensors), state["adversary"])
+        best, best_figures = _below("best.", tensors), state["best"]
+        lately.copy_(tensors["lately"])
+        curves.points = state["curves"]
+
+    share = training.batch_size // training.accumulate
+    if start == 0:
+        net.quantizer.initialise(_first_latents(net, image_batches(images, "train", share, seed)))
+    model: nn.Module = net
+    if world > 1:  # every rank updates the codebook alike; copying rank 0's at each step would only cost time
+        model = DistributedDataParallel(net, broadcast_buffers=False)
+    if training.compile:
+        net.compile()
+    batches = image_batches(images, "train", share, seed, start * training.batch_size, rank, world)
+    held_out, _ = load_images(images, "validation", VALIDATION_PICTURES)  # uint8 (N, 3, H, W)
+    progress = Progress(
+        spec.name, training.steps, "img", training.batch_size, done=start, enabled=processes.is_main
+    )
+
+    # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────
+    for step in range(start, training.steps):
+        seed_all(seed, "vqvae", rank, step)
+        chances.manual_seed(derive_seed(seed, "views", rank, step))
+        rate = learning_rate(step, training)
+        set_learning_rate(optimizer, rate)
+        playing = adversary if adversary and step >= adversary.first_step else None
+        for micro in range(training.accumulate):
+            pictures = augment(to_tensor(next(batches).images.to(device)), views, chances)
+            more = micro + 1 < training.accumulate
+            with (
+                model.no_sync() if more and world > 1 else nullcontext(),  # type: ignore[operator]
+                torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+            ):
+                reconstruction, _, commitment = model(pictures)  # (B, 3, H, W), codes, ()
+                loss = criterion(reconstruction.float(), pictures)
+                total = loss + commitment
+                if playing:
+                    total = total + playing.term(reconstruction, loss)
+                (total / training.accumulate).backward()
+            lately += torch.stack([loss, commitment]).detach() / training.accumulate
+        nn.utils.clip_grad_norm_(net.parameters(), training.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        net.quantizer.update()
+        ema.update()
+        if playing:
+            playing.learn(pictures, reconstruction, rate)
+
+        done = step + 1
+        if done % training.log_every == 0 or done == training.steps:
+            count = (done - 1) % training.log_every + 1
+            mean_loss, mean_commitment = (processes.mean(lately) / count).tolist()
+            lately.zero_()
+            figures = {"train/loss": mean_loss, "train/commitment": mean_commitment}
+            curves.add(done, figures | {"train/learning_rate": rate})
+            progress.update(done, loss=mean_loss)
+        if done % training.eval_every == 0 or done == training.steps:
+            with ema.applied():
+                figures = validate(net, held_out, processes)
+                if figures["psnr"] > best_figures["psnr"]:
+                    best = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+                    best_figures = {"step": done} | figures
+                if processes.is_main:
+                    tracker.image(f"reconstructions/step-{done:07d}.png", _pairs(net, held_out))
+            curves.add(done, {f"validation/{name}": value for name, value in figures.items()})
+        if done % training.checkpoint_every == 0 and done < training.steps:
+            processes.mean(lately)  # so that rank 0's is everybody's
+            if processes.is_main:
+                moments, rest = optimizer_state(optimizer)
+                parts = {"net": net.state_dict(), "ema": ema.average, "best": best}
+                state = {
+                    "optimizer": rest,
+                    "ema_updates": ema.updates,
+                    "best": best_figures,
+                    "curves": curves.points,
+                }
+                if adversary:
+                    parts["adversary"], state["adversary"] = optimizer_state(adversary.optimizer)
+                    parts["adversary.net"] = adversary.net.state_dict()
+                flat = {f"{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
+                checkpointer.save(done, flat | moments | {"lately": lately}, state)
+
+    # ── what is kept ─────────────────────────────────────────────────────────────────────────────────────
+    if not processes.is_main:
+        return None
+    info = {"best_step": best_figures.pop("step"), **best_figures}
+    info |= {"vocabulary": net.vocabulary, "factor": net.factor, "steps": training.steps}
+    with tempfile.TemporaryDirectory() as scratch:
+        save_model(scratch, best, config.model_dump(mode="json"))
+        writer.add_file(WEIGHTS, Path(scratch) / WEIGHTS)
+        writer.add_file(CONFIG, Path(scratch) / CONFIG)
+    writer.add_bytes(HISTORY, curves.history())
+    return writer.finish(info | {"parameters": sum(parameter.numel() for parameter in net.parameters())})
+
+
+@torch.no_grad()
+def validate(net: VQVAE, held_out: Tensor, processes: Distributed) -> dict[str, float]:
+    """Mean PSNR of pictures, uint8 (N, 3, H, W), in dB, and the share of the codebook that they use."""
+    device = processes.device
+    decibels = torch.zeros((), dtype=torch.float64, device=device)
+    counts = torch.zeros(net.vocabulary, device=device)
+    net.eval()
+    for pictures in held_out[processes.rank :: processes.world].split(VALIDATION_BATCH):
+        originals = to_tensor(pictures.to(device))
+        codes = net.encode(originals)
+        decibels += psnr(net.decode(codes), originals).sum()
+        counts += torch.bincount(codes.flatten(), minlength=net.vocabulary)
+    net.train()
+    used = (processes.sum(counts) > 0).float().mean()
+    return {"psnr": processes.sum(decibels).item() / len(held_out), "codebook_use": used.item()}
+
+
+@torch.no_grad()
+def _first_latents(net: VQVAE, batches: Iterator[ImageBatch]) -> Tensor:
+    """Latents (B, D, h, w) of enough pictures to find a codebook in."""
+    device = next(net.parameters()).device
+    found, count = [], 0
+    while count < KMEANS_VECTORS * net.vocabulary:
+        found.append(net.encoder(to_tensor(next(batches).images.to(device))))
+        count += found[-1][:, 0].numel()
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def _pairs(net: VQVAE, held_out: Tensor) -> Image.Image:
+    """The first held-out pictures, each with its reconstruction to the right."""
+    originals = held_out[:GRID_PICTURES]
+    device = next(net.parameters()).device
+    net.eval()
+    reconstructions = to_pixels(net.reconstruct(to_tensor(originals.to(device)))).cpu()
+    net.train()
+    tiles = torch.stack([originals, reconstructions], dim=1).flatten(0, 1)
+    grid = make_grid(tiles, nrow=GRID_COLUMNS)
+    return Image.fromarray(grid.permute(1, 2, 0).numpy())
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+if __name__ == "__main__":
+    run_worker(main)
