@@ -1,0 +1,167 @@
+"""The tokenize job: image shards to token shards, each rank its own, resumable shard by shard.
+
+Pictures are decoded on all cores while the frozen tokenizer encodes the batch before. Of each picture `views`
+are encoded: view 0 as it is, the others flipped, shifted and zoomed by chances that follow from the seed and
+the shard's name, so a shard's bytes do not depend on which worker makes it, or when. Of captions only the
+token ids are kept: the text tower runs in the training step (figures in `docs/EXPERIMENTS.md`).
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model.config import Augment
+from model.errors import UserError
+from model.images import draw_views, to_tensor, warp
+from model.parallel import parallel_map
+from model.plumbing import storage
+from model.plumbing.distributed import derive_seed, setup
+from model.plumbing.jobs import JobSpec, run_worker
+from model.plumbing.manifests import File, Manifest, SetWriter, fetch, find, load
+from model.plumbing.progress import Progress
+from model.shards import ShardCache, TarEntry, TokenShard, decode_entries, tar_index
+from model.text import tokenize as text_ids
+from model.tokenizers import Tokenizer, load_tokenizer
+from model.work import settings
+
+BATCH_PIXELS = {"cpu": 1 << 19, "cuda": 1 << 23}  # pixels encoded at once
+PARTS = "parts"  # one entry per finished shard, below the set, until it is complete
+
+
+def tokenize(spec: JobSpec) -> Manifest:
+    """Make the `tokens` set of a job, on all its processes.
+
+    Raises:
+        UserError: an input is missing, damaged, or does not fit the others.
+    """
+    if done := find(spec.output):
+        return done
+    config = spec.config
+    inputs = {name: load(uri) for name, uri in sorted(spec.inputs.items())}
+    writer = SetWriter("tokens", settings("tokens", config), inputs)
+    images = inputs["images"]
+    with setup() as processes, tempfile.TemporaryDirectory(prefix="latent-gpt-tokens-") as scratch:
+        tokenizer = load_tokenizer(fetch(inputs["tokenizer"], Path(scratch, "tokenizer")), processes.device)
+        context_length = _context_length(inputs["text"])
+        side = images.info["image_size"]
+        if side % tokenizer.factor:
+            raise UserError(
+                f"data.image_size ({side}) must be a multiple of the tokenizer's factor ({tokenizer.factor})"
+            )
+        shards: dict[str, int] = dict(sorted(images.info["shards"].items()))
+        names = list(shards)
+        finished = {Path(uri).stem for uri in storage.list_uris(storage.join(writer.uri, PARTS))}
+        processes.barrier()  # nobody adds a part before everybody has looked
+        todo = [name for name in names if token_name(name) not in finished]
+        mine = todo[processes.rank :: processes.world]
+        cache = ShardCache(images)
+        total = sum(shards[name] for name in mine) * config.data.augment.views
+        progress = Progress("tokenize_data", total, "img", counted="view", enabled=processes.is_main)
+        encoded = 0
+
+        def tick(pictures: int) -> None:
+            nonlocal encoded
+            encoded += pictures
+            progress.update(encoded)
+
+        for name in mine:
+            entries = tar_index(cache.path(name))
+            views = chances(name, len(entries), config.data.augment, config.seed)
+            codes = encode_shard(entries, views, tokenizer, side, processes.device, tick)
+            captions = caption_ids(entries, context_length)
+            data = TokenShard.to_bytes(codes, captions, tokenizer.vocabulary)
+            file = writer.add_bytes(token_name(name), data)
+            part = storage.join(writer.uri, PARTS, f"{token_name(name)}.json")
+            storage.write_bytes(part, file.model_dump_json().encode())
+        processes.barrier()
+        if processes.is_main:
+            _finish(writer, images, tokenizer, context_length, config.data.augment)
+        processes.barrier()
+    return load(spec.output)
+
+
+def _context_length(text: Manifest) -> int:
+    """How many tokens the text tower reads; its weights are not needed to know."""
+    description = json.loads(storage.read_bytes(storage.join(text.uri, "config.json")))
+    length: int = description["architecture"]["text_cfg"]["context_length"]
+    return length
+
+
+def _finish(
+    writer: SetWriter, images: Manifest, tokenizer: Tokenizer, context_length: int, augment: Augment
+) -> None:
+    parts = storage.join(writer.uri, PARTS)
+    for uri in storage.list_uris(parts):
+        writer.add(File.model_validate_json(storage.read_bytes(uri)))
+    grid = images.info["image_size"] // tokenizer.factor
+    writer.finish(
+        {
+            "vocabulary": tokenizer.vocabulary,
+            "grid": [grid, grid],
+            "tokens": grid * grid,
+            "views": augment.views,
+            "context_length": context_length,
+            "shards": {token_name(name): count for name, count in images.info["shards"].items()},
+            **{split: images.info[split] for split in ("train", "validation", "composition")},
+        }
+    )
+    storage.delete_prefix(parts)
+
+
+def token_name(image_shard: str) -> str:
+    """The token shard of an image shard."""
+    return image_shard.removesuffix(".tar") + ".safetensors"
+
+
+def chances(shard: str, count: int, augment: Augment, seed: int) -> torch.Tensor:
+    """The views of a shard's pictures, float (count, V, 4), for `warp`; view 0 changes nothing."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "views", shard))
+    views = draw_views(count * augment.views, augment, generator).view(count, augment.views, 4)
+    views[:, 0] = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    return views
+
+
+@torch.inference_mode()
+def encode_shard(
+    entries: list[TarEntry],
+    views: torch.Tensor,
+    tokenizer: Tokenizer,
+    side: int,
+    device: torch.device,
+    tick: Callable[[int], None],
+) -> np.ndarray:
+    """Codes (N, V, T) of a shard's pictures; `tick` is told of every batch encoded."""
+    per_batch = max(1, BATCH_PIXELS[device.type] // (side * side))
+    batches = [entries[first : first + per_batch] for first in range(0, len(entries), per_batch)]
+    codes = np.empty((len(entries), views.shape[1], (side // tokenizer.factor) ** 2), np.int64)
+    first = 0
+    for pixels in parallel_map(decode_entries, batches, threads=True):
+        plain = to_tensor(pixels.to(device, non_blocking=True))
+        part = slice(first, first + len(plain))
+        for view in range(views.shape[1]):
+            images = warp(plain, views[part, view]) if view else plain
+            codes[part, view] = tokenizer.encode(images).flatten(1).cpu().numpy()
+            tick(len(plain))
+        first += len(plain)
+    return codes
+
+
+def caption_ids(entries: list[TarEntry], context_length: int) -> list[list[list[int]]]:
+    """For each picture, the token ids of each of its captions, without padding."""
+    flat = [caption for entry in entries for caption in entry.captions]
+    rows = iter(text_ids(flat, context_length).tolist())
+    return [[_unpadded(next(rows)) for _ in entry.captions] for entry in entries]
+
+
+def _unpadded(ids: list[int]) -> list[int]:
+    return ids[: ids.index(max(ids)) + 1]  # the end token has the largest id
+
+
+if __name__ == "__main__":
+    run_worker(tokenize)
