@@ -61,6 +61,7 @@ def ingest(config: DataConfig) -> Manifest:
     }
     writer = SetWriter("images", content, {})
     if done := find(writer.uri):
+        print(f"ingest  reused {done.uri}", flush=True)
         return done
     with tempfile.TemporaryDirectory(prefix="latent-gpt-ingest-") as scratch:
         try:
