@@ -57,6 +57,12 @@ def oracle_score(images: Tensor, scenes: Sequence[Scene]) -> dict[str, float]:
     return {name: count / len(scenes) for name, count in right.items()}
 
 
+def correct(images: Tensor, scenes: Sequence[Scene]) -> list[bool]:
+    """For each picture whether everything is as asked; arguments as for `oracle_score`."""
+    seen = read(images, len(scenes[0].things))
+    return [scene.canonical() == one for scene, one in zip(scenes, seen, strict=True)]
+
+
 def _agreement(asked: tuple[Thing, ...], shown: tuple[Thing, ...]) -> int:
     names = ("colour", "shape", "size")
     return sum(getattr(a, n) == getattr(b, n) for a, b in zip(asked, shown, strict=True) for n in names)

@@ -1,0 +1,106 @@
+"""Pictures for people: tiles and sheets of samples, and curves. Tensors and numbers in, image files out.
+
+Letters: R rows, C columns, N pictures.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from model.images import to_pixels
+
+SHOWN_SIDE = 96  # small pictures are enlarged by whole factors to at least this side, pixels
+LOSSLESS_SIDE = 128  # larger pictures are stored as JPEG, or a report would weigh tens of megabytes
+GAP, LABEL = 6, 200  # between pictures, and width of the captions beside them, pixels
+INK, PAPER, FAINT = (28, 32, 38), (255, 255, 255), (120, 126, 134)
+COLOURS = ("#1f5fbf", "#d2691e", "#2a8a57", "#8a3fa0")  # of curves
+
+Curves = dict[str, list[list[float]]]  # name -> [[x, y], …]
+
+
+class Pairs(NamedTuple):
+    """Originals and what the tokenizer leaves of them, (N, 3, H, W) in [-1, 1] each."""
+
+    originals: Tensor
+    reconstructions: Tensor
+
+
+def tile(picture: Tensor) -> tuple[str, bytes]:
+    """A picture (3, H, W) in [-1, 1] as (mime type, file content), in its own size."""
+    image = _image(picture)
+    buffer = io.BytesIO()
+    if max(image.size) > LOSSLESS_SIDE:
+        image.save(buffer, "JPEG", quality=90)
+        return "image/jpeg", buffer.getvalue()
+    image.save(buffer, "PNG", optimize=True)
+    return "image/png", buffer.getvalue()
+
+
+def sheet(rows: Tensor, captions: Sequence[str] = (), columns: Sequence[str] = ()) -> bytes:
+    """Pictures (R, C, 3, H, W) in [-1, 1] as one PNG, with captions beside rows and heads above columns."""
+    side = rows.shape[-1]
+    factor = max(1, -(-SHOWN_SIDE // side))
+    step = side * factor + GAP
+    left, top = (LABEL if captions else GAP), (22 if columns else GAP)
+    canvas = Image.new("RGB", (left + rows.shape[1] * step, top + rows.shape[0] * step), PAPER)
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    for column, head in enumerate(columns):
+        pen.text((left + column * step, 4), head, FAINT, font)
+    for r, row in enumerate(rows):
+        y = top + r * step
+        if captions:
+            lines = textwrap.wrap(captions[r], 30)[: (step - GAP) // 16]
+            pen.multiline_text((GAP, y), "\n".join(lines), INK, font, spacing=2)
+        for c, picture in enumerate(row):
+            image = _image(picture).resize((side * factor,) * 2, Image.Resampling.NEAREST)
+            canvas.paste(image, (left + c * step, y))
+    buffer = io.BytesIO()
+    canvas.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def panels(curves: Curves) -> list[tuple[str, Curves]]:
+    """Curves by quantity: `train/loss` and `validation/loss` share the panel `loss`."""
+    grouped: dict[str, Curves] = {}
+    for name, points in curves.items():
+        where, _, quantity = name.rpartition("/")
+        grouped.setdefault(quantity, {})[where or quantity] = points
+    return list(grouped.items())
+
+
+def plot(charts: Sequence[tuple[str, Curves]], x_label: str, marked: bool = False) -> bytes:
+    """Charts side by side, three a row, as one PNG; `marked` shows each point."""
+    from matplotlib.figure import Figure  # without pyplot: no global state, no display
+
+    columns = min(3, len(charts))
+    rows = -(-len(charts) // columns)
+    figure = Figure(figsize=(3.6 * columns, 2.5 * rows), dpi=160, layout="constrained")
+    grid = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).flatten()
+    for axes, (title, curves) in zip(grid, charts, strict=False):
+        for colour, (name, points) in zip(COLOURS * len(curves), curves.items(), strict=False):
+            x, y = zip(*points, strict=True)
+            style = "o-" if marked or len(points) == 1 else "-"
+            axes.plot(x, y, style, color=colour, linewidth=1.4, markersize=4, label=name)
+        axes.set_title(title, fontsize=9, loc="left", color="#1c2026")
+        axes.set_xlabel(x_label, fontsize=8, color="#5b626b")
+        axes.tick_params(labelsize=7, colors="#5b626b")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e6e8eb", linewidth=0.6)
+        if len(curves) > 1:
+            axes.legend(fontsize=7, frameon=False)
+    for axes in grid[len(charts) :]:
+        axes.set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _image(picture: Tensor) -> Image.Image:
+    return Image.fromarray(to_pixels(picture[None].cpu())[0].permute(1, 2, 0).numpy())

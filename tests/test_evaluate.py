@@ -1,0 +1,154 @@
+"""Evaluation on tiny random models over drawn shapes: pinned, repeatable, and honest about both."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from instances import config, publish_models
+
+from model import evaluate as evaluation
+from model.config import RunConfig
+from model.errors import UserError
+from model.evaluate import Verdict, compare, evaluate, load_benchmark, remeasure
+from model.generate import Generator, write_bundle
+from model.ingest import ingest
+from model.plumbing import manifests, storage
+from model.plumbing.manifests import Manifest
+
+
+@pytest.fixture
+def run() -> RunConfig:
+    return config(evaluation={"samples_per_prompt": 2, "pictures": 6, "cfg_sweep": [1.0, 2.0]})
+
+
+@pytest.fixture
+def sets(store: str, tmp_path: Path, run: RunConfig) -> dict[str, Manifest]:
+    """Shapes ingested for real, and models with random weights."""
+    images = ingest(run.data)
+    return {"images": images, **publish_models(tmp_path / "models", run, images)}
+
+
+def test_an_evaluation_holds_report_pictures_and_metrics(
+    sets: dict[str, Manifest], run: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = evaluate(run, sets)
+    names = {file.name for file in made.files}
+    assert {"report.html", "metrics.json", "samples-train.png", "samples-composition.png"} <= names
+    assert {"reconstructions.png", "unconditional.png", "curves.png"} <= names
+    figures = made.info
+    for split in ("train", "validation", "composition"):
+        assert figures[f"{split}/nll"] > 0
+        assert figures[f"{split}/nll_text_gain"] == pytest.approx(
+            figures[f"{split}/nll_shuffled"] - figures[f"{split}/nll"]
+        )
+        assert figures[f"{split}/oracle_all_right_real"] >= 0.5  # of real pictures; 16 px is little
+        assert figures[f"{split}/oracle_all_right"] == 0  # of noise
+    assert len(figures["scores"]) == 18
+    assert figures["train/copies_reconstructed"] < 1  # a random tokenizer leaves nothing to recognise
+    assert json.loads(storage.read_bytes(f"{made.uri}/metrics.json"))["guidance"]["CLIP score"][0][0] == 1.0
+    assert "evaluate  picture" in capsys.readouterr().out
+
+    again = evaluate(run, sets)
+    assert again == made
+    assert capsys.readouterr().out == "", "the second evaluation drew pictures although it was done"
+
+
+def test_evaluating_twice_gives_the_same_bytes(
+    sets: dict[str, Manifest], run: RunConfig, tmp_path: Path
+) -> None:
+    first = evaluate(run, sets)
+    storage.delete_prefix(first.uri)
+    assert evaluate(run, sets).sha256 == first.sha256
+
+
+def test_the_benchmark_is_pinned_by_data_judge_and_config(sets: dict[str, Manifest], run: RunConfig) -> None:
+    one, two = load_benchmark(run, sets), load_benchmark(run, sets)
+    assert one.key == two.key
+    for split, chosen in one.splits.items():
+        assert chosen.captions == two.splits[split].captions
+        assert torch.equal(chosen.images, two.splits[split].images)
+        assert len(chosen.captions) == len(chosen.images) == 6
+    seeds = [seed for split in one.splits for seed in one.seeds(split)]
+    assert len(set(seeds)) == len(seeds)
+    other = run.evaluation.model_copy(update={"seed": 1})
+    assert load_benchmark(run.model_copy(update={"evaluation": other}), sets).key != one.key
+
+
+def test_remeasuring_the_same_model_gives_its_own_scores(
+    sets: dict[str, Manifest], run: RunConfig, tmp_path: Path
+) -> None:
+    made = evaluate(run, sets)
+    bundle = write_bundle(sets, run.sampling, tmp_path / "bundle")
+    champion = remeasure(run, sets, bundle)
+    assert champion["benchmark"] == made.info["benchmark"]
+    assert champion["scores"] == made.info["scores"]
+    assert champion["validation/clip_score"] == made.info["validation/clip_score"]
+    assert not compare(made.info, champion).better, "a model cannot beat itself"
+
+
+def test_likelihoods_are_those_of_the_codes(
+    sets: dict[str, Manifest], run: RunConfig, tmp_path: Path
+) -> None:
+    generator = Generator.load(write_bundle(sets, run.sampling, tmp_path / "bundle"))
+    benchmark = load_benchmark(run, sets)
+    figures = evaluation.likelihoods(generator, benchmark)
+    chosen = benchmark.splits["validation"]
+    _, codes = evaluation.reconstruct(generator, chosen.images)
+    with torch.no_grad():
+        logits = generator.gpt(codes).log_softmax(-1)
+    expected = -logits.gather(2, codes[..., None]).mean()
+    assert figures["validation/nll_unconditional"] == pytest.approx(expected.item(), abs=1e-4)
+    assert figures["nll_gap"] == pytest.approx(figures["validation/nll"] - figures["train/nll"])
+
+
+def measured(scores: list[float], benchmark: str = "k") -> dict[str, object]:
+    return {"scores": scores, "benchmark": benchmark}
+
+
+def test_only_a_difference_beyond_chance_makes_a_champion() -> None:
+    champion = measured([0.0, 1.0, 0.0, 1.0] * 8)
+    assert compare(measured([1.0, 1.0, 0.0, 1.0] * 8), champion).better
+    assert not compare(champion, champion).better
+    assert not compare(measured([0.0, 1.0, 0.0, 0.0] * 8), champion).better
+    luck = compare(measured([0.0, 1.0, 1.0, 0.0] * 7 + [1.0, 1.0, 0.0, 1.0]), champion)
+    assert not luck.better
+    assert "standard error" in luck.reason
+    assert compare(measured([float("nan")] * 32), champion) == Verdict(
+        False, "the challenger's scores are not finite"
+    )
+    with pytest.raises(UserError, match="different prompts"):
+        compare(measured([1.0]), measured([0.0], "other"))
+
+
+def test_nothing_is_left_where_sets_do_not_belong_together(
+    sets: dict[str, Manifest], run: RunConfig, tmp_path: Path
+) -> None:
+    other = config(tokenizer=run.tokenizer.model_dump() | {"codebook_size": 32})
+    strange = publish_models(tmp_path / "other", other, sets["images"], seed=1)
+    with pytest.raises(UserError, match="do not belong together"):
+        evaluate(run, sets | {"tokenizer": strange["tokenizer"]})
+    assert not [uri for uri in storage.list_uris(storage.store_root()) if "/evaluation/" in uri]
+
+
+@pytest.mark.slow
+def test_as_a_job_with_real_services(services: dict[str, str], run: RunConfig, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    from model.plumbing.jobs import JobSpec, TrackingIds
+    from model.work import job
+
+    images = ingest(run.data)
+    sets = {"images": images, **publish_models(tmp_path / "models", run, images)}
+    spec: JobSpec = job("evaluation", "evaluate", run, "run-1", sets)
+    assert spec.tracking == TrackingIds(experiment=run.experiment, run="run-1", step="evaluate")
+    made = evaluation.main(spec)
+    assert made == manifests.load(spec.output)
+    client = MlflowClient(services["MLFLOW_TRACKING_URI"])
+    experiment = client.get_experiment_by_name(run.experiment)
+    assert experiment
+    (found,) = client.search_runs([experiment.experiment_id], "tags.`latent_gpt.step` = 'evaluate'")
+    assert found.data.metrics["validation/nll"] == pytest.approx(made.info["validation/nll"])
+    assert [file.path for file in client.list_artifacts(found.info.run_id)] == ["report.html"]
