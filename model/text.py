@@ -84,7 +84,7 @@ class Judge:
         self, model: nn.Module, preprocess: dict[str, Any], device: str | torch.device = "cpu"
     ) -> None:
         self.device = torch.device(device)
-        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.model = model.to(self.device).eval()
         size = preprocess["size"]
         self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
         self._mean = torch.tensor(preprocess["mean"], device=self.device).view(3, 1, 1)

@@ -1,0 +1,253 @@
+"""The CLIP job: train a compact open_clip model on the run's pictures and captions, or import a pretrained.
+
+    python -m model.train_clip SPEC_URI        (by torchrun, one process per device)
+
+Two roles (`options.role`), two models, so that none judges its own work:
+
+- `text` encodes prompts for the transformer. It sees the `train` split alone, as the transformer does; its
+  retrieval on held-out pictures tells what it is worth on captions it never saw.
+- `judge` measures how well drawn pictures fit their prompts. It starts from another seed and sees all splits:
+  it must recognise what the generator was never shown, and the generator learns nothing from it.
+
+A pretrained model is imported once for either role, frozen.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.nn.functional as gathering
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from model.config import TrainedCLIPConfig
+from model.curves import HISTORY, Curves
+from model.errors import UserError
+from model.images import augment, to_tensor
+from model.metrics import retrieval_accuracy
+from model.optim import Ema, adamw, learning_rate, set_learning_rate
+from model.plumbing import manifests
+from model.plumbing.checkpoints import (
+    CONFIG,
+    WEIGHTS,
+    Checkpointer,
+    optimizer_state,
+    restore_optimizer,
+    save_model,
+)
+from model.plumbing.distributed import Distributed, derive_seed, seed_all, setup
+from model.plumbing.jobs import JobSpec, run_worker
+from model.plumbing.manifests import Manifest, SetWriter
+from model.plumbing.progress import Progress
+from model.plumbing.tracking import Tracker
+from model.shards import ImageBatch, image_batches, load_images
+from model.text import Judge, architecture, build_clip, import_pretrained, tokenize
+from model.work import settings
+
+VALIDATION_PICTURES = 1024  # of the retrieval test, at most
+
+
+def main(spec: JobSpec) -> Manifest | None:
+    """Make the clip set at `spec.output`; its manifest on the main process, None on the others."""
+    role = spec.options.get("role", "")
+    if role not in ("text", "judge"):
+        raise UserError(f"options.role is '{role}'; it must be text or judge")
+    config = spec.config.clip
+    inputs = {name: manifests.load(uri) for name, uri in spec.inputs.items()}
+    writer = SetWriter("clip", settings("clip", spec.config, role), inputs)
+    with setup() as processes:
+        if config.kind == "pretrained":
+            if not processes.is_main:
+                return None
+            model, description = import_pretrained(config)
+            return _publish(writer, model.state_dict(), description, {"role": role})
+        with Tracker(spec.tracking, {"clip": config.model_dump()}, processes.is_main) as tracker:
+            return train(spec, config, role, inputs["images"], writer, processes, tracker)
+
+
+def train(
+    spec: JobSpec,
+    config: TrainedCLIPConfig,
+    role: str,
+    images: Manifest,
+    writer: SetWriter,
+    processes: Distributed,
+    tracker: Tracker,
+) -> Manifest | None:
+    """Train a CLIP for a role; the main process writes the set and returns its manifest."""
+    training, device = config.training, processes.device
+    rank, world = processes.rank, processes.world
+    seed = derive_seed(spec.config.seed, "clip", role)
+    size = images.info["image_size"]
+    views, chances = spec.config.data.augment, torch.Generator(device)
+
+    # ── what learns ──────────────────────────────────────────────────────────────────────────────────────
+    description: dict[str, Any] = {
+        "role": role,
+        "architecture": architecture(config, size),
+        "preprocess": {"size": size, "mean": [0.5] * 3, "std": [0.5] * 3},
+    }
+    seed_all(seed)
+    clip = build_clip(description).to(device)
+    optimizer = adamw(clip, training)
+    ema = Ema(clip, training.ema)
+    lately = torch.zeros(1, device=device)  # loss since the last log line
+    curves = Curves(tracker)
+
+    # ── where it was ─────────────────────────────────────────────────────────────────────────────────────
+    checkpointer = Checkpointer(spec.checkpoints)
+    start = 0
+    if saved := checkpointer.latest():
+        start, tensors, state = saved
+        clip.load_state_dict(_below("clip.", tensors))
+        ema.load(_below("ema.", tensors), state["ema_updates"])
+        restore_optimizer(optimizer, tensors, state["optimizer"])
+        lately.copy_(tensors["lately"])
+        curves.points = state["curves"]
+
+    if training.compile:
+        clip.compile()
+    model: nn.Module = clip if world == 1 else DistributedDataParallel(clip)
+    splits = ["train"] if role == "text" else sorted({name.split("-")[0] for name in images.info["shards"]})
+    batches = _batches(images, splits, training.batch_size, seed, start, processes)
+    progress = Progress(
+        spec.name, training.steps, "img", training.batch_size, done=start, enabled=processes.is_main
+    )
+
+    # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────
+    for step in range(start, training.steps):
+        seed_all(seed, rank, step)
+        chances.manual_seed(derive_seed(seed, "views", rank, step))
+        rate = learning_rate(step, training)
+        set_learning_rate(optimizer, rate)
+        batch = next(batches)
+        pictures = augment(to_tensor(batch.images.to(device)), views, chances)  # (B, 3, H, W)
+        ids = tokenize(batch.captions, config.context_length).to(device)  # (B, S)
+        with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"):
+            picture_features, text_features, scale = model(pictures, ids)  # (B, E), (B, E), ()
+        loss = contrastive_loss(
+            *(_everywhere(part, world) for part in (picture_features.float(), text_features.float(), ids)),
+            scale,
+        )
+        loss.backward()
+        lately += loss.detach()
+        nn.utils.clip_grad_norm_(clip.parameters(), training.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            clip.logit_scale.clamp_(0, math.log(100))  # as CLIP was trained, arXiv:2103.00020
+        ema.update()
+
+        done = step + 1
+        if done % training.log_every == 0 or done == training.steps:
+            mean_loss = float(lately) / ((done - 1) % training.log_every + 1)
+            lately.zero_()
+            curves.add(done, {"train/loss": mean_loss, "train/learning_rate": rate})
+            progress.update(done, loss=mean_loss)
+        if done % training.eval_every == 0 or done == training.steps:
+            with ema.applied():
+                accuracy = retrieval(clip, images, description, device)
+            curves.add(done, {"validation/retrieval": accuracy})
+        if done % training.checkpoint_every == 0 and done < training.steps and processes.is_main:
+            moments, rest = optimizer_state(optimizer)
+            parts = {"clip": clip.state_dict(), "ema": ema.average}
+            flat = {f"{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
+            state = {"optimizer": rest, "ema_updates": ema.updates, "curves": curves.points}
+            checkpointer.save(done, flat | moments | {"lately": lately}, state)
+
+    # ── what is kept ─────────────────────────────────────────────────────────────────────────────────────
+    if not processes.is_main:
+        return None
+    with ema.applied():
+        tensors = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
+    writer.add_bytes(HISTORY, curves.history())
+    # A judge has seen the validation pictures: how well it knows them, not how it generalises.
+    measured = {"retrieval" if role == "text" else "retrieval_seen": accuracy}
+    return _publish(writer, tensors, description, {"role": role, "loss": mean_loss} | measured)
+
+
+def contrastive_loss(pictures: Tensor, texts: Tensor, ids: Tensor, scale: Tensor) -> Tensor:
+    """CLIP's symmetric cross-entropy over a batch (B, E), (B, E); captions that read the same, by their ids
+    (B, S), are all right answers for one another's pictures."""
+    logits = scale * pictures @ texts.T  # (B, B)
+    same = (ids[:, None] == ids[None]).all(dim=2).float()
+    targets = same / same.sum(dim=1, keepdim=True)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
+@torch.no_grad()
+def retrieval(clip: nn.Module, images: Manifest, description: dict[str, Any], device: torch.device) -> float:
+    """R@1, picture to caption, among the validation pictures with their first captions."""
+    pixels, captions = load_images(images, "validation", VALIDATION_PICTURES)
+    first = [choices[0] for choices in captions]
+    judge = Judge(clip, description["preprocess"], device)
+    features = torch.cat([judge.image_features(to_tensor(part)) for part in pixels.split(256)])
+    accuracy = retrieval_accuracy(features, judge.text_features(first), first)
+    clip.train()
+    return accuracy
+
+
+def _batches(
+    images: Manifest, splits: list[str], batch_size: int, seed: int, start: int, processes: Distributed
+) -> Iterator[ImageBatch]:
+    """Batches from each split as often as it is large; which one comes next follows from (seed, step)."""
+    sizes = {
+        split: sum(n for name, n in images.info["shards"].items() if name.startswith(f"{split}-"))
+        for split in splits
+    }
+    weights = torch.tensor([float(size) for size in sizes.values()])
+    generator = torch.Generator().manual_seed(seed)
+
+    def which() -> str:
+        return splits[int(torch.multinomial(weights, 1, generator=generator))]
+
+    before = [which() for _ in range(start)]
+    readers = {
+        split: image_batches(
+            images,
+            split,
+            batch_size,
+            seed,
+            before.count(split) * batch_size,
+            processes.rank,
+            processes.world,
+        )
+        for split in splits
+    }
+    while True:
+        yield next(readers[which()])
+
+
+def _everywhere(tensor: Tensor, world: int) -> Tensor:
+    """A batch's rows from all processes; gradients find their way back."""
+    if world == 1:
+        return tensor
+    if not tensor.is_floating_point():
+        parts = [torch.empty_like(tensor) for _ in range(world)]
+        torch.distributed.all_gather(parts, tensor)
+        return torch.cat(parts)
+    return torch.cat(gathering.all_gather(tensor))
+
+
+def _publish(
+    writer: SetWriter, tensors: dict[str, Tensor], description: dict[str, Any], info: dict[str, Any]
+) -> Manifest:
+    with tempfile.TemporaryDirectory() as scratch:
+        save_model(scratch, tensors, description)
+        writer.add_file(WEIGHTS, Path(scratch) / WEIGHTS)
+        writer.add_file(CONFIG, Path(scratch) / CONFIG)
+    return writer.finish(info)
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+if __name__ == "__main__":
+    run_worker(main)

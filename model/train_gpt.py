@@ -1,0 +1,284 @@
+"""The transformer's job: learn p(image tokens | caption) from token shards, with the text tower frozen.
+
+    python -m model.train_gpt SPEC_URI        (by torchrun, one process per device)
+
+The set holds the weights (averaged, with `training.ema`) of the validation with the lowest NLL on held-out
+pictures: small sets overfit long before the last step. A step draws its chances from (seed, rank, step) and
+its pictures from a position in the shuffled order, and a checkpoint holds everything else, so a job that was
+killed at any moment continues as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.utils import make_grid  # type: ignore[import-untyped]
+
+from model.config import SamplingConfig, TransformerConfig
+from model.curves import HISTORY, Curves
+from model.gpt import GPT
+from model.images import to_image
+from model.metrics import token_nll
+from model.optim import Ema, adamw, learning_rate, set_learning_rate
+from model.plumbing import manifests
+from model.plumbing.checkpoints import (
+    CONFIG,
+    WEIGHTS,
+    Checkpointer,
+    optimizer_state,
+    restore_optimizer,
+    save_model,
+)
+from model.plumbing.distributed import Distributed, seed_all, setup
+from model.plumbing.jobs import JobSpec, run_worker
+from model.plumbing.manifests import Manifest, SetWriter
+from model.plumbing.progress import Progress
+from model.plumbing.tracking import Tracker
+from model.sampler import sample
+from model.shards import TokenReader
+from model.text import TextEncoder, load_text_encoder
+from model.tokenizers import load_tokenizer
+from model.work import settings
+
+VALIDATION_PICTURES = 4096  # measured at each validation, at most
+GRID_PICTURES = 8  # drawn from held-out captions and shown in MLflow at each validation
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, by the device's name
+
+
+def main(spec: JobSpec) -> Manifest | None:
+    """Make the transformer set at `spec.output`; its manifest on the main process, None on the others."""
+    inputs = {name: manifests.load(uri) for name, uri in spec.inputs.items()}
+    config = spec.config.transformer
+    assert config is not None
+    writer = SetWriter("transformer", settings("transformer", spec.config), inputs)
+    with (
+        setup() as processes,
+        Tracker(spec.tracking, {"transformer": config.model_dump()}, processes.is_main) as tracker,
+    ):
+        return train(spec, config, inputs, writer, processes, tracker)
+
+
+def train(
+    spec: JobSpec,
+    config: TransformerConfig,
+    inputs: dict[str, Manifest],
+    writer: SetWriter,
+    processes: Distributed,
+    tracker: Tracker,
+) -> Manifest | None:
+    """Train the GPT; the main process writes the set and returns its manifest."""
+    training, seed, device = config.training, spec.config.seed, processes.device
+    rank, world, tokens = processes.rank, processes.world, inputs["tokens"]
+    torch.set_float32_matmul_precision("high")
+
+    # ── what learns ──────────────────────────────────────────────────────────────────────────────────────
+    text = _frozen_text(inputs["text"], device)
+    seed_all(seed, "gpt")
+    gpt = GPT(config, tokens.info["vocabulary"], tokens.info["grid"], text.width).to(device)
+    optimizer = adamw(gpt, training)
+    ema = Ema(gpt, training.ema)
+    best = {name: tensor.clone() for name, tensor in gpt.state_dict().items()}  # of the lowest NLL
+    best_figures = {"step": 0.0, "nll": math.inf}
+    lately = torch.zeros(2, device=device)  # loss and NLL since the last log line
+    curves = Curves(tracker)
+
+    # ── where it was ─────────────────────────────────────────────────────────────────────────────────────
+    checkpointer = Checkpointer(spec.checkpoints)
+    start = 0
+    if saved := checkpointer.latest():
+        start, tensors, state = saved
+        gpt.load_state_dict(_below("gpt.", tensors))
+        ema.load(_below("ema.", tensors), state["ema_updates"])
+        restore_optimizer(optimizer, tensors, state["optimizer"])
+        best, best_figures = _below("best.", tensors), state["best"]
+        lately.copy_(tensors["lately"])
+        curves.points = state["curves"]
+
+    if training.compile:
+        gpt.compile()
+    model: nn.Module = gpt if world == 1 else DistributedDataParallel(gpt)
+    reader = TokenReader(tokens, "train", training.batch_size // training.accumulate, seed, rank, world)
+    batches = reader.batches(start * training.batch_size)
+    progress = Progress(
+        spec.name,
+        training.steps,
+        "tok",
+        training.batch_size * gpt.tokens,
+        done=start,
+        enabled=processes.is_main,
+    )
+
+    flops, peak = gpt.flops_per_token(reader.context_length), _peak_flops(device)
+    since_step, since = start, time.monotonic()
+
+    # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────
+    for step in range(start, training.steps):
+        seed_all(seed, "gpt", rank, step)
+        rate = learning_rate(step, training)
+        set_learning_rate(optimizer, rate)
+        for micro in range(training.accumulate):
+            batch = next(batches)
+            codes = batch.codes.to(device, non_blocking=True)  # (B, T)
+            states, mask = text.encode(batch.ids)  # (B, S, W), (B, S)
+            drop = torch.rand(len(codes), device=device) < config.condition_dropout  # (B,)
+            codes, order = _reorder(codes, config, step)
+            more = micro + 1 < training.accumulate
+            with (
+                model.no_sync() if more and world > 1 else nullcontext(),  # type: ignore[operator]
+                torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"),
+            ):
+                logits = model(codes, states, mask, drop, order)  # (B, T, K)
+                nll = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())
+                loss = nll
+                if config.z_loss:
+                    loss = loss + config.z_loss * logits.float().logsumexp(dim=-1).square().mean()
+                (loss / training.accumulate).backward()
+            lately += torch.stack([loss, nll]).detach() / training.accumulate
+        nn.utils.clip_grad_norm_(gpt.parameters(), training.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update()
+
+        done = step + 1
+        if done % training.log_every == 0 or done == training.steps:
+            count = (done - 1) % training.log_every + 1
+            mean_loss, mean_nll = (processes.mean(lately) / count).tolist()
+            lately.zero_()
+            curves.add(done, {"train/loss": mean_loss, "train/nll": mean_nll, "train/learning_rate": rate})
+            rate_of_tokens = (
+                (done - since_step) * training.batch_size * gpt.tokens / (time.monotonic() - since)
+            )
+            since_step, since = done, time.monotonic()
+            mfu = {"mfu": rate_of_tokens * flops / (world * peak)} if peak else {}
+            progress.update(done, loss=mean_loss, **mfu)
+        if done % training.eval_every == 0 or done == training.steps:
+            with ema.applied():
+                figures = validate(gpt, text, tokens, "validation", processes)
+                if figures["nll"] < best_figures["nll"]:
+                    best = {name: tensor.clone() for name, tensor in gpt.state_dict().items()}
+                    best_figures = {"step": done} | figures
+                if processes.is_main:
+                    _show_samples(gpt, text, tokens, tracker, done)
+            curves.add(done, {f"validation/{name}": value for name, value in figures.items()})
+        if done % training.checkpoint_every == 0 and done < training.steps and processes.is_main:
+            moments, rest = optimizer_state(optimizer)
+            parts = {"gpt": gpt.state_dict(), "ema": ema.average, "best": best}
+            flat = {f"{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
+            state = {
+                "optimizer": rest,
+                "ema_updates": ema.updates,
+                "best": best_figures,
+                "curves": curves.points,
+            }
+            checkpointer.save(done, flat | moments | {"lately": lately}, state)
+
+    # ── what is kept ─────────────────────────────────────────────────────────────────────────────────────
+    gpt.load_state_dict(best)
+    seen = validate(gpt, text, tokens, "train", processes)
+    info = {
+        "validation_nll": best_figures["nll"],
+        "validation_nll_unconditional": best_figures["nll_unconditional"],
+        "validation_nll_shuffled": best_figures["nll_shuffled"],
+        "train_nll": seen["nll"],
+        "best_step": best_figures["step"],
+        "parameters": gpt.parameter_count(),
+    }
+    if not processes.is_main:
+        return None
+    with tempfile.TemporaryDirectory() as scratch:
+        save_model(scratch, best, gpt.description())
+        writer.add_file(WEIGHTS, Path(scratch) / WEIGHTS)
+        writer.add_file(CONFIG, Path(scratch) / CONFIG)
+    writer.add_bytes(HISTORY, curves.history())
+    return writer.finish(info)
+
+
+@torch.no_grad()
+def validate(
+    gpt: GPT, text: TextEncoder, tokens: Manifest, split: str, processes: Distributed
+) -> dict[str, float]:
+    """NLL in nats per token over a split's plain pictures, with their captions (`nll`), with none
+    (`nll_unconditional`) and with each other's (`nll_shuffled`): how much the text is worth."""
+    device = processes.device
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    gpt.eval()
+    bf16 = gpt.config.training.precision == "bf16"
+    reader = TokenReader(tokens, split, 64 * processes.world, rank=processes.rank, world=processes.world)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        for batch in reader.ordered(VALIDATION_PICTURES):
+            if not len(batch.codes):  # the last batch may leave nothing to some ranks
+                continue
+            codes = batch.codes.to(device)
+            states, mask = text.encode(batch.ids)
+            none = torch.ones(len(codes), dtype=torch.bool, device=device)
+            readings = [
+                gpt(codes, states, mask),
+                gpt(codes, states, mask, none),
+                gpt(codes, states.roll(1, dims=0), mask.roll(1, dims=0)),
+            ]
+            sums[:3] += torch.stack([token_nll(logits, codes).sum() for logits in readings])
+            sums[3] += len(codes)
+    gpt.train()
+    *nats, count = processes.sum(sums).tolist()
+    names = ("nll", "nll_unconditional", "nll_shuffled")
+    return {name: value / count for name, value in zip(names, nats, strict=True)}
+
+
+def _reorder(codes: Tensor, config: TransformerConfig, step: int) -> tuple[Tensor, Tensor | None]:
+    """Codes (B, T) in the order they are to be learned in, and that order.
+
+    RAR (arXiv:2411.00776): at first every picture in an order of its own, annealed to all in raster order.
+    """
+    steps = config.random_order * config.training.steps
+    if step >= steps:
+        return codes, None
+    B, T = codes.shape
+    raster = torch.arange(T, device=codes.device)
+    mixed = torch.rand(B, T, device=codes.device).argsort(dim=1)
+    chosen = torch.rand(B, 1, device=codes.device) < 1 - step / steps
+    order = torch.where(chosen, mixed, raster)
+    return codes.gather(1, order), order
+
+
+def _frozen_text(clip: Manifest, device: torch.device) -> TextEncoder:
+    with tempfile.TemporaryDirectory() as scratch:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        return load_text_encoder(manifests.fetch(clip, scratch), device, dtype)
+
+
+@torch.no_grad()
+def _show_samples(gpt: GPT, text: TextEncoder, tokens: Manifest, tracker: Tracker, step: int) -> None:
+    """Held-out pictures as the tokenizer renders them, above what is drawn from their captions."""
+    if "tokenizer" not in tokens.inputs:
+        return
+    batch = next(TokenReader(tokens, "validation", GRID_PICTURES).ordered(GRID_PICTURES))
+    gpt.eval()
+    drawn = sample(gpt, *text.encode(batch.ids), SamplingConfig(), seeds=range(len(batch.ids)))
+    gpt.train()
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = load_tokenizer(manifests.fetch(manifests.load(tokens.inputs["tokenizer"].uri), scratch))
+    both = torch.cat([batch.codes, drawn.cpu()]).view(-1, *gpt.grid)
+    grid = make_grid(tokenizer.decode(both), nrow=len(batch.codes))
+    tracker.image(f"samples/step-{step:07d}.png", to_image(grid))
+
+
+def _peak_flops(device: torch.device) -> float:
+    """Of the device in operations per second; 0 where it is not in the table (then no MFU is shown)."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), 0.0)
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+if __name__ == "__main__":
+    run_worker(main)
