@@ -23,6 +23,7 @@ from typing import Any, TextIO
 
 from model.config import RunConfig, load_config
 from model.errors import UserError
+from model.plumbing.jobs import die_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE = 20.0  # seconds that processes get to stop before they are killed
@@ -305,6 +306,8 @@ def _registered(folder: Path) -> dict[str, Any] | None:
 
 def _run_dag(folder: Path, preset: str, overrides: list[str]) -> None:
     """The child: run the pipeline with kfp.local."""
+    signal.signal(signal.SIGUSR1, lambda *_: os.killpg(0, signal.SIGTERM))
+    die_with_parent(signal.SIGUSR1)  # and take along the step that runs
     from kfp import local
 
     from pipelines.dag import text_to_image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import signal
@@ -241,7 +242,8 @@ class TestFrozenS3:
     def test_for_good(
         self, services: dict[str, str], monkeypatch: pytest.MonkeyPatch, weed: int, tmp_path: Path
     ) -> None:
-        monkeypatch.setenv("LATENT_GPT_S3_PATIENCE", "0.5")
+        monkeypatch.setenv("LATENT_GPT_S3_PATIENCE", "0.3")
+        monkeypatch.setattr(storage, "client", functools.partial(storage.client, attempts=2))
         uri = storage.join(services["LATENT_GPT_STORE"], "x")
         storage.write_bytes(uri, b"x")
         os.kill(weed, signal.SIGSTOP)
@@ -250,10 +252,14 @@ class TestFrozenS3:
                 lambda: storage.write_bytes(uri, b"y" * 100),
                 lambda: storage.read_bytes(uri),
                 lambda: storage.download_file(uri, tmp_path / "x"),
-                lambda: storage.check_store(services["LATENT_GPT_STORE"]),
             ):
                 with pytest.raises(UserError, match="does not answer"):
                     attempt()
+            monkeypatch.undo()
+            for name, value in services.items():
+                monkeypatch.setenv(name, value)
+            with pytest.raises(UserError, match="does not answer"):
+                storage.check_store(services["LATENT_GPT_STORE"])
         finally:
             os.kill(weed, signal.SIGCONT)
         assert list(tmp_path.iterdir()) == []

@@ -5,8 +5,10 @@ A worker is `python -m model.<module> <spec uri>`; it needs nothing else but the
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -69,12 +71,22 @@ def read_spec(uri: str) -> JobSpec:
         raise UserError(f"{uri} is not a job spec of this version: {what}") from None
 
 
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Ask the kernel for a signal when the parent dies, however it dies."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it died in between
+        os.kill(os.getpid(), number)
+
+
 def run_worker(main: Callable[[JobSpec], object]) -> None:
     """Entry point of a worker: read the spec named on the command line, set up logging, call `main`.
 
     A `UserError` ends in one line, `error: …`, and status 2; anything else in a trace and status 1.
     """
     rank = int(os.environ.get("RANK", "0"))
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun puts its workers into sessions of their own
+        die_with_parent()
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",
