@@ -64,10 +64,10 @@ def _root(config: FolderSource) -> Path:
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """Relative paths of all files, a folder's own before its subfolders', each sorted."""
+    """Relative paths of all files but hidden ones, a folder's own before its subfolders', each sorted."""
     for folder, subfolders, names in os.walk(root):
-        subfolders.sort()
-        for name in sorted(names):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in sorted(name for name in names if not name.startswith(".")):
             yield os.path.relpath(os.path.join(folder, name), root)
 
 

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from model.config import ParquetSource
 from model.errors import UserError
+from model.plumbing import storage
 from model.sources import Record
 
 BATCH = 64  # rows read at a time
@@ -95,11 +96,14 @@ def _filesystem(path: str) -> tuple[pafs.FileSystem, str]:
     if not path.startswith("s3://"):
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path))
     scheme, _, endpoint = os.environ.get("S3_ENDPOINT_URL", "").rpartition("://")
+    patience = float(os.environ.get("LATENT_GPT_S3_PATIENCE") or 15)  # seconds, as `storage` waits
     filesystem = pafs.S3FileSystem(
         endpoint_override=endpoint or None,
         scheme=scheme or "https",
-        connect_timeout=10,  # seconds
-        request_timeout=30,
+        region=os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
+        connect_timeout=patience,
+        request_timeout=patience,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(storage.ATTEMPTS),
     )
     return filesystem, path.removeprefix("s3://").rstrip("/")
 
