@@ -147,13 +147,13 @@ def load_model(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         UserError: a file is missing or cannot be read.
     """
     folder = Path(folder)
+    for name in (WEIGHTS, CONFIG):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder / name} does not exist; a model is a folder with {WEIGHTS} and {CONFIG}"
+            )
     try:
         return load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())
-    except FileNotFoundError as error:
-        missing = error.filename or folder
-        raise UserError(
-            f"{missing} does not exist; a model is a folder with {WEIGHTS} and {CONFIG}"
-        ) from None
     except (SafetensorError, ValueError) as error:
         raise UserError(f"{folder} does not hold a readable model ({error}); fetch it again") from None
 

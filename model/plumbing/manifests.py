@@ -43,7 +43,7 @@ class File(_Part):
     @classmethod
     def _stays_inside(cls, name: str) -> str:
         path = PurePosixPath(name)
-        if not name or path.is_absolute() or ".." in path.parts or str(path) != name:
+        if not path.parts or path.is_absolute() or ".." in path.parts or str(path) != name:
             raise ValueError(f"'{name}' is not a plain relative path")
         return name
 

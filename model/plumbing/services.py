@@ -193,8 +193,6 @@ class _Used:
         self._starting = starting
         self._keeper: subprocess.Popen[bytes] | None = None
         self._starts = 0
-        if not _wait(lambda: not self._running() or bool(self._ports()), STOP_PATIENCE):
-            raise UserError(f"{server.name} of an earlier run does not stop; {self._owner()}")
         if not self._running():
             self._start()
 
@@ -248,10 +246,6 @@ class _Used:
         with open(self.folder / "keeper.lock", "a+") as file:
             return not keeper.lock(file, fcntl.LOCK_EX)
 
-    def _owner(self) -> str:
-        pid = (self.folder / "keeper.lock").read_text()
-        return f"stop process {pid} and its children, then run again"
-
     def _start(self) -> None:
         self._starts += 1
         ports = self._ports()
@@ -271,15 +265,16 @@ class _Used:
             )
 
     def _start_again(self) -> None:
-        """After a start that failed: once more if a port was taken, else say why not."""
-        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines()]
-        said = [line for line in lines if any(map(str.isalnum, line)) and not line.startswith("keeper:")]
-        taken = any("address already in use" in line or "is not available on" in line for line in said)
-        if not taken or self._starts >= STARTS:
-            last = said[-1] if said else "it said nothing"
-            raise UserError(f"{self.server.name} does not start: {last[:300]} (its log: {self.log})")
+        """After the server has gone: once more if it was another run's or lacked a port, else say why not."""
+        if self._starts:
+            lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines()]
+            said = [line for line in lines if any(map(str.isalnum, line)) and not line.startswith("keeper:")]
+            taken = any("address already in use" in line or "is not available on" in line for line in said)
+            if not taken or self._starts >= STARTS:
+                last = said[-1] if said else "it said nothing"
+                raise UserError(f"{self.server.name} does not start: {last[:300]} (its log: {self.log})")
         self._start()
-        os.environ.update(self.environment)  # the ports are new
+        os.environ.update(self.environment)  # the ports may be new
 
 
 @contextmanager

@@ -33,7 +33,7 @@ PART = 16 * MIB  # bytes per part of a large upload or download
 THREADS = 8  # parts under way at once
 READ_AHEAD = MIB  # bytes that a stream buffers
 TEMPORARY = ".partial-"  # prefix of local files that are not complete yet; never listed
-ATTEMPTS = 5  # of a request, the first included
+ATTEMPTS = 7  # of a request, the first included; about 25 s where connections are refused
 
 
 class NotFound(UserError):
@@ -239,14 +239,18 @@ def check_store(root: str) -> None:
     if is_s3(root):
         bucket, key = split(probe)
         quick = client(patience=5, attempts=2)
-        try:
+
+        def put() -> None:
             with _explained(root):
-                quick.head_bucket(Bucket=bucket)
+                quick.put_object(Bucket=bucket, Key=key, Body=data)
+
+        try:
+            put()
         except NotFound:
             with _explained(root):
                 quick.create_bucket(Bucket=bucket)
+            put()
         with _explained(root):
-            quick.put_object(Bucket=bucket, Key=key, Body=data)
             found = quick.get_object(Bucket=bucket, Key=key)["Body"].read()
             quick.delete_object(Bucket=bucket, Key=key)
     else:
@@ -281,12 +285,12 @@ def client(patience: float | None = None, attempts: int = ATTEMPTS) -> S3Client:
     """The process's S3 client.
 
     Args:
-        patience: seconds to wait for an answer; default 20, or the environment's `LATENT_GPT_S3_PATIENCE`.
-            With five attempts an S3 that stands still for a minute is outlived, a dead one reported.
+        patience: seconds to wait for an answer; default 15, or the environment's `LATENT_GPT_S3_PATIENCE`.
+            With seven attempts a restart or a minute's standstill is outlived, and two minutes' reported.
         attempts: tries of one request.
     """
     if patience is None:
-        patience = float(os.environ.get("LATENT_GPT_S3_PATIENCE") or 20)
+        patience = float(os.environ.get("LATENT_GPT_S3_PATIENCE") or 15)
     # Connections must not be shared with a forked child, and tests move from server to server.
     place = tuple(os.environ.get(name, "") for name in ("S3_ENDPOINT_URL", *CREDENTIALS))
     return _client(os.getpid(), place, patience, attempts)

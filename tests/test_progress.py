@@ -1,0 +1,96 @@
+"""Progress lines: what they say, and how often."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+
+from model.plumbing import progress
+from model.plumbing.progress import Progress, duration, figure, quantity
+
+
+class Clock:
+    """A clock that tests wind."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress.time, "monotonic", clock)
+    return clock
+
+
+def test_a_line_says_it_all(clock: Clock) -> None:
+    out = io.StringIO()
+    bar = Progress("train_gpt", 2000, "tok", per_count=4096, out=out)
+    clock.now += 34
+    bar.update(340, loss=3.2134)
+    assert out.getvalue() == "train_gpt  step 340/2000  17%  loss 3.21  41k tok/s  ETA 2m46s\n"
+    # what the local runner reads: NAME, two spaces, text
+    assert re.fullmatch(r"\w+  \S.*\n", out.getvalue())
+
+
+def test_lines_come_at_intervals_and_at_the_end(clock: Clock) -> None:
+    out = io.StringIO()
+    bar = Progress("ingest", 100, "img", counted="image", every=1.0, out=out)
+    for done in range(1, 101):
+        clock.now += 0.05
+        bar.update(done)
+    bar.update(100)
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 6
+    assert lines[0].startswith("ingest  image 1/100  1%  20 img/s")
+    assert lines[-1] == "ingest  image 100/100  100%  20 img/s  ETA 0s"
+
+
+def test_the_rate_is_the_latest_and_the_resumed_part_is_not_counted(clock: Clock) -> None:
+    out = io.StringIO()
+    bar = Progress("train", 100, "step", done=50, out=out)
+    clock.now += 10
+    bar.update(60)
+    clock.now += 10
+    bar.update(80)
+    assert out.getvalue().splitlines() == [
+        "train  step 60/100  60%  1.0 step/s  ETA 40s",
+        "train  step 80/100  80%  2.0 step/s  ETA 13s",
+    ]
+
+
+def test_an_unknown_total_has_no_percent(clock: Clock) -> None:
+    out = io.StringIO()
+    bar = Progress("ingest", 0, "img", counted="image", out=out)
+    clock.now += 1
+    bar.update(7)
+    assert out.getvalue() == "ingest  image 7  7.0 img/s\n"
+
+
+def test_other_ranks_are_silent() -> None:
+    out = io.StringIO()
+    Progress("train", 1, "step", enabled=False, out=out).update(1)
+    assert out.getvalue() == ""
+
+
+def test_numbers_are_short() -> None:
+    assert [quantity(x) for x in (3.21, 12.3, 512.3, 1234, 41234, 1.2e6, 3e9)] == [
+        "3.2", "12", "512", "1.2k", "41k", "1.2M", "3.0G",
+    ]  # fmt: skip
+    assert [duration(x) for x in (5.2, 59.7, 72.4, 3599.6, 7260)] == [
+        "5s",
+        "1m00s",
+        "1m12s",
+        "1h00m",
+        "2h01m",
+    ]
+    assert [figure(x) for x in (3.2134, 0.000123, 12345.6, float("nan"))] == [
+        "3.21",
+        "0.000123",
+        "12346",
+        "nan",
+    ]

@@ -1,0 +1,179 @@
+"""Tracking, against the real MLflow server."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import signal
+import subprocess
+import threading
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from model.errors import UserError
+from model.plumbing import tracking
+from model.plumbing.jobs import TrackingIds
+from model.plumbing.tracking import Tracker, check_server, flatten, mlflow_client
+
+
+@pytest.fixture
+def ids(services: dict[str, str]) -> TrackingIds:
+    """A step of a fresh pipeline run."""
+    return TrackingIds(experiment="vqvae-training", run=f"run-{uuid.uuid4().hex[:8]}", step="train_vqvae")
+
+
+@pytest.mark.parametrize("uri", ["", "sqlite:///mlflow.db", "./mlruns"])
+def test_only_a_server_will_do(monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(UserError, match=rf"MLFLOW_TRACKING_URI is '{uri}'; it must name an MLflow server"):
+        check_server()
+
+
+def test_an_unreachable_server_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    with pytest.raises(
+        UserError, match=r"MLflow at http://127.0.0.1:1 cannot be reached .*Connection refused"
+    ):
+        Tracker(TrackingIds(experiment="e", run="r", step="s"))
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "right"),
+    [
+        (200, b"<html>", "does not answer as MLflow does"),
+        (404, b"no", "names an MLflow server"),
+        (401, b"no", "check MLFLOW_TRACKING_USERNAME"),
+        (403, b"Invalid Host header", "--allowed-hosts"),
+    ],
+)
+def test_other_answers_say_what_would_be_right(
+    monkeypatch: pytest.MonkeyPatch, status: int, body: bytes, right: str
+) -> None:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.handle_request).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(UserError, match=right):
+            check_server()
+
+
+def test_settings_flatten() -> None:
+    assert flatten({"a": {"b": {"c": 1}, "d": [2]}, "e": {}}) == {"a.b.c": 1, "a.d": [2], "e": {}}
+
+
+def test_other_ranks_track_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with Tracker(TrackingIds(experiment="e", run="r", step="s"), enabled=False) as tracker:
+        tracker.metrics(1, loss=2.0)
+        tracker.text("a.txt", "a")
+        tracker.tags(a="b")
+
+
+@pytest.mark.slow
+class TestRealServer:
+    """What only a server can show."""
+
+    def test_a_step_is_a_child_and_continues_its_curve(self, ids: TrackingIds) -> None:
+        parent = tracking.open_pipeline_run("latent-gpt-custom-vqvae", ids.run, {"seed": 0})
+        with Tracker(ids, {"training": {"steps": 4}}) as tracker:
+            for step in (1, 2):
+                tracker.metrics(step, **{"train/loss": 1.0 / step})
+        again = Tracker(ids, {"training": {"steps": 4}})
+        assert again.run_id == tracker.run_id
+        assert mlflow_client().get_run(again.run_id).info.status == "RUNNING"
+        again.metrics(3, **{"train/loss": 0.1})
+        again.finish()
+        client = mlflow_client()
+        history = client.get_metric_history(tracker.run_id, "train/loss")
+        assert [(one.step, one.value) for one in history] == [(1, 1.0), (2, 0.5), (3, 0.1)]
+        run = client.get_run(tracker.run_id)
+        assert run.info.status == "FINISHED"
+        assert run.data.params == {"training.steps": "4"}
+        assert run.data.tags["mlflow.parentRunId"] == parent
+        assert client.get_experiment(run.info.experiment_id).name == "vqvae-training"
+        tracking.finish_pipeline_run(ids.run, tags={"outcome": "champion"})
+        finished = client.get_run(parent)
+        assert (finished.info.status, finished.data.tags["outcome"]) == ("FINISHED", "champion")
+        assert finished.data.params == {"seed": "0"}
+        assert client.get_experiment(finished.info.experiment_id).name == "latent-gpt-custom-vqvae"
+
+    def test_steps_that_start_side_by_side_share_a_parent(self, ids: TrackingIds) -> None:
+        steps = [ids.model_copy(update={"step": f"step-{number}"}) for number in range(4)]
+        trackers: list[Tracker] = []
+        threads = [threading.Thread(target=lambda one=one: trackers.append(Tracker(one))) for one in steps]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        client = mlflow_client()
+        parents = {client.get_run(one.run_id).data.tags["mlflow.parentRunId"] for one in trackers}
+        assert parents == {tracking.open_pipeline_run(ids.experiment, ids.run)}
+        assert len({one.run_id for one in trackers}) == 4
+
+    def test_artifacts_go_through_the_server(self, ids: TrackingIds, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("S3_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        from matplotlib.figure import Figure
+        from PIL import Image
+
+        with Tracker(ids) as tracker:
+            tracker.figure("curves.png", Figure())
+            tracker.image("samples/one.png", Image.new("RGB", (4, 4)))
+            tracker.text("report.html", "<html>")
+            tracker.file(__file__, "code")
+            tracker.tags(set="s3://somewhere")
+        assert tracker.lost == 0
+        client = mlflow_client()
+        names = {one.path for one in client.list_artifacts(tracker.run_id)}
+        assert names == {"curves.png", "samples", "report.html", "code"}
+        assert client.get_run(tracker.run_id).data.tags["set"] == "s3://somewhere"
+
+    def test_an_exception_fails_the_run(self, ids: TrackingIds) -> None:
+        with pytest.raises(ZeroDivisionError), Tracker(ids) as tracker:
+            _ = 1 / 0
+        assert mlflow_client().get_run(tracker.run_id).info.status == "FAILED"
+
+    @pytest.fixture
+    def mlflow(self, services: dict[str, str]) -> Iterator[int]:
+        """Process id of the MLflow server."""
+        port = services["MLFLOW_TRACKING_URI"].rpartition(":")[2]
+        listing = subprocess.run(["ss", "-ltnpH", f"sport = :{port}"], capture_output=True, text=True).stdout
+        pid = int(listing.partition("pid=")[2].partition(",")[0])
+        yield pid
+        os.kill(pid, signal.SIGCONT)
+
+    def test_a_server_that_is_away_costs_no_step(self, ids: TrackingIds, mlflow: int) -> None:
+        with Tracker(ids) as tracker:
+            os.kill(mlflow, signal.SIGSTOP)
+            for step in range(100):
+                tracker.metrics(step, loss=float(step))
+            os.kill(mlflow, signal.SIGCONT)
+        assert tracker.lost == 0  # a synchronous message would have waited for the server until it was lost
+        assert len(mlflow_client().get_metric_history(tracker.run_id, "loss")) == 100
+
+    def test_a_server_that_is_gone_is_reported(
+        self, ids: TrackingIds, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        with Tracker(ids) as tracker:
+
+            def gone(*_: object, **__: object) -> None:
+                raise ConnectionError("connection refused")
+
+            monkeypatch.setattr("mlflow.utils.rest_utils._get_http_response_with_retries", gone)
+            tracker.metrics(1, loss=1.0)
+            tracker.text("a.txt", "a")
+        assert tracker.lost == 3  # the metrics, the text, and the end of the run
+        assert "MLflow did not take a message" in caplog.text
+        assert "3 messages to MLflow were lost" in caplog.text
