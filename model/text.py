@@ -67,14 +67,21 @@ class TextEncoder:
         keys = [row.numpy().tobytes() for row in ids]
         missing = {key: row for key, row in zip(keys, ids, strict=True) if key not in self._states}
         if missing:
-            states = self._tower(torch.stack(list(missing.values())).to(self.device))
-            self._states.update(zip(missing, states, strict=True))
+            rows = torch.stack(list(missing.values())).to(self.device)
+            self._states.update(zip(missing, self._compute(rows), strict=True))
         for key in keys:
             self._states.move_to_end(key)
         batch = torch.stack([self._states[key] for key in keys])
         while len(self._states) > self._cached:
             self._states.popitem(last=False)
         return batch, text_mask(ids).to(self.device)
+
+    def _compute(self, rows: Tensor) -> Tensor:
+        """States of new captions, in groups of one fixed size: products of another shape round otherwise, and
+        a resumed training must find the very states that it would have had."""
+        group = 1 if self.device.type == "cpu" else 64
+        padded = torch.cat([rows, rows[-1:].expand(-len(rows) % group, -1)])
+        return torch.cat([self._tower(part) for part in padded.split(group)])[: len(rows)]
 
 
 class Judge:

@@ -110,17 +110,24 @@ def test_states_are_computed_once_per_caption_and_few_are_kept(folder: Path) -> 
     encoder._tower.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
     a, b, c = (encoder.tokenize([word]) for word in ("ape", "bee", "cat"))
     first, _ = encoder.encode(torch.cat([a, a, b]))
-    assert calls == [2]
+    assert calls == [1, 1]
     again, _ = encoder.encode(torch.cat([a, b]))
-    assert calls == [2]
+    assert calls == [1, 1]
     torch.testing.assert_close(again, first[1:], rtol=0, atol=0)
     encoder.encode(c)  # pushes out a, used longest ago
     encoder.encode(b)
-    assert calls == [2, 1]
+    assert calls == [1, 1, 1]
     encoder.encode(a)
-    assert calls == [2, 1, 1]
+    assert calls == [1, 1, 1, 1]
     every = encoder.encode(torch.cat([a, b, c]))[0]  # more captions than are kept
     assert every.shape[0] == 3
+
+
+def test_states_do_not_depend_on_the_batch_to_the_last_bit(folder: Path) -> None:
+    ids = load_text_encoder(folder).tokenize([f"{number} cats" for number in range(9)])
+    together, _ = load_text_encoder(folder).encode(ids)
+    alone = load_text_encoder(folder)
+    assert torch.equal(torch.cat([alone.encode(row[None])[0] for row in ids]), together)
 
 
 def test_dtype_is_the_one_asked_for(folder: Path) -> None:
