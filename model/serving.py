@@ -1,0 +1,145 @@
+"""The registered model: a bundle as an MLflow pyfunc. Its code is this file, its weights are safetensors.
+
+"Models from code": MLflow stores this file beside the bundle and runs it at load time, so nothing is pickled,
+and the model loads with MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false. The `model` package travels along in the
+same artifact; a server needs the pinned requirements and nothing of this repository.
+
+    {"inputs": {"prompt": ["red apple"]}, "params": {"seed": 0, "num_images": 2}}
+
+gives, for each prompt, `num_images` PNG files in base64.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlflow
+import pandas as pd
+from mlflow.models import ModelSignature, set_model
+from mlflow.pyfunc import PythonModel
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+from model.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow.models.model import ModelInfo
+
+    from model.generate import Generator
+
+REQUIREMENTS = (
+    "mlflow",
+    "torch",
+    "torchvision",
+    "open_clip_torch",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "pandas",
+    "pillow",
+    "pydantic",
+    "pyyaml",
+    "jaxtyping",
+    "boto3",
+)
+MAX_IMAGES = 64  # of one request
+NOT_GIVEN = -1.0  # of a sampling parameter: the model's own setting holds
+EXAMPLE = {"prompt": ["red apple"]}
+
+
+class TextToImage(PythonModel):
+    """Prompts in, pictures out."""
+
+    generator: Generator
+
+    def load_context(self, context: Any) -> None:
+        """Load the bundle, on the GPU where there is one."""
+        from model.generate import Generator
+
+        self.generator = Generator.load(context.artifacts["bundle"])
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
+        """Pictures of each prompt.
+
+        Args:
+            context: of MLflow; not used.
+            model_input: column `prompt`.
+            params: `seed` of the first picture (the next ones count on), `num_images` per prompt, and
+                sampling settings, -1 for the model's own.
+
+        Returns:
+            A table with a row per picture: `prompt`, `seed`, `png` (base64).
+
+        Raises:
+            UserError: an empty or far too long prompt, or an impossible setting.
+        """
+        given = dict(params or {})
+        seed, count = int(given.pop("seed", 0)), int(given.pop("num_images", 1))
+        prompts = [str(prompt) for prompt in model_input["prompt"]]
+        if count < 1 or count * len(prompts) > MAX_IMAGES:
+            raise UserError(
+                f"num_images {count} for {len(prompts)} prompts; 1 to {MAX_IMAGES} pictures at once"
+            )
+        from model.generate import checked
+
+        changed = {name: value for name, value in given.items() if value != NOT_GIVEN}
+        sampling = checked(self.generator.sampling.model_dump() | changed)
+        rows = [(prompt, seed + i) for prompt in prompts for i in range(count)]
+        images = self.generator.generate([row[0] for row in rows], [row[1] for row in rows], sampling)
+        return pd.DataFrame(
+            {
+                "prompt": [row[0] for row in rows],
+                "seed": [row[1] for row in rows],
+                "png": [_base64(image) for image in images],
+            }
+        )
+
+
+def signature() -> ModelSignature:
+    """What goes in and comes out."""
+    return ModelSignature(
+        inputs=Schema([ColSpec(DataType.string, "prompt")]),
+        outputs=Schema(
+            [
+                ColSpec(DataType.string, "prompt"),
+                ColSpec(DataType.long, "seed"),
+                ColSpec(DataType.string, "png"),
+            ]
+        ),
+        params=ParamSchema(
+            [
+                ParamSpec("seed", DataType.long, 0),
+                ParamSpec("num_images", DataType.long, 1),
+                ParamSpec("cfg_scale", DataType.double, NOT_GIVEN),
+                ParamSpec("temperature", DataType.double, NOT_GIVEN),
+                ParamSpec("top_k", DataType.long, int(NOT_GIVEN)),
+                ParamSpec("top_p", DataType.double, NOT_GIVEN),
+            ]
+        ),
+    )
+
+
+def log_model(bundle: Path, name: str) -> ModelInfo:
+    """Log a bundle as a pyfunc in the active MLflow run, after drawing its input example once."""
+    package = Path(__file__).parent
+    return mlflow.pyfunc.log_model(
+        name=name,
+        python_model=str(package / "serving.py"),
+        artifacts={"bundle": str(bundle)},
+        code_paths=[str(package)],
+        signature=signature(),
+        input_example=(pd.DataFrame(EXAMPLE), {"seed": 0, "num_images": 1}),
+        pip_requirements=[f"{one}=={version(one).partition('+')[0]}" for one in REQUIREMENTS],
+    )
+
+
+def _base64(image: Any) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+set_model(TextToImage())
