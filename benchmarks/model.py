@@ -1,12 +1,221 @@
-"""Rows 1 to 3: generation and training of the transformer beside Hugging Face's GPT-2 of the same weights."""
+"""Rows 1 to 3: generation and training of the transformer beside Hugging Face's GPT-2 of the same weights.
+
+`arch: gpt2`, so that both compute the same: a row whose tokens or losses differ fails.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList
+
+from benchmarks.harness import FLOOR, Row, RowFunction, compare, copy_bandwidth, gemm_rate
+from model.config import SamplingConfig, TrainingConfig, TransformerConfig
 from model.gpt import GPT
+from model.optim import adamw
+from model.sampler import Sampler
+
+TEXT = 77  # states of a caption, unpadded
+SCALE = 2.0  # of guidance
+CPU_SIZES = [(8, 256, 8, 1024, 16)]  # depth, width, heads, codes, side of the grid
+GPU_SIZES = [(12, 768, 12, 16384, 16), (36, 1280, 20, 16384, 16)]
+GPU_TRAINING = [
+    ((12, 768, 12, 16384, 16), 64, 620e3),  # size, batch, tokens/s aimed at
+    ((24, 1024, 16, 16384, 16), 32, 209e3),
+    ((36, 1280, 20, 16384, 16), 16, 101e3),
+    ((12, 768, 12, 16384, 32), 16, 0.0),
+]
+
+
+# ── rows 1 and 2 ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def one_picture(device: torch.device) -> Iterator[Row]:
+    """Generate the tokens of one picture, plainly and under guidance."""
+    on_gpu = device.type == "cuda"
+    for size in GPU_SIZES if on_gpu else CPU_SIZES:
+        for guided in (False, True):
+            if on_gpu:
+                goals = {
+                    "transformers": 8.0 if size[0] == 12 else 5.0,
+                    FLOOR: 0.25 if size[0] == 12 else 0.45,
+                }
+                yield _generate(1, size, 1, guided, device, compiled=True, goals=goals)
+            else:
+                yield _generate(1, size, 1, guided, device, False, {"transformers": 1.4})
+                yield _generate(1, size, 1, guided, device, True, {"transformers": 3.3, FLOOR: 0.45})
+
+
+def many_pictures(device: torch.device) -> Iterator[Row]:
+    """The same for batches: 16 on a CPU, 8 and 64 under guidance on a GPU."""
+    if device.type == "cuda":
+        for size in GPU_SIZES:
+            for batch in (8, 64):
+                yield _generate(2, size, batch, True, device, True, {"transformers": 2.0, FLOOR: 0.5})
+        return
+    yield _generate(2, CPU_SIZES[0], 16, False, device, False, {"transformers": 1.4})
+    yield _generate(2, CPU_SIZES[0], 16, False, device, True, {"transformers": 1.4})
+
+
+def _generate(
+    number: int,
+    size: tuple[int, ...],
+    batch: int,
+    guided: bool,
+    device: torch.device,
+    compiled: bool,
+    goals: dict[str, float],
+) -> Row:
+    gpt = random_gpt(size, device)
+    if device.type == "cuda":
+        gpt = gpt.bfloat16()
+    twin = hugging_face_twin(gpt).to(device, gpt.embedding.weight.dtype)
+    text = torch.randn(batch, TEXT, gpt.text_width, device=device, dtype=gpt.embedding.weight.dtype)
+    config = SamplingConfig(temperature=0, cfg_scale=SCALE if guided else 1)
+    sampler = Sampler(gpt, compile=compiled)
+    ways: dict[str, Callable[[], Tensor]] = {
+        "ours": lambda: sampler(text, None, config, range(batch)),
+        "transformers": lambda: twin_generate(gpt, twin, text, guided),
+    }
+    # In bf16 a rounding decides between codes that are nearly equal, after which pictures differ.
+    same = torch.equal if gpt.embedding.weight.dtype == torch.float32 else (lambda a, b: a.shape == b.shape)
+    comparison = compare(ways, device, warmup=1, rounds=3, same=same)
+    rows = batch * (2 if guided else 1)
+    what = f"{size[0]} x {size[1]}, batch {batch}{', guided' if guided else ''}"
+    return comparison.row(
+        number,
+        f"generate {gpt.tokens} tokens, {what}{', compiled' if compiled else ''}",
+        amount=batch * gpt.tokens,
+        unit="tokens/s",
+        goals=goals,
+        floor=batch / step_floor(gpt, rows, device),
+    )
+
+
+def step_floor(gpt: GPT, rows: int, device: torch.device) -> float:
+    """Least seconds of a step: its weights and caches read once, or its operations done."""
+    weight = gpt.embedding.weight
+    config = gpt.config
+    weights = sum(p.numel() for p in gpt.blocks.parameters()) + weight.numel()
+    weights -= sum(p.numel() for block in gpt.blocks for p in block.cross.kv.parameters())
+    cache = rows * 2 * config.depth * config.width * (gpt.tokens // 2 + TEXT)
+    moved = (weights + cache) * weight.element_size()
+    operations = 2 * rows * weights + 2 * cache
+    return max(moved / copy_bandwidth(device), operations / gemm_rate(weight.dtype, device))
+
+
+class Guidance(LogitsProcessor):  # type: ignore[misc]
+    """Classifier-free guidance over rows [text; null]: both halves get the same scores."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        with_text, without = scores.chunk(2)
+        return torch.lerp(without, with_text, SCALE).repeat(2, 1)
+
+
+@torch.no_grad()
+def twin_generate(gpt: GPT, twin: GPT2LMHeadModel, text: Tensor, guided: bool) -> Tensor:
+    """Hugging Face's `generate` with its cache, greedy: codes (B, T)."""
+    states, mask = gpt.text_in(text), None
+    if guided:
+        null = gpt.text_in(gpt.null_text).expand_as(states)
+        states = torch.cat([states, null])
+    rows = len(states)
+    start = torch.full((rows, 1), gpt.vocabulary, device=text.device)
+    codes = twin.generate(
+        start,
+        attention_mask=torch.ones_like(start),
+        encoder_hidden_states=states,
+        encoder_attention_mask=mask,
+        max_new_tokens=gpt.tokens,
+        do_sample=False,
+        use_cache=True,
+        suppress_tokens=[gpt.vocabulary],
+        logits_processor=LogitsProcessorList([Guidance()] if guided else []),
+    )
+    return codes[: len(text), 1:]
+
+
+# ── row 3 ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def training(device: torch.device) -> Iterator[Row]:
+    """A training step: forward, backward, fused AdamW."""
+    if device.type == "cuda":
+        for size, batch, _ in GPU_TRAINING:
+            yield _train(size, batch, torch.bfloat16, device, {"transformers compiled": 1.2})
+        return
+    for dtype in (torch.float32, torch.bfloat16):
+        goals = {"transformers": 1.2, "transformers compiled": 1.0, FLOOR: 0.75}
+        yield _train(CPU_SIZES[0], 8, dtype, device, goals if dtype == torch.float32 else {FLOOR: 0.5})
+
+
+def _train(
+    size: tuple[int, ...], batch: int, dtype: torch.dtype, device: torch.device, goals: dict[str, float]
+) -> Row:
+    gpt = random_gpt(size, device).train()
+    twin = hugging_face_twin(gpt).to(device).train()
+    compiled_twin = hugging_face_twin(gpt).to(device).train()
+    text = torch.randn(batch, TEXT, gpt.text_width, device=device)
+    codes = torch.randint(gpt.vocabulary, (batch, gpt.tokens), device=device)
+    inputs = F.pad(codes[:, :-1], (1, 0), value=gpt.vocabulary)
+
+    def step(module: nn.Module, logits: Callable[[], Tensor]) -> Callable[[], float]:
+        optimizer = adamw(module, gpt.config.training)
+
+        def run() -> float:
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss = F.cross_entropy(logits().float().flatten(0, 1), codes.flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss
+
+        return run
+
+    def theirs(module: GPT2LMHeadModel, call: Any) -> Callable[[], Tensor]:
+        # Their cross-attention takes states of the decoder's width: ours learns the projection as well.
+        states = gpt.text_in(text).detach()
+        return lambda: call(input_ids=inputs, encoder_hidden_states=states).logits[..., : gpt.vocabulary]
+
+    ours = torch.compile(gpt)
+    ways = {
+        "ours": step(gpt, lambda: ours(codes, text)),
+        "transformers": step(twin, theirs(twin, twin)),
+        "transformers compiled": step(compiled_twin, theirs(compiled_twin, torch.compile(compiled_twin))),
+    }
+    tolerance = 1e-3 if dtype == torch.float32 else 2e-2
+    comparison = compare(
+        ways, device, warmup=2, rounds=5, same=lambda a, b: abs(float(a) - float(b)) < tolerance
+    )
+    tokens = batch * gpt.tokens
+    name = "fp32" if dtype == torch.float32 else "bf16"
+    return comparison.row(
+        3,
+        f"training step, {size[0]} x {size[1]}, {batch} x {gpt.tokens} tokens, {name}",
+        amount=tokens,
+        unit="tokens/s",
+        goals=goals,
+        floor=gemm_rate(dtype, device) / gpt.flops_per_token(TEXT),
+    )
+
+
+# ── what both rows need ─────────────────────────────────────────────────────────────────────────────────
+
+
+def random_gpt(size: tuple[int, ...], device: torch.device) -> GPT:
+    """An `arch: gpt2` model with weights that make codes depend on codes and text."""
+    depth, width, heads, vocabulary, side = size
+    training = TrainingConfig(steps=1000, batch_size=8)
+    config = TransformerConfig(
+        arch="gpt2", depth=depth, width=width, heads=heads, mlp="gelu", positions="learned", qk_norm=False,
+        training=training,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return GPT(config, vocabulary, (side, side), 768).to(device).eval()
 
 
 def hugging_face_twin(gpt: GPT, dropout: float = 0.0) -> GPT2LMHeadModel:
@@ -50,3 +259,7 @@ def hugging_face_twin(gpt: GPT, dropout: float = 0.0) -> GPT2LMHeadModel:
             linear(theirs.mlp.c_fc, ours.mlp.up)
             linear(theirs.mlp.c_proj, ours.mlp.down)
     return twin
+
+
+ROWS: dict[int, RowFunction] = {1: one_picture, 2: many_pictures, 3: training}
+GPU_ROWS = ROWS
