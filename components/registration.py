@@ -28,32 +28,45 @@ def register_model(
     config: RunConfig, run: str, sets: dict[str, Manifest], evaluation: Manifest
 ) -> Registered:
     """Register the bundle of these sets as challenger; the better one of it and the champion is champion."""
-    from model.evaluate import compare, remeasure
-    from model.generate import write_bundle
-    from model.serving import log_model
-
-    ids = TrackingIds(experiment=config.experiment, run=run, step="register")
-    lineage = {f"latent_gpt.{name}": manifest.uri for name, manifest in sets.items()}
-    with tempfile.TemporaryDirectory() as scratch:
-        bundle = Path(scratch) / "bundle"
-        write_bundle(sets, config.sampling, bundle)
-        version, new = registry.register(ids, bundle, log_model, lineage)
-    if not new:
+    lineage = {f"latent_gpt.{name}": one.sha256 for name, one in {**sets, "evaluation": evaluation}.items()}
+    version = registry.find(lineage)
+    if version is not None:
         say("register", f"reused {registry.MODEL} version {version}")
-    champion = registry.version_of(registry.CHAMPION)
-    if champion is None:
-        better, reason = True, "the first version"
-    elif champion == version:
-        better, reason = False, "it is the champion already"
     else:
-        folder = registry.resolve(f"models:/{registry.MODEL}/{champion}")
-        verdict = compare(evaluation.info, remeasure(config, sets, folder))
-        better, reason = verdict.better, verdict.reason
+        version = _register(config, run, sets, lineage)
+    better, reason = _judge(config, sets, evaluation, version)
     if better:
         registry.promote(version)
-    alias = registry.CHAMPION if better or champion == version else registry.CHALLENGER
+    alias = registry.CHAMPION if registry.version_of(registry.CHAMPION) == version else registry.CHALLENGER
     say("register", f"{registry.MODEL} version {version} is {alias}: {reason}")
     metrics = {name: value for name, value in evaluation.info.items() if isinstance(value, int | float)}
     return Registered(
         version=version, alias=alias, reason=reason, report=f"{evaluation.uri}/report.html", metrics=metrics
     )
+
+
+def _register(config: RunConfig, run: str, sets: dict[str, Manifest], lineage: dict[str, str]) -> int:
+    from model.generate import write_bundle
+    from model.serving import log_model
+
+    ids = TrackingIds(experiment=config.experiment, run=run, step="register")
+    with tempfile.TemporaryDirectory() as scratch:
+        bundle = write_bundle(sets, config.sampling, Path(scratch) / "bundle")
+        version, _ = registry.register(ids, bundle, log_model, lineage)
+    return version
+
+
+def _judge(
+    config: RunConfig, sets: dict[str, Manifest], evaluation: Manifest, version: int
+) -> tuple[bool, str]:
+    """Whether a version takes the champion's place, and why."""
+    champion = registry.version_of(registry.CHAMPION)
+    if champion is None:
+        return True, "the first version"
+    if champion == version:
+        return False, "it was before"
+    from model.evaluate import compare, remeasure
+
+    folder = registry.resolve(f"models:/{registry.MODEL}/{champion}")
+    verdict = compare(evaluation.info, remeasure(config, sets, folder))
+    return verdict.better, verdict.reason

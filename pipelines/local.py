@@ -27,6 +27,16 @@ from model.plumbing.jobs import die_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE = 20.0  # seconds that processes get to stop before they are killed
+MAIN_METRICS = {  # of the closing lines; the report has all. Of held-out pictures and captions:
+    "validation/psnr": "PSNR {:.1f} dB",
+    "codebook_use": "codebook use {:.0%}",
+    "validation/nll": "NLL {:.2f} nats/token",
+    "validation/clip_score": "CLIP score {:.1f}",
+    "validation/clip_score_real": "real pictures {:.1f}",
+    "validation/retrieval": "retrieval {:.2f}",
+    "validation/retrieval_chance": "chance {:.2f}",
+    "composition/oracle_all_right": "all attributes right on held-out combinations {:.2f}",
+}
 
 
 def state_folder() -> Path:
@@ -283,7 +293,10 @@ def _summary(follower: Follower, folder: Path, total: float) -> list[str]:
     if reused := [name for name in follower.seconds if name in follower.reused]:
         lines.append(f"{'reused':10}{', '.join(reused)}")
     if registered := _registered(folder):
-        metrics = ", ".join(f"{name} {value:.3g}" for name, value in registered["metrics"].items())
+        measured = registered["metrics"]
+        metrics = ", ".join(
+            text.format(measured[name]) for name, text in MAIN_METRICS.items() if name in measured
+        )
         lines.append(f"{'model':10}latent-gpt version {registered['version']}, {registered['alias']}")
         lines.append(f"{'':10}{registered['reason']}")
         lines.append(f"{'metrics':10}{metrics}")

@@ -73,6 +73,14 @@ def register(
     return int(made.version), True
 
 
+def find(lineage: dict[str, str], model: str = MODEL) -> int | None:
+    """The newest version that was registered with these tags, or None."""
+    with explained():
+        versions = mlflow_client().search_model_versions(f"name='{model}'")
+    found = [int(version.version) for version in versions if lineage.items() <= version.tags.items()]
+    return max(found, default=None)
+
+
 def version_of(alias: str, model: str = MODEL) -> int | None:
     """The version that has an alias, or None."""
     with explained():
