@@ -185,6 +185,8 @@ class GPT(nn.Module):
         text_width: W, width of the text encoder's states.
     """
 
+    rope: Tensor
+
     def __init__(
         self, config: TransformerConfig, vocabulary: int, grid: tuple[int, int], text_width: int
     ) -> None:
@@ -252,7 +254,7 @@ class GPT(nn.Module):
             text = torch.where(null[:, None, None], self.null_text.to(text.dtype), text)  # (B, S, W)
             mask = torch.where(null[:, None], first, mask)[:, None, None, :]  # (B, 1, 1, S)
         states = self.text_in(text.to(self.null_text.dtype))  # (B, S, W), or (B, S, D) in gpt2
-        return Context([block.cross.read(states) for block in self.blocks], mask)
+        return Context([block.cross.read(states) for block in self._blocks()], mask)
 
     def decode(
         self,
@@ -274,6 +276,9 @@ class GPT(nn.Module):
         if self.head is None:
             return F.linear(x, self.embedding.weight[: self.vocabulary])  # (B, n, K)
         return self.head(x)  # (B, n, K)
+
+    def _blocks(self) -> list[Block]:
+        return list(self.blocks)  # type: ignore[arg-type]
 
     def _positions(self, n: int, order: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor | None]:
         """Grid positions of n predicted tokens, and the rotations of their queries and keys."""
@@ -325,7 +330,7 @@ class GPT(nn.Module):
         Embedding look-ups cost none, and keys and values of the text are shared by the picture's T tokens.
         """
         width, depth = self.config.width, self.config.depth
-        shared = sum(block.cross.kv.weight.numel() for block in self.blocks)
+        shared = sum(block.cross.kv.weight.numel() for block in self._blocks())
         looked_up = self.position.weight.numel() + (self.embedding.weight.numel() if self.head else 0)
         weights = self.parameter_count() - looked_up - shared + shared * text_tokens / self.tokens
         attention = 12 * depth * width * (self.tokens / 2 + text_tokens)  # causal: half of the square

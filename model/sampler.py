@@ -29,7 +29,11 @@ Rerank = Callable[[Tensor], Tensor]  # codes (B, n, T) -> scores (B, n), higher 
 
 
 # Freezing packs the weights for the CPU's GEMM kernels; without it compilation gains nothing there.
-CPU_OPTIONS = {"freezing": True, "max_autotune_gemm": True, "max_autotune_gemm_backends": "CPP,ATEN"}
+CPU_OPTIONS: dict[str, Any] = {
+    "freezing": True,
+    "max_autotune_gemm": True,
+    "max_autotune_gemm_backends": "CPP,ATEN",
+}
 
 
 class Sampler:
@@ -157,7 +161,7 @@ def packed(gpt: GPT) -> GPT:
         keep: dict[int, Any] = {id(tensor): tensor for tensor in [*gpt.parameters(), *gpt.buffers()]}
         copy = deepcopy(gpt, swap | keep)  # shares all tensors but the packed ones
         if copy.head is None:
-            copy.head = _PackedLinear(weight[: gpt.vocabulary], None)
+            copy.head = _PackedLinear(weight[: gpt.vocabulary], None)  # type: ignore[assignment]
     return copy
 
 

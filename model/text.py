@@ -24,6 +24,8 @@ from model.errors import UserError
 
 log = logging.getLogger(__name__)
 
+CLIPModel = Any  # open_clip's `CLIP`, which is not imported before it is needed
+
 START, END = 49406, 49407  # of CLIP's byte-pair vocabulary
 VOCABULARY = 49408
 CACHED_CAPTIONS = 8192  # text states kept by an encoder, least recently used first to go
@@ -41,7 +43,7 @@ class TextEncoder:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: CLIPModel,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         cached: int = CACHED_CAPTIONS,
@@ -49,7 +51,7 @@ class TextEncoder:
         self.device, self.dtype = torch.device(device), dtype
         self.context_length: int = model.context_length
         self.width: int = model.token_embedding.embedding_dim
-        self._tower = _text_tower(model).to(self.device, dtype)
+        self._tower = _TextTower(model).to(self.device, dtype).eval()
         self._cached = cached
         self._states: OrderedDict[bytes, Tensor] = OrderedDict()
 
@@ -88,7 +90,7 @@ class Judge:
     """How well pictures fit captions, in CLIP's shared space; `logit_scale` is the trained temperature."""
 
     def __init__(
-        self, model: nn.Module, preprocess: dict[str, Any], device: str | torch.device = "cpu"
+        self, model: CLIPModel, preprocess: dict[str, Any], device: str | torch.device = "cpu"
     ) -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
@@ -188,7 +190,7 @@ def architecture(config: TrainedCLIPConfig, image_size: int) -> dict[str, Any]:
     }
 
 
-def build_clip(description: dict[str, Any]) -> nn.Module:
+def build_clip(description: dict[str, Any]) -> CLIPModel:
     """An open_clip `CLIP` with fresh weights from a `config.json`'s content.
 
     Raises:
@@ -221,7 +223,7 @@ def load_judge(folder: str | Path, device: str | torch.device = "cpu") -> Judge:
     return Judge(model, description["preprocess"], device)
 
 
-def load_clip(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_clip(folder: str | Path) -> tuple[CLIPModel, dict[str, Any]]:
     """Model and `config.json` of a `clip` set's folder."""
     from safetensors.torch import load_file
 
@@ -235,7 +237,7 @@ def load_clip(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     return model.eval(), description
 
 
-def import_pretrained(config: PretrainedCLIPConfig) -> tuple[nn.Module, dict[str, Any]]:
+def import_pretrained(config: PretrainedCLIPConfig) -> tuple[CLIPModel, dict[str, Any]]:
     """A pretrained open_clip model and the `config.json` that describes it.
 
     `weights` is a tag of open_clip (downloaded or taken from the Hugging Face cache), or a `.safetensors`
@@ -326,7 +328,9 @@ def _load_weights(model: nn.Module, tensors: dict[str, Tensor], where: str) -> N
 class _TextTower(nn.Module):
     """The text half of a CLIP up to its last LayerNorm; the pooled projection is left out."""
 
-    def __init__(self, model: nn.Module) -> None:
+    attn_mask: Tensor
+
+    def __init__(self, model: CLIPModel) -> None:
         super().__init__()
         self.token_embedding = model.token_embedding
         self.positional_embedding = nn.Parameter(model.positional_embedding.detach(), requires_grad=False)
@@ -338,7 +342,3 @@ class _TextTower(nn.Module):
         """Ids (B, S) -> states (B, S, W)."""
         x = self.token_embedding(ids) + self.positional_embedding  # (B, S, W)
         return self.ln_final(self.transformer(x, attn_mask=self.attn_mask))  # (B, S, W)
-
-
-def _text_tower(model: nn.Module) -> nn.Module:
-    return _TextTower(model).eval().requires_grad_(False)

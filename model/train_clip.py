@@ -47,7 +47,7 @@ from model.plumbing.manifests import Manifest, SetWriter
 from model.plumbing.progress import Progress
 from model.plumbing.tracking import Tracker
 from model.shards import ImageBatch, image_batches, load_images
-from model.text import Judge, architecture, build_clip, import_pretrained, tokenize
+from model.text import CLIPModel, Judge, architecture, build_clip, import_pretrained, tokenize
 from model.work import settings
 
 VALIDATION_PICTURES = 1024  # of the retrieval test, at most
@@ -131,10 +131,8 @@ def train(
         ids = tokenize(batch.captions, config.context_length).to(device)  # (B, S)
         with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"):
             picture_features, text_features, scale = model(pictures, ids)  # (B, E), (B, E), ()
-        loss = contrastive_loss(
-            *(_everywhere(part, world) for part in (picture_features.float(), text_features.float(), ids)),
-            scale,
-        )
+        everywhere = [_everywhere(part, world) for part in (picture_features, text_features, ids)]
+        loss = contrastive_loss(everywhere[0].float(), everywhere[1].float(), everywhere[2], scale)
         loss.backward()
         lately += loss.detach()
         nn.utils.clip_grad_norm_(clip.parameters(), training.grad_clip)
@@ -182,7 +180,7 @@ def contrastive_loss(pictures: Tensor, texts: Tensor, ids: Tensor, scale: Tensor
 
 
 @torch.no_grad()
-def retrieval(clip: nn.Module, images: Manifest, description: dict[str, Any], device: torch.device) -> float:
+def retrieval(clip: CLIPModel, images: Manifest, description: dict[str, Any], device: torch.device) -> float:
     """R@1, picture to caption, among the validation pictures with their first captions."""
     pixels, captions = load_images(images, "validation", VALIDATION_PICTURES)
     first = [choices[0] for choices in captions]
