@@ -21,7 +21,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,7 @@ def compare(
     rounds: int = 5,
     warmup: int = 1,
     same: Callable[[Any, Any], bool] | None = None,
+    incomparable: Sequence[str] = (),
     before: Callable[[], None] | None = None,
 ) -> Comparison:
     """Time several ways to do the same, side by side.
@@ -150,6 +151,7 @@ def compare(
         ways: name → call; the first is ours, and every result is checked against its result.
         warmup: untimed calls of each way; compilation happens there.
         same: whether two results agree, given ours and a peer's; asked once, after the warm-up.
+        incomparable: peers that `same` is not asked about, because they do the work with other weights.
         before: untimed, before every call.
     """
     device = torch.device(device)
@@ -164,7 +166,8 @@ def compare(
             if turn == 0 and same:
                 results[name] = result
     if same:
-        different = [name for name in names[1:] if not same(results[names[0]], results[name])]
+        asked = [name for name in names[1:] if name not in incomparable]
+        different = [name for name in asked if not same(results[names[0]], results[name])]
     results.clear()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
@@ -304,17 +307,7 @@ def markdown(document: Mapping[str, Any]) -> str:
         f"{name} {_short(value) if isinstance(value, float) else value}"
         for name, value in document["machine"].items()
     )
-    head = [
-        "#",
-        "Work",
-        "Medians",
-        "Ours beside it: median (range) of the pairs",
-        "Floor",
-        "Goal",
-        "Met",
-        "Note",
-    ]
-    head.append("Note")
+    head = ["#", "Work", "Medians", "Ours beside it (median, range of pairs)", "Floor", "Goal", "Met", "Note"]
     lines = [facts, "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in document["rows"]:
         figures = [f"{name} {_short(value)}" for name, value in row["figures"].items()]
