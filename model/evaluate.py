@@ -153,7 +153,7 @@ def evaluate(config: RunConfig, sets: dict[str, Manifest], name: str = "evaluate
         unconditional=drawn([""] * UNCONDITIONAL, GRID_SEEDS, unconditional=True),
         sweep=sweep,
         histories=_histories(sets),
-        scored=len(measured.scores),
+        pictures={split: len(chosen.captions) for split, chosen in benchmark.splits.items()},
     )
     for file, data in report.files(page).items():
         writer.add_bytes(file, data)

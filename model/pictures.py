@@ -78,10 +78,11 @@ def panels(curves: Curves) -> list[tuple[str, Curves]]:
 def plot(charts: Sequence[tuple[str, Curves]], x_label: str, marked: bool = False) -> bytes:
     """Charts side by side, three a row, as one PNG; `marked` shows each point."""
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
+    from matplotlib.ticker import MaxNLocator
 
-    columns = min(3, len(charts))
+    columns = 3
     rows = -(-len(charts) // columns)
-    figure = Figure(figsize=(3.6 * columns, 2.5 * rows), dpi=160, layout="constrained")
+    figure = Figure(figsize=(3.6 * columns, 2.4 * rows), dpi=160, layout="constrained")
     grid = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).flatten()
     for axes, (title, curves) in zip(grid, charts, strict=False):
         for colour, (name, points) in zip(COLOURS * len(curves), curves.items(), strict=False):
@@ -90,6 +91,7 @@ def plot(charts: Sequence[tuple[str, Curves]], x_label: str, marked: bool = Fals
             axes.plot(x, y, style, color=colour, linewidth=1.4, markersize=4, label=name)
         axes.set_title(title, fontsize=9, loc="left", color="#1c2026")
         axes.set_xlabel(x_label, fontsize=8, color="#5b626b")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=not marked))
         axes.tick_params(labelsize=7, colors="#5b626b")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e6e8eb", linewidth=0.6)

@@ -18,7 +18,10 @@ from model import metrics, pictures
 from model.config import RunConfig
 from model.pictures import Curves, Pairs
 from model.plumbing.manifests import Manifest
+from model.plumbing.progress import quantity
 
+TILE = 96  # side of a picture on the page where its own is smaller, and at most, pixels
+FEWEST = 16  # held-out pictures that the figures on top may rest on
 TEMPLATES = Path(__file__).parent / "templates"
 SPLIT_NAMES = {
     "train": "captions seen in training",
@@ -51,18 +54,20 @@ class Page:
     unconditional: Tensor  # (N, 3, H, W)
     sweep: Curves  # over the guidance scale
     histories: dict[str, Curves]  # per set
-    scored: int  # prompts behind the scores
+    pictures: dict[str, int]  # scored, per split
 
 
 @dataclass(frozen=True)
-class Scale:
-    """A score on the way from its floor to its ceiling; places are shares of that way, 0 to 1."""
+class Score:
+    """A line of the table of scores; marks are places on a bar, shares of its length."""
 
     name: str
     split: str
-    value: str
-    marks: list[tuple[str, str, float]]  # (what, value, place)
-    place: float
+    samples: str
+    floor: str
+    reconstructed: str
+    real: str
+    marks: dict[str, float]  # of the same four
 
 
 def files(page: Page) -> dict[str, bytes]:
@@ -77,7 +82,7 @@ def files(page: Page) -> dict[str, bytes]:
     )
     made["unconditional.png"] = pictures.sheet(page.unconditional.unflatten(0, (-1, 8)))
     if charts := _charts(page):
-        made["curves.png"] = pictures.plot([chart for _, group in charts for chart in group], "step")
+        made["curves.png"] = pictures.plot(charts, "step")
     made["report.html"] = render(page).encode()
     return made
 
@@ -87,25 +92,26 @@ def render(page: Page) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"embedded": _embedded, "png": _data_uri, "count": _count, "size": _size}
+    environment.filters |= {"embedded": _embedded, "png": _data_uri, "quantity": quantity, "size": _size}
     side = page.reconstructions.originals.shape[-1]
+    shown = side * max(1, TILE // side) if side <= TILE else TILE
+    charts = _charts(page)
+    sweep = [(name, {name: points}) for name, points in page.sweep.items()]
     return environment.get_template("report.html").render(
         page=page,
         metrics=page.metrics,
-        splits=[split for split in SPLIT_NAMES if f"{split}/nll" in page.metrics],
+        headline=_headline(page.pictures),
+        splits=[split for split in SPLIT_NAMES if split in page.pictures],
         split_names=SPLIT_NAMES,
-        scales=_scales(page.metrics),
+        scores=_scores(page.metrics),
         grids={grid.kind: grid for grid in page.grids},
         pairs=list(zip(*page.reconstructions, strict=True)),
-        charts=[(name, pictures.plot(group, "step")) for name, group in _charts(page)],
-        sweep=pictures.plot(
-            [*((name, {name: points}) for name, points in page.sweep.items())], "guidance", True
-        )
-        if page.sweep
-        else None,
+        charts=pictures.plot(charts, "step") if charts else None,
+        sweep=pictures.plot(sweep, "guidance scale", marked=True) if sweep else None,
         judge=judge_name(page.config, page.sets),
-        shown=max(64, min(side, 160)),
-        pixelated=side < 96,
+        shown=shown,
+        columns=page.config.evaluation.samples_per_prompt + 1,
+        pixelated=shown > side and shown % side == 0,
         lineage=_lineage(page.sets),
         copy_distance=metrics.COPY_DISTANCE,
         config=yaml.safe_dump(page.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
@@ -113,66 +119,57 @@ def render(page: Page) -> str:
     )
 
 
+def _headline(counts: dict[str, int]) -> str:
+    """The split that the figures on top are of: held-out captions, unless they are too few."""
+    return "validation" if counts.get("validation", 0) >= FEWEST else "train"
+
+
 def judge_name(config: RunConfig, sets: dict[str, Manifest]) -> str:
     """Which CLIP judged, and how independent it is of the one that reads prompts."""
     if config.clip.kind == "trained":
         return (
-            "a compact CLIP trained in this run, from another seed and split than the one that reads prompts"
+            "a compact CLIP trained in this run from another seed than the one that reads prompts, on all"
+            " pictures, the held-out ones included"
         )
     name = f"{config.clip.name} ({config.clip.weights}), pretrained"
     same = sets["judge"].files == sets["text"].files
     return f"{name}; the same model reads the prompts" if same else name
 
 
-def _scales(figures: dict[str, float]) -> list[Scale]:
-    """CLIP score, retrieval and oracle of each split between their floors and ceilings."""
-    scales = []
+def _scores(figures: dict[str, float]) -> list[Score]:
+    """CLIP score, retrieval and oracle of each split, beside their floors and ceilings."""
+    lines = []
     for split, shown in SPLIT_NAMES.items():
-        for name, key, floor, percent in (
-            ("CLIP score", "clip_score", ("other captions", "clip_score_shuffled"), False),
-            ("retrieval accuracy", "retrieval", ("chance", "retrieval_chance"), True),
-            ("all attributes right", "oracle_all_right", ("none", ""), True),
+        for name, key, floor, share in (
+            ("all attributes right", "oracle_all_right", "", True),
+            ("retrieval accuracy", "retrieval", "retrieval_chance", True),
+            ("CLIP score", "clip_score", "clip_score_shuffled", False),
         ):
             if f"{split}/{key}" not in figures:
                 continue
-            low = figures[f"{split}/{floor[1]}"] if floor[1] else 0.0
-            points = [(floor[0], low)]
-            points += [
-                (what, figures[f"{split}/{key}_{suffix}"])
-                for what, suffix in (("after the tokenizer", "reconstructed"), ("real pictures", "real"))
-            ]
-            value = figures[f"{split}/{key}"]
-            bottom = 0.0 if percent else min(value, *(mark for _, mark in points))
-            top = 1.0 if percent else max(value, *(mark for _, mark in points))
-            width = (top - bottom) or 1.0
-
-            def said(number: float, percent: bool = percent) -> str:
-                return f"{100 * number:.1f} %" if percent else f"{number:.1f}"
-
-            scales.append(
-                Scale(
-                    name=name,
-                    split=shown,
-                    value=said(value),
-                    marks=[(what, said(mark), (mark - bottom) / width) for what, mark in points],
-                    place=(value - bottom) / width,
-                )
-            )
-    return scales
+            values = {
+                "samples": figures[f"{split}/{key}"],
+                "floor": figures[f"{split}/{floor}"] if floor else 0.0,
+                "reconstructed": figures[f"{split}/{key}_reconstructed"],
+                "real": figures[f"{split}/{key}_real"],
+            }
+            low, high = (0.0, 1.0) if share else (min(values.values()), max(values.values()))
+            said = {
+                what: f"{100 * value:.1f} %" if share else f"{value:.1f}" for what, value in values.items()
+            }
+            marks = {what: (value - low) / ((high - low) or 1) for what, value in values.items()}
+            lines.append(Score(name=name, split=shown, marks=marks, **said))
+    return lines
 
 
-def _charts(page: Page) -> list[tuple[str, list[tuple[str, Curves]]]]:
-    """Training curves by set; the learning rate, which nobody doubts, left out."""
-    groups = []
-    for name, curves in page.histories.items():
-        group = [
-            (f"{name}: {title}", lines)
-            for title, lines in pictures.panels(curves)
-            if title != "learning_rate"
-        ]
-        if group:
-            groups.append((name, group))
-    return groups
+def _charts(page: Page) -> list[tuple[str, Curves]]:
+    """Training curves by set and quantity; the learning rate, which nobody doubts, left out."""
+    return [
+        (f"{name}: {title}", lines)
+        for name, curves in page.histories.items()
+        for title, lines in pictures.panels(curves)
+        if title != "learning_rate"
+    ]
 
 
 def _lineage(sets: dict[str, Manifest]) -> list[dict[str, Any]]:
@@ -202,10 +199,6 @@ def _embedded(picture: Tensor) -> str:
 
 def _data_uri(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def _count(value: float) -> str:
-    return f"{value:,.0f}".replace(",", " ")
 
 
 def _size(value: float) -> str:
