@@ -42,15 +42,16 @@ lint: .venv/dev.stamp ## ruff and mypy
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: .venv/dev.stamp ## Ours beside its peers, on CPU
-	@$(BIN)/python -m benchmarks
+bench: .venv/bench.stamp ## Ours beside its peers, on CPU (ARGS="--rows 4,7")
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 bench-gpu: ## The GPU half, on a machine that has one
-	@$(PYTHON) -m benchmarks --gpu
+	@$(PYTHON) -m benchmarks --gpu $(ARGS)
 
 lock: $(UV) ## Lock the dependencies anew (versions already locked are kept where they still fit)
 	@$(COMPILE) --output-file requirements.lock
 	@$(COMPILE) --extra dev --constraint requirements.lock --output-file requirements-dev.lock
+	@$(COMPILE) --extra dev --extra bench --constraint requirements-dev.lock --output-file requirements-bench.lock
 
 clean: ## Delete .venv and .latent-gpt: trained models, reports and MLflow's records with it
 	@rm -rf .venv .latent-gpt
@@ -62,14 +63,23 @@ clean: ## Delete .venv and .latent-gpt: trained models, reports and MLflow's rec
 	@echo "installing the locked dependencies into .venv"
 	@$(SYNC) requirements.lock
 	@$(UV) pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation --editable .
-	@rm -f .venv/dev.stamp
+	@rm -f .venv/dev.stamp .venv/bench.stamp
 	@touch $@
 
 .venv/dev.stamp: requirements-dev.lock pyproject.toml $(UV)
 	@echo "installing the locked dependencies and the development tools into .venv"
 	@$(SYNC) requirements-dev.lock
 	@$(UV) pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation --editable .
+	@rm -f .venv/bench.stamp
 	@touch .venv/run.stamp $@
+
+# Peers: most of them beside ours, one that does not resolve there into a folder of its own.
+.venv/bench.stamp: requirements-bench.lock benchmarks/peers.txt pyproject.toml $(UV)
+	@echo "installing the benchmarks' peers"
+	@$(SYNC) requirements-bench.lock
+	@$(UV) pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation --editable .
+	@$(UV) pip install --python $(BIN)/python --quiet --no-deps --target build/peers -r benchmarks/peers.txt
+	@touch .venv/run.stamp .venv/dev.stamp $@
 
 $(UV): requirements-uv.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed")'
