@@ -27,8 +27,8 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice, pairwise
@@ -46,6 +46,8 @@ from model.plumbing.manifests import Manifest
 
 WINDOW = 262_144  # pictures shuffled together when tokens are read
 IMAGE_WINDOW = 32_768  # the same when pictures are read, whose shards are some hundred times larger
+STRETCH = 8192  # pictures of a rank that are gathered together, one stretch ahead of their use
+DOWNLOADS = 4  # shards fetched or verified side by side, a window ahead
 RESIDENT_BYTES = 1 << 31  # decoded pictures of a split that are held in memory at most; more are streamed
 CACHE_BYTES = 64 << 30  # of downloaded shards kept on the local disk
 
@@ -141,13 +143,21 @@ class ShardCache:
         if self.local and name not in self._verified and (found := storage.file_sha256(path)) != file.sha256:
             raise storage.checksum_error(uri, found, file.sha256)
         if not self.local and not (name in self._verified and path.exists()):
+
+            def is_there() -> bool:
+                return path.exists() and storage.file_sha256(path) == file.sha256
+
             self.folder.mkdir(parents=True, exist_ok=True)
-            with _locked(self.folder / f"{file.sha256}.lock"):  # ranks of a machine download it once
-                if not (path.exists() and storage.file_sha256(path) == file.sha256):
-                    self._make_room(file.size)
-                    storage.download_file(uri, path, file.sha256)
+            if not is_there():
+                with _locked(
+                    self.folder / "lock"
+                ):  # one download a time, itself in parallel parts, per machine
+                    if not is_there():
+                        self._make_room(file.size)
+                        storage.download_file(uri, path, file.sha256)
         if not self.local:
-            os.utime(path)
+            with suppress(FileNotFoundError):  # gone again already; the caller asks once more
+                os.utime(path)
         self._verified.add(name)
         return path
 
@@ -368,14 +378,14 @@ class TokenShard:
         )
 
     def captions(self, rows: np.ndarray, chance: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """One caption of each row: ids (n, length) padded with 0, and how many are real."""
+        """One caption of each row, cut to `length`: ids, padded with 0 to the longest, and their counts."""
         ends = self.picture_ends[rows].astype(np.int64)
         begins = np.where(rows > 0, self.picture_ends[rows - 1], 0).astype(np.int64)
         caption = begins + (chance * (ends - begins)).astype(np.int64)
         stop = self.caption_ends[caption].astype(np.int64)
         first = np.where(caption > 0, self.caption_ends[caption - 1], 0).astype(np.int64)
         count = np.minimum(stop - first, length)
-        steps = np.arange(length)
+        steps = np.arange(count.max(initial=0))
         ids = self.caption_ids[np.minimum(first[:, None] + steps, len(self.caption_ids) - 1)]
         return np.where(steps < count[:, None], ids, 0), count
 
@@ -385,7 +395,7 @@ def _narrowest(vocabulary: int) -> type[np.unsignedinteger[Any]]:
 
 
 class TokenReader:
-    """A split of a `tokens` set as batches; all work is on whole arrays, a window ahead, in another thread.
+    """A split of a `tokens` set as batches; all work is on whole arrays, ahead of its use, in other threads.
 
     Args:
         manifest: of the `tokens` set.
@@ -423,15 +433,15 @@ class TokenReader:
     def batches(self, start: int = 0) -> Iterator[TokenBatch]:
         """Endless shuffled batches from position `start` on: pictures of all ranks, step x batch size."""
         share = self.batch_size // self.world
-        with ThreadPoolExecutor(1, "token-reader") as ahead:
-            windows = shuffled(self.sizes, self.seed, start)
-            coming = ahead.submit(self._gather, next(windows), start)
+        with ThreadPoolExecutor(1 + DOWNLOADS, "token-reader") as pool:
+            stretches = self._stretches(start, pool)
+            coming = pool.submit(self._gather, *next(stretches))
             rest: TokenBatch | None = None
             while True:
                 codes, ids, counts = coming.result()
-                coming = ahead.submit(self._gather, next(windows), start)
+                coming = pool.submit(self._gather, *next(stretches))
                 first = 0
-                if rest is not None:  # a batch may lie across two windows
+                if rest is not None:  # a batch may lie across stretches
                     first = min(share - len(rest.codes), len(codes))
                     rest = _joined(rest, self._batch(codes, ids, counts, 0, first))
                     if len(rest.codes) < share:
@@ -453,29 +463,67 @@ class TokenReader:
             shard = TokenShard.open(self.cache.path(name))
             rows = np.arange(min(left, len(shard.codes)))
             left -= len(rows)
-            ids, counts = shard.captions(rows, np.zeros(len(rows)), self.context_length)
+            found, counts = shard.captions(rows, np.zeros(len(rows)), self.context_length)
+            ids = np.zeros((len(rows), self.context_length), np.int32)
+            ids[:, : found.shape[1]] = found
             for first in range(0, len(rows), self.batch_size):
                 mine = slice(first + self.rank, min(first + self.batch_size, len(rows)), self.world)
-                yield self._batch(shard.codes[mine, 0], ids[mine], counts[mine], 0, self.batch_size)
+                codes = np.array(shard.codes[mine, 0])
+                yield self._batch(codes, ids[mine], counts[mine], 0, len(codes))
 
-    def _gather(self, window: Window, start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """This rank's pictures of a window in the order of their use: codes, caption ids, their counts."""
-        mine = share_of(window, start, self.batch_size, self.rank, self.world)
-        shards, rows, chance = window.shard[mine], window.row[mine], window.chance[mine]
-        ids = np.empty((len(mine), self.context_length), np.int32)
-        counts = np.empty(len(mine), np.int32)
-        codes: np.ndarray | None = None
-        by_shard = np.argsort(shards, kind="stable")
-        edges = np.flatnonzero(np.diff(shards[by_shard], prepend=-1, append=-1))
+    def _stretches(
+        self, start: int, pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[dict[int, TokenShard], np.ndarray, np.ndarray, np.ndarray]]:
+        """This rank's pictures in the order of their use, a stretch at a time, with the shards they are in.
+
+        The files of a window are downloaded and verified while the window before is consumed.
+        """
+        windows = shuffled(self.sizes, self.seed, start)
+        window = next(windows)
+        shards: dict[int, TokenShard] = {}
+
+        def coming_shards(window: Window) -> dict[int, Future[TokenShard]]:
+            needed = np.unique(window.shard).tolist()
+            return {number: pool.submit(self._map, number, shards.get(number)) for number in needed}
+
+        coming = coming_shards(window)
+        while True:
+            shards = {number: shard.result() for number, shard in coming.items()}
+            mine = share_of(window, start, self.batch_size, self.rank, self.world)
+            following = next(windows)
+            coming = coming_shards(following)
+            for first in range(0, len(mine), STRETCH):
+                part = mine[first : first + STRETCH]
+                yield shards, window.shard[part], window.row[part], window.chance[part]
+            window = following
+
+    def _map(self, number: int, mapped: TokenShard | None) -> TokenShard:
+        for _ in range(100 if mapped is None else 0):
+            path = self.cache.path(self.names[number])
+            with suppress(FileNotFoundError):  # a small cache may have made room for the next one meanwhile
+                return TokenShard.open(path)
+        if mapped is None:
+            raise UserError(f"{self.names[number]} vanishes from {self.cache.folder} as soon as it is there")
+        return mapped
+
+    def _gather(
+        self, shards: dict[int, TokenShard], numbers: np.ndarray, rows: np.ndarray, chance: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Codes (n, T), caption ids (n, S) and how many ids are real, of n pictures."""
+        dtype = next(iter(shards.values())).codes.dtype
+        codes = np.empty((len(rows), self.tokens), dtype)
+        ids = np.zeros((len(rows), self.context_length), np.int32)
+        counts = np.empty(len(rows), np.int32)
+        by_shard = np.argsort(numbers, kind="stable")
+        edges = np.flatnonzero(np.diff(numbers[by_shard], prepend=-1, append=-1))
         for begin, end in pairwise(edges):
             to = by_shard[begin:end]
-            shard = TokenShard.open(self.cache.path(self.names[shards[to[0]]]))
-            if codes is None:
-                codes = np.empty((len(mine), self.tokens), shard.codes.dtype)
-            codes[to] = shard.codes[rows[to], (chance[to, 0] * shard.codes.shape[1]).astype(np.int64)]
-            ids[to], counts[to] = shard.captions(rows[to], chance[to, 1], self.context_length)
-        if codes is None:
-            codes = np.empty((0, self.tokens), np.uint16)
+            shard = shards[int(numbers[to[0]])]
+            views = shard.codes.shape[1]
+            flat = rows[to] * views + (chance[to, 0] * views).astype(np.int64)
+            codes[to] = np.take(shard.codes.reshape(-1, self.tokens), flat, axis=0)
+            found, counts[to] = shard.captions(rows[to], chance[to, 1], self.context_length)
+            ids[to, : found.shape[1]] = found
         return codes, ids, counts
 
     def _batch(
@@ -483,9 +531,9 @@ class TokenReader:
     ) -> TokenBatch:
         part = slice(begin, end)
         return TokenBatch(
-            torch.from_numpy(codes[part].astype(np.int64)),
-            torch.from_numpy(ids[part].astype(np.int64)),
-            torch.from_numpy(np.arange(self.context_length) < counts[part, None]),
+            torch.from_numpy(codes[part]).long(),
+            torch.from_numpy(ids[part]).long(),
+            torch.from_numpy(np.arange(self.context_length, dtype=np.int32) < counts[part, None]),
         )
 
 

@@ -1,0 +1,408 @@
+"""Rows 5, 6 and 8: picture files to pixels, to token shards, token shards to batches; memory as data grows.
+
+mosaicml-streaming is measured where `build/peers` has it (see `peers.txt`).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.harness import FLOOR, Row, compare, copy_bandwidth
+from model.config import DataConfig, FolderSource, RunConfig, ShapesSource, VQVAEConfig, parse_config
+from model.images import decode, to_tensor
+from model.ingest import ingest
+from model.parallel import cores
+from model.plumbing.checkpoints import save_model
+from model.plumbing.manifests import Manifest, SetWriter, fetch
+from model.shards import TokenReader, TokenShard
+from model.tokenization import tokenize
+from model.tokenizers import load_tokenizer
+from model.vqvae import VQVAE
+from model.work import job
+
+SIDE = 256  # pixels
+PEERS = Path(__file__).parents[1] / "build" / "peers"
+
+
+@contextmanager
+def store() -> Iterator[Path]:
+    """An empty local store, named by the environment, gone afterwards."""
+    before = os.environ.get("LATENT_GPT_STORE")
+    with tempfile.TemporaryDirectory(prefix="latent-gpt-bench-") as folder:
+        os.environ["LATENT_GPT_STORE"] = folder
+        try:
+            yield Path(folder)
+        finally:
+            os.environ.pop("LATENT_GPT_STORE")
+            if before is not None:
+                os.environ["LATENT_GPT_STORE"] = before
+
+
+def photo(seed: int, width: int, height: int) -> Image.Image:
+    """Smooth colours with grain: compresses as photographs do."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
+    grain = rng.normal(0, 6, (height, width, 3)).astype(np.int16)
+    return Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8))
+
+
+# ── row 5 ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pixels(device: torch.device) -> Iterator[Row]:
+    """JPEG files to 256 px, on one core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for width, height, count in ((500, 375, 24), (2000, 1500, 6)):
+            yield _pixels(width, height, count)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _pixels(width: int, height: int, count: int) -> Row:
+    from torchvision import transforms
+
+    files = []
+    for seed in range(count):
+        buffer = io.BytesIO()
+        photo(seed, width, height).save(buffer, "JPEG", quality=90)
+        files.append(buffer.getvalue())
+    config = DataConfig(source=ShapesSource(), image_size=SIDE)
+
+    def plain(data: bytes) -> np.ndarray:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        square = image.crop((left, top, left + side, top + side))
+        return np.asarray(square.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+
+    cut = transforms.Compose([transforms.Resize(SIDE, antialias=True), transforms.CenterCrop(SIDE)])
+
+    def near(ours: list[np.ndarray], theirs: list[np.ndarray]) -> bool:
+        """Another filter gives other pixels; the picture must be the same."""
+        return all(_psnr(a, b) > 30 for a, b in zip(ours, theirs, strict=True))
+
+    comparison = compare(
+        {
+            "ours": lambda: [decode(data, config) for data in files],
+            "PIL, Lanczos": lambda: [plain(data) for data in files],
+            "torchvision": lambda: [np.asarray(cut(Image.open(io.BytesIO(d)).convert("RGB"))) for d in files],
+        },
+        rounds=9,
+        same=near,
+    )
+    return comparison.row(
+        5,
+        f"JPEG {width}x{height} to {SIDE} px, one core",
+        amount=count,
+        unit="img/s",
+        goals={"PIL, Lanczos": 2},
+        note="Ours checks format, size and EXIF too.",
+    )
+
+
+def _psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / max(1e-9, np.square(a.astype(float) - b).mean())))
+
+
+# ── row 6 ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def files_to_tokens(device: torch.device) -> Iterator[Row]:
+    """A folder of pictures and captions to token shards, end to end; and its memory as the data grows."""
+    count = 64 if device.type == "cpu" else 2048
+    with tempfile.TemporaryDirectory() as scratch, store() as root:
+        folder = Path(scratch)
+        for number in range(count):
+            photo(number, 320, 288).save(folder / f"{number:05d}.png", compress_level=1)
+            (folder / f"{number:05d}.txt").write_text(f"picture number {number}")
+        yield from _files_to_tokens(folder, root, count, device)
+    yield ingest_memory()
+
+
+def _files_to_tokens(folder: Path, root: Path, count: int, device: torch.device) -> Iterator[Row]:
+    run = _run(folder)
+    models = _models(run)
+    tokenizer = load_tokenizer(fetch(models["tokenizer"], root / "local"), device)
+    turn = iter(range(10**6))
+
+    def ours() -> list[tuple[int, ...]]:
+        # another seed, another set: nothing is found again
+        fresh = run.model_copy(update={"seed": next(turn)})
+        os.environ["LATENT_GPT_STORE"] = str(root / f"run{fresh.seed}")
+        images = ingest(fresh.data)
+        tokens = tokenize(job("tokens", "tokenize_data", fresh, "bench", {"images": images, **models}))
+        return sorted(
+            tuple(row) for batch in TokenReader(tokens, "train", 64).ordered() for row in batch.codes.tolist()
+        )
+
+    def per_sample() -> list[tuple[int, ...]]:
+        target = root / f"npy{next(turn)}"
+        target.mkdir()
+        loader = DataLoader(Pictures(folder, run.data), batch_size=1, num_workers=cores())
+        with torch.inference_mode():
+            for number, image in enumerate(loader):
+                codes = tokenizer.encode(to_tensor(image.to(device)))
+                np.save(target / f"{number}.npy", codes.flatten(1).cpu().numpy())
+        return sorted(tuple(np.load(path)[0].tolist()) for path in target.iterdir())
+
+    comparison = compare({"ours": ours, "per sample": per_sample}, device, rounds=5, same=lambda a, b: a == b)
+    pictures = [Image.open(path) for path in sorted(folder.glob("*.png"))[:16]]
+    batch = to_tensor(torch.stack([torch.from_numpy(np.asarray(p.resize((SIDE, SIDE)))) for p in pictures]))
+    batch = batch.permute(0, 3, 1, 2).contiguous().to(device)
+    with torch.inference_mode():
+        model = compare({"model": lambda: tokenizer.encode(batch)}, device, rounds=5)
+    yield comparison.row(
+        6,
+        f"{count} PNG files to token shards, {SIDE} px",
+        amount=count,
+        unit="img/s",
+        goals={"per sample": 10, FLOOR: 0.5},
+        floor=len(batch) / model.median("model"),
+        note="Floor: the tokenizer alone, batch 16. Both decode to the same pixels; ours also validates,"
+        " removes duplicates, splits, shards and hashes.",
+    )
+
+
+class Pictures(Dataset[torch.Tensor]):
+    """One file a time, as a plain extraction script reads them."""
+
+    def __init__(self, folder: Path, config: DataConfig) -> None:
+        self.paths = sorted(folder.glob("*.png"))
+        self.config = config
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.from_numpy(decode(self.paths[index].read_bytes(), self.config)).permute(2, 0, 1)
+
+
+def _run(folder: Path) -> RunConfig:
+    training = {"steps": 1, "batch_size": 1}
+    return parse_config(
+        {
+            "name": "bench",
+            "data": {
+                "source": FolderSource(path=str(folder)).model_dump(),
+                "image_size": SIDE,
+                "validation_share": 0,
+            },
+            "clip": {"kind": "trained", "training": training},
+            "tokenizer": {
+                "kind": "vqvae", "factor": 16, "width": 16, "multipliers": [1, 1, 2, 2, 4], "blocks": 1,
+                "codebook_size": 1024, "training": training,
+            },
+            "transformer": None,
+        }
+    )  # fmt: skip
+
+
+def _models(run: RunConfig) -> dict[str, Manifest]:
+    """A tokenizer with random weights, and a CLIP of which only the context length is read."""
+    assert isinstance(run.tokenizer, VQVAEConfig)
+    torch.manual_seed(0)
+    sets = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        save_model(folder, VQVAE(run.tokenizer).state_dict(), run.tokenizer.model_dump(mode="json"))
+        writer = SetWriter("tokenizer", {"bench": 1}, {})
+        for path in sorted(folder.iterdir()):
+            writer.add_file(path.name, path)
+        sets["tokenizer"] = writer.finish({})
+    writer = SetWriter("clip", {"bench": 1}, {})
+    writer.add_bytes("config.json", b'{"architecture": {"text_cfg": {"context_length": 77}}}')
+    sets["text"] = writer.finish({})
+    return sets
+
+
+def ingest_memory(counts: tuple[int, ...] = (10_000, 100_000)) -> Row:
+    """Highest resident memory of an ingest of so many drawn pictures, each in a process of its own."""
+    program = (
+        "import resource, sys; from model.config import DataConfig, ShapesSource;"
+        " from model.ingest import ingest;"
+        " ingest(DataConfig(source=ShapesSource(count=int(sys.argv[1])), image_size=16));"
+        " print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    figures = {}
+    for count in counts:
+        with store():
+            done = subprocess.run(
+                [sys.executable, "-c", program, str(count)],
+                capture_output=True,
+                text=True,
+                check=True,
+                cwd=Path(__file__).parents[1],
+            )
+        figures[f"{count:,} pictures"] = int(done.stdout.splitlines()[-1]) / 1024
+    grown = max(figures.values()) / min(figures.values()) - 1
+    return Row(
+        6, "ingest: highest memory", "MiB", figures, goal="flat within 10 %", met=grown < 0.1,
+        note=f"{grown:+.1%} from least to most, torch's import included.",
+    )  # fmt: skip
+
+
+# ── row 8 ───────────────────────────────────────────────────────────────────────────────────────────────
+
+PICTURES, TOKENS, BATCH, SHARD = 32_768, 256, 256, 4096
+
+
+def batches(device: torch.device) -> Iterator[Row]:
+    """An epoch of token shards as shuffled batches of int64 codes."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 16384, (PICTURES, TOKENS)).astype(np.uint16)
+    with store() as root:
+        manifest = token_set(codes)
+        ways: dict[str, Callable[[], tuple[int, int]]] = {
+            "ours": lambda: drain(b.codes for b in islice(_reader(manifest), PICTURES // BATCH)),
+            "DataLoader": _per_sample(codes, root / "npy"),
+            "webdataset": _webdataset(codes, root / "wds"),
+        }
+        if PEERS.exists():
+            sys.path.insert(0, str(PEERS))
+            ways["mosaicml-streaming"] = _mosaic(codes, root / "mds")
+            sys.path.remove(str(PEERS))
+        comparison = compare(ways, rounds=3, same=lambda a, b: a == b)
+    yield comparison.row(
+        8,
+        f"token shards to shuffled batches, {PICTURES:,} pictures of {TOKENS} tokens",
+        amount=PICTURES * TOKENS,
+        unit="tok/s",
+        goals={"DataLoader": 10, "webdataset": 200, **({"mosaicml-streaming": 1} if PEERS.exists() else {})},
+        floor=copy_bandwidth() / 10,
+        note="A whole epoch from opening the shards. Floor: 2 bytes read and 8 written per token. Ours also"
+        " gives caption ids and masks"
+        + ("." if PEERS.exists() else "; mosaicml-streaming is not installed."),
+    )
+    yield reader_memory()
+
+
+def token_set(codes: np.ndarray, name: str = "bench", pictures: int = 0) -> Manifest:
+    """A tokens set of these codes; `pictures` repeats them until there are so many."""
+    pictures = pictures or len(codes)
+    writer = SetWriter("tokens", {"bench": name, "pictures": pictures}, {})
+    shards = {}
+    caption = [[49406, *range(1000, 1010), 49407]]
+    for number, first in enumerate(range(0, pictures, SHARD)):
+        begin = first % len(codes)
+        part = codes[begin : begin + min(SHARD, pictures - first)]
+        file = f"train-{number:06d}.safetensors"
+        writer.add_bytes(file, TokenShard.to_bytes(part[:, None], [caption] * len(part), 16384))
+        shards[file] = len(part)
+    return writer.finish({"shards": shards, "tokens": codes.shape[1], "context_length": 77})
+
+
+def _reader(manifest: Manifest) -> Iterator[Any]:
+    return TokenReader(manifest, "train", BATCH, seed=0).batches()
+
+
+def drain(found: Iterator[torch.Tensor]) -> tuple[int, int]:
+    """Touch every batch: pictures, and the sum of their first and last codes."""
+    count = total = 0
+    for codes in found:
+        count += len(codes)
+        total += int(codes[:, 0].sum()) + int(codes[:, -1].sum())
+    return count, total
+
+
+class Files(Dataset[torch.Tensor]):
+    """One npy per picture."""
+
+    def __init__(self, folder: Path) -> None:
+        self.paths = sorted(folder.iterdir())
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.from_numpy(np.load(self.paths[index]).astype(np.int64))
+
+
+def _per_sample(codes: np.ndarray, folder: Path) -> Callable[[], tuple[int, int]]:
+    folder.mkdir()
+    for number, row in enumerate(codes):
+        np.save(folder / f"{number:06d}.npy", row)
+    data = Files(folder)
+    return lambda: drain(iter(DataLoader(data, BATCH, shuffle=True, num_workers=cores())))
+
+
+def _webdataset(codes: np.ndarray, folder: Path) -> Callable[[], tuple[int, int]]:
+    import webdataset as wds
+
+    folder.mkdir()
+    for number, first in enumerate(range(0, len(codes), SHARD)):
+        with wds.TarWriter(str(folder / f"{number:03d}.tar")) as sink:
+            for row, code in enumerate(codes[first : first + SHARD], first):
+                sink.write({"__key__": f"{row:06d}", "codes.npy": code})
+    urls = [str(path) for path in sorted(folder.iterdir())]
+
+    def epoch() -> tuple[int, int]:
+        data = wds.WebDataset(urls, shardshuffle=len(urls), seed=0).shuffle(SHARD).decode()
+        parts = data.to_tuple("codes.npy").batched(BATCH)
+        found = DataLoader(parts, batch_size=None, num_workers=cores(), persistent_workers=False)
+        return drain(torch.as_tensor(np.asarray(batch).astype(np.int64)) for (batch,) in found)
+
+    return epoch
+
+
+def _mosaic(codes: np.ndarray, folder: Path) -> Callable[[], tuple[int, int]]:
+    from streaming import MDSWriter, StreamingDataset
+
+    with MDSWriter(out=str(folder), columns={"codes": f"ndarray:uint16:{TOKENS}"}) as sink:
+        for row in codes:
+            sink.write({"codes": row})
+
+    class Codes(StreamingDataset):  # type: ignore[misc]
+        def __getitem__(self, index: int) -> torch.Tensor:
+            return torch.from_numpy(super().__getitem__(index)["codes"].astype(np.int64))
+
+    data = Codes(local=str(folder), shuffle=True, batch_size=BATCH)
+    return lambda: drain(iter(DataLoader(data, BATCH, num_workers=cores())))
+
+
+def reader_memory(counts: tuple[int, ...] = (10_000, 1_000_000)) -> Row:
+    """Highest resident memory of a process that reads 200 batches of sets of so many pictures."""
+    program = (
+        "import resource, sys; from itertools import islice; from model.plumbing.manifests import load;"
+        " from model.shards import TokenReader;"
+        " list(1 for _ in islice(TokenReader(load(sys.argv[1]), 'train', 256).batches(), 200));"
+        " print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    codes = np.random.default_rng(0).integers(0, 16384, (SHARD, 64)).astype(np.uint16)
+    figures = {}
+    for count in counts:
+        with store():
+            manifest = token_set(codes, "memory", count)
+            done = subprocess.run(
+                [sys.executable, "-c", program, manifest.uri],
+                capture_output=True,
+                text=True,
+                check=True,
+                cwd=Path(__file__).parents[1],
+            )
+        figures[f"{count:,} pictures"] = int(done.stdout.splitlines()[-1]) / 1024
+    return Row(
+        8, "token reader: highest memory", "MiB", figures,
+        note="Bounded by two windows of 262,144 pictures, not by the set; mapped shards count while their"
+        " pages are in memory.",
+    )  # fmt: skip
+
+
+ROWS = {5: pixels, 6: files_to_tokens, 8: batches}
+GPU_ROWS = {5: pixels, 6: files_to_tokens, 8: batches}
