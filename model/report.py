@@ -20,7 +20,7 @@ from model.pictures import Curves, Pairs
 from model.plumbing.manifests import Manifest
 from model.plumbing.progress import quantity
 
-TILE = 96  # side of a picture on the page where its own is smaller, and at most, pixels
+TILE = 96  # side of a picture on the page, pixels
 FEWEST = 16  # held-out pictures that the figures on top may rest on
 TEMPLATES = Path(__file__).parent / "templates"
 SPLIT_NAMES = {
@@ -94,7 +94,6 @@ def render(page: Page) -> str:
     )
     environment.filters |= {"embedded": _embedded, "png": _data_uri, "quantity": quantity, "size": _size}
     side = page.reconstructions.originals.shape[-1]
-    shown = side * max(1, TILE // side) if side <= TILE else TILE
     charts = _charts(page)
     sweep = [(name, {name: points}) for name, points in page.sweep.items()]
     return environment.get_template("report.html").render(
@@ -109,9 +108,8 @@ def render(page: Page) -> str:
         charts=pictures.plot(charts, "step") if charts else None,
         sweep=pictures.plot(sweep, "guidance scale", marked=True) if sweep else None,
         judge=judge_name(page.config, page.sets),
-        shown=shown,
-        columns=page.config.evaluation.samples_per_prompt + 1,
-        pixelated=shown > side and shown % side == 0,
+        shown=TILE,
+        pixelated=side < TILE and TILE % side == 0,
         lineage=_lineage(page.sets),
         copy_distance=metrics.COPY_DISTANCE,
         config=yaml.safe_dump(page.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
