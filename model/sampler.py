@@ -34,6 +34,7 @@ CPU_OPTIONS: dict[str, Any] = {
     "max_autotune_gemm": True,
     "max_autotune_gemm_backends": "CPP,ATEN",
 }
+PROGRAMS = {"cpu": 1, "cuda": 4}  # compiled per sequence, at most; on a CPU weights outweigh the cache
 
 
 class Sampler:
@@ -41,8 +42,8 @@ class Sampler:
 
     Args:
         gpt: the transformer, in eval mode, on the device and in the type to compute in.
-        compile: compile the step (about a minute, once per batch size and per quarter of the sequence); on a
-            GPU each step is then one CUDA graph without a synchronisation. Worth it for a server or a large
+        compile: compile the step (about a minute on a CPU, once per batch size and number of text tokens); on
+            a GPU each step is then one CUDA graph without a synchronisation. Worth it for a server or a large
             evaluation.
     """
 
@@ -212,8 +213,8 @@ class _Program:
 class _StaticProgram(_Program):
     """The compiled path: every step the same program over fixed buffers, on a GPU a CUDA graph.
 
-    Up to four programs, for a quarter of the sequence each, so that early steps do not read a cache that is
-    still empty. The first step (start token and prefix) takes the plain path.
+    On a GPU up to four programs, for a quarter of the sequence each, so that early steps do not read a cache
+    that is still empty. The first step (start token and prefix) takes the plain path.
     """
 
     def __init__(self, gpt: GPT, config: SamplingConfig, batch: int, guided: bool) -> None:
@@ -245,12 +246,12 @@ class _StaticProgram(_Program):
         self.inputs.copy_(drawn[:, None])
         if on_token is not None:
             on_token(first, drawn)
-        quarter = max(-(-tokens // 4), 64)  # short sequences are not worth several compilations
+        part = max(-(-tokens // PROGRAMS[self.inputs.device.type]), 64)  # fewer tokens are not worth one more
         for at in range(first + 1, tokens):
-            span = min((at // quarter + 1) * quarter, tokens)
+            span = min((at // part + 1) * part, tokens)
             if span not in self.steps:
                 self.steps[span] = self._prepare(span, at)
-            if at == first + 1 or at % quarter == 0:
+            if at == first + 1 or at % part == 0:
                 self.at.fill_(at)
             self.steps[span]()
             if on_token is not None:

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from model import sampler
 from model.config import SamplingConfig, TrainingConfig, TransformerConfig
 from model.gpt import GPT, Cache
 from model.sampler import Sampler, candidate_seed, guidance, gumbel, noise_keys, sample
@@ -245,8 +246,9 @@ def test_best_of_keeps_what_the_judge_prefers() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_draws_the_same_pictures() -> None:
-    """Two programs (72 tokens are two spans), buffers refilled by a second batch, a prefix."""
+def test_compiled_draws_the_same_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two programs (of 64 and of 72 tokens), buffers refilled by a second batch, a prefix."""
+    monkeypatch.setitem(sampler.PROGRAMS, "cpu", 2)
     gpt = tiny(grid=(6, 12))
     text, mask = texts()
     config = SamplingConfig(cfg_scale=2, top_k=9, top_p=0.9)
