@@ -289,9 +289,13 @@ class Results:
         if self._json.exists():
             self._rows = json.loads(self._json.read_text())["rows"]
 
-    def replace(self, number: int, rows: Iterable[Row]) -> None:
-        """Set all lines of one number, and write both files."""
-        stamp = {"measured": datetime.date.today().isoformat(), "commit": _commit()}
+    def replace(self, number: int, rows: Iterable[Row], load: float = 0.0) -> None:
+        """Set all lines of one number, and write both files.
+
+        Args:
+            load: the machine's load average before they were measured; a busy machine is marked.
+        """
+        stamp = {"measured": datetime.date.today().isoformat(), "commit": _commit(), "load": round(load, 1)}
         lines = [dataclasses.asdict(row) | stamp for row in rows]
         self._rows = [row for row in self._rows if row["number"] != number] + lines
         self._rows.sort(key=lambda row: row["number"])
@@ -317,7 +321,8 @@ def markdown(document: Mapping[str, Any]) -> str:
             floor = f"{_short(row['floor'])}: {row['share']:.0%}"
         met = {True: "yes", False: "**no**", None: ""}[row["met"]]
         cells = [str(row["number"]), row["work"], f"{', '.join(figures)} {row['unit']}", ", ".join(ratios)]
-        cells += [floor, row["goal"], met, row["note"]]
+        busy = f" (load {row['load']} before)" if row["load"] > (os.cpu_count() or 1) / 2 else ""
+        cells += [floor, row["goal"], met, row["note"] + busy]
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -22,7 +22,7 @@ from model.vqvae import VQVAE
 SIDE = 256  # pixels
 WIDTH = {"cpu": 32, "cuda": 128}
 BATCH = {"cpu": 4, "cuda": 32}
-LATENTS = {"cpu": 4096, "cuda": 2**18}  # 16 and 1024 pictures of 256 px at factor 16
+LATENTS = {"cpu": 4096, "cuda": 2**17}  # 16 and 512 pictures of 256 px at factor 16
 DIM = 8
 BF16_ROUNDING = 0.02  # in the cosine between a latent and its code
 

@@ -8,6 +8,7 @@ import pkgutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ import torch
 import benchmarks
 from benchmarks import __main__ as command
 from benchmarks import harness
+from benchmarks.growth import exponent
 from benchmarks.harness import Comparison, Ratio, Results, Row, compare
+from benchmarks.main_job import Timeline
 
 CPU = torch.device("cpu")
 
@@ -98,6 +101,51 @@ def test_a_row_that_breaks_is_a_failed_line_and_keeps_what_was_measured() -> Non
 @pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(benchmarks.__path__)])
 def test_every_module_imports(name: str) -> None:
     importlib.import_module(f"benchmarks.{name}")
+
+
+def test_a_module_that_cannot_be_loaded_is_named_and_the_others_are_offered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    everything, missing = command.discover(gpu=False)
+    assert not missing
+    monkeypatch.delitem(sys.modules, "benchmarks.startup")
+    load = importlib.import_module
+
+    def without(name: str) -> ModuleType:
+        if name == "benchmarks.startup":
+            raise ModuleNotFoundError(name="absent")
+        return load(name)
+
+    monkeypatch.setattr(importlib, "import_module", without)
+    offered, missing = command.discover(gpu=False)
+    assert offered.keys() == everything.keys() - {10}
+    assert missing == ["benchmarks/startup.py needs absent"]
+
+
+def test_a_run_of_the_job_is_split_into_work_and_the_rest() -> None:
+    lines = [
+        (1.0, "[1/2] ingest"),
+        (2.0, "      image 10/20  50%"),
+        (4.0, "      done in 3.0 s"),
+        (5.0, "[2/2] register"),
+        (7.0, "      done in 2.0 s"),
+        (8.0, ""),
+    ]
+    timeline = Timeline.read(lines)
+    assert (timeline.wall, timeline.inside, timeline.working) == (8.0, 5.0, 4.0)
+
+
+def test_the_exponent_is_the_slope_of_the_logarithms() -> None:
+    assert exponent({1.0: 3.0, 2.0: 12.0, 4.0: 48.0}) == pytest.approx(2.0)
+
+
+def test_rows_of_a_busy_machine_say_so(tmp_path: Path) -> None:
+    results = Results(tmp_path, "cpu", {})
+    results.replace(1, [Row(1, "calm", "s", {"ours": 1.0})], load=0.0)
+    results.replace(2, [Row(2, "busy", "s", {"ours": 1.0})], load=999.0)
+    calm, busy = (tmp_path / "cpu.md").read_text().splitlines()[-2:]
+    assert "load" not in calm
+    assert "(load 999.0 before)" in busy
 
 
 def test_no_two_modules_offer_the_same_row() -> None:
