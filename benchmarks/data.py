@@ -55,7 +55,8 @@ def store() -> Iterator[Path]:
 def photo(seed: int, width: int, height: int) -> Image.Image:
     """Smooth colours with grain: compresses as photographs do."""
     rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8))
+    cell = width // 32
+    coarse = Image.fromarray(rng.integers(0, 256, (height // cell, 32, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
     grain = rng.normal(0, 6, (height, width, 3)).astype(np.int16)
     return Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8))

@@ -62,7 +62,8 @@ def decode(data: bytes, config: DataConfig) -> np.ndarray:
             if image.format == "JPEG":
                 image.draft(None, (2 * config.image_size, 2 * config.image_size))
             image.load()
-            pixels = _to_rgb(ImageOps.exif_transpose(image), config.background)
+            ImageOps.exif_transpose(image, in_place=True)
+            pixels = _to_rgb(image, config.background)
         except Exception as error:  # whatever a decoder throws at a stranger's data
             raise BadImage(f"truncated or corrupt: {_first_line(error)}") from None
     return _resize(pixels, config)
@@ -75,7 +76,7 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> np.ndarray:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # convert always copies
 
 
 def _resize(pixels: np.ndarray, config: DataConfig) -> np.ndarray:
