@@ -226,9 +226,12 @@ class _Used:
     def leave(self, clients: IO[str]) -> None:
         """Stop using the server, and if nobody else does, stop it and wait until it is gone."""
         fcntl.flock(self._starting, fcntl.LOCK_UN)
-        if keeper.lock(clients, fcntl.LOCK_EX) and self._running():
+        last = keeper.lock(clients, fcntl.LOCK_EX)
+        if last and self._running():
             with contextlib.suppress(ProcessLookupError, ValueError):
                 os.kill(int((self.folder / "keeper.lock").read_text()), signal.SIGTERM)
+        # Not even a shared lock to be had: the keeper noticed first that nobody is left.
+        if last or not keeper.lock(clients, fcntl.LOCK_SH):
             _wait(lambda: not self._running(), STOP_PATIENCE)
         if self._keeper:
             self._keeper.poll()
