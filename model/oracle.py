@@ -22,7 +22,7 @@ MIN_EXPLAINED = (
 )
 MIN_AREA = 0.3  # smallest coverage that is a thing, as a share of the smallest thing's area
 REACH, STEP = 0.75, 0.25  # positions tried around the centre of mass, pixels
-NOISE = 0.15  # ink, summed over RGB, that is a reconstruction's noise on white
+NOISE = 0.35  # ink, summed over RGB, that is a reconstruction's noise on white; yellow's is 1.1
 CHUNK = 32  # pictures fitted at once
 ATTRIBUTES = ("colour", "shape", "size", "relation")
 
@@ -76,6 +76,7 @@ def read(images: Tensor, things: int = 2) -> list[Scene | None]:
     for chunk in images.split(CHUNK):
         white = (torch.tensor(BACKGROUND) / 255)[:, None, None]
         ink = white - (chunk.float().cpu() / 2 + 0.5)  # (n, 3, H, W)
+        ink = ink * (ink.sum(1, keepdim=True) > NOISE)
         if things == 1:
             scenes += [Scene((thing,)) if thing else None for thing in _name(ink)]
             continue
@@ -98,8 +99,7 @@ def _separation(ink: Tensor, half: Tensor, axis: int) -> Tensor:
 
 def _centre(ink: Tensor) -> Tensor:
     """Centre of mass (n, 2) of the ink, x and y in pixels from the corner; the middle where there is none."""
-    mass = ink.clamp_min(0).sum(1)
-    mass = mass * (mass > NOISE)
+    mass = ink.clamp_min(0).sum(1).square()  # squares: what is faint does not move it
     side = mass.shape[-1]
     place = torch.arange(side) + 0.5
     total = mass.sum((1, 2))[:, None]
