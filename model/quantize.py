@@ -23,7 +23,7 @@ from model.config import VQVAEConfig
 # one launch. Measured in docs/EXPERIMENTS.md.
 SCORES_CPU, SCORES_CUDA = 2**18, 2**26
 
-CODEBOOK_DECAY = 0.99  # share of a used code that stays in one update
+CODEBOOK_DECAY = 0.95  # share of a used code that stays in one update; 0.99 lags behind short trainings
 KMEANS_ITERATIONS = 10
 
 
