@@ -196,7 +196,7 @@ class Pictures(Dataset[torch.Tensor]):
 
 
 def _run(folder: Path) -> RunConfig:
-    training = {"steps": 1, "batch_size": 1}
+    training = {"steps": 1, "batch_size": 1, "warmup_steps": 0}
     return parse_config(
         {
             "name": "bench",

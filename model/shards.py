@@ -438,19 +438,19 @@ class TokenReader:
             coming = pool.submit(self._gather, *next(stretches))
             rest: TokenBatch | None = None
             while True:
-                codes, ids, counts = coming.result()
+                stretch = coming.result()
                 coming = pool.submit(self._gather, *next(stretches))
-                first = 0
+                first, count = 0, len(stretch.codes)
                 if rest is not None:  # a batch may lie across stretches
-                    first = min(share - len(rest.codes), len(codes))
-                    rest = _joined(rest, self._batch(codes, ids, counts, 0, first))
+                    first = min(share - len(rest.codes), count)
+                    rest = _joined(rest, _part(stretch, 0, first))
                     if len(rest.codes) < share:
                         continue
                     yield rest
-                for begin in range(first, len(codes) - share + 1, share):
-                    yield self._batch(codes, ids, counts, begin, begin + share)
-                done = first + (len(codes) - first) // share * share
-                rest = self._batch(codes, ids, counts, done, len(codes)) if done < len(codes) else None
+                last = first + (count - first) // share * share
+                for begin in range(first, last, share):
+                    yield _part(stretch, begin, begin + share)
+                rest = _part(stretch, last, count) if last < count else None
 
     def ordered(self, limit: int = 0) -> Iterator[TokenBatch]:
         """The plain view of each picture with its first caption, once, in the set's order.
@@ -463,13 +463,11 @@ class TokenReader:
             shard = TokenShard.open(self.cache.path(name))
             rows = np.arange(min(left, len(shard.codes)))
             left -= len(rows)
-            found, counts = shard.captions(rows, np.zeros(len(rows)), self.context_length)
-            ids = np.zeros((len(rows), self.context_length), np.int32)
-            ids[:, : found.shape[1]] = found
+            ids, counts = shard.captions(rows, np.zeros(len(rows)), self.context_length)
+            whole = self._tensors(shard.codes[: len(rows), 0], ids, counts)
             for first in range(0, len(rows), self.batch_size):
                 mine = slice(first + self.rank, min(first + self.batch_size, len(rows)), self.world)
-                codes = np.array(shard.codes[mine, 0])
-                yield self._batch(codes, ids[mine], counts[mine], 0, len(codes))
+                yield TokenBatch(*(tensor[mine] for tensor in whole))
 
     def _stretches(
         self, start: int, pool: ThreadPoolExecutor
@@ -508,10 +506,9 @@ class TokenReader:
 
     def _gather(
         self, shards: dict[int, TokenShard], numbers: np.ndarray, rows: np.ndarray, chance: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Codes (n, T), caption ids (n, S) and how many ids are real, of n pictures."""
-        dtype = next(iter(shards.values())).codes.dtype
-        codes = np.empty((len(rows), self.tokens), dtype)
+    ) -> TokenBatch:
+        """All pictures of a stretch."""
+        codes = np.empty((len(rows), self.tokens), next(iter(shards.values())).codes.dtype)
         ids = np.zeros((len(rows), self.context_length), np.int32)
         counts = np.empty(len(rows), np.int32)
         by_shard = np.argsort(numbers, kind="stable")
@@ -524,17 +521,20 @@ class TokenReader:
             codes[to] = np.take(shard.codes.reshape(-1, self.tokens), flat, axis=0)
             found, counts[to] = shard.captions(rows[to], chance[to, 1], self.context_length)
             ids[to, : found.shape[1]] = found
-        return codes, ids, counts
+        return self._tensors(codes, ids, counts)
 
-    def _batch(
-        self, codes: np.ndarray, ids: np.ndarray, counts: np.ndarray, begin: int, end: int
-    ) -> TokenBatch:
-        part = slice(begin, end)
+    def _tensors(self, codes: np.ndarray, ids: np.ndarray, counts: np.ndarray) -> TokenBatch:
+        # NumPy widens them here, in the reader's own thread: torch would wake its pool for each batch.
+        padded = np.zeros((len(codes), self.context_length), np.int64)
+        padded[:, : ids.shape[1]] = ids
+        mask = np.arange(self.context_length) < counts[:, None]
         return TokenBatch(
-            torch.from_numpy(codes[part]).long(),
-            torch.from_numpy(ids[part]).long(),
-            torch.from_numpy(np.arange(self.context_length, dtype=np.int32) < counts[part, None]),
+            torch.from_numpy(codes.astype(np.int64)), torch.from_numpy(padded), torch.from_numpy(mask)
         )
+
+
+def _part(batch: TokenBatch, begin: int, end: int) -> TokenBatch:
+    return TokenBatch(*(tensor[begin:end] for tensor in batch))
 
 
 def _joined(first: TokenBatch, second: TokenBatch) -> TokenBatch:
