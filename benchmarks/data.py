@@ -165,7 +165,7 @@ def _files_to_tokens(folder: Path, root: Path, count: int, device: torch.device)
 
     comparison = compare({"ours": ours, "per sample": per_sample}, device, rounds=5, same=lambda a, b: a == b)
     pictures = [Image.open(path) for path in sorted(folder.glob("*.png"))[:16]]
-    batch = to_tensor(torch.stack([torch.from_numpy(np.asarray(p.resize((SIDE, SIDE)))) for p in pictures]))
+    batch = to_tensor(torch.stack([torch.from_numpy(np.array(p.resize((SIDE, SIDE)))) for p in pictures]))
     batch = batch.permute(0, 3, 1, 2).contiguous().to(device)
     with torch.inference_mode():
         model = compare({"model": lambda: tokenizer.encode(batch)}, device, rounds=5)
