@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -33,6 +34,7 @@ BUCKET = "s3://latent-gpt"  # default store
 HOST = "127.0.0.1"
 START_PATIENCE = 90.0  # seconds until a server must answer; a machine under load takes its time
 STOP_PATIENCE = 15.0  # seconds until a stopped server must be gone
+ABOVE = 10_000  # SeaweedFS's maintenance worker expects the admin server's gRPC port this far above its other
 STARTS = 3  # tries, each with fresh ports, where somebody else took one meanwhile
 
 
@@ -98,7 +100,7 @@ class S3Server:
     """SeaweedFS: master, volume server, filer and S3 gateway in one process."""
 
     name = "SeaweedFS"
-    ports = 10
+    ports = 9
     VARIABLES = ("S3_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
 
     def command(self, folder: Path, ports: list[int]) -> tuple[list[str], dict[str, str]]:
@@ -117,10 +119,9 @@ class S3Server:
             missing_ok=True
         )  # settings of the last start, old ports too
         listeners = [
-            f"{part}.port{kind}"
-            for part in ("s3", "master", "volume", "filer", "admin")
-            for kind in ("", ".grpc")
+            f"{part}.port{kind}" for part in ("s3", "master", "volume", "filer") for kind in ("", ".grpc")
         ]
+        listeners.append("admin.port")
         options = {
             "dir": folder / "data",
             "ip": HOST,
@@ -367,8 +368,15 @@ def _is_free(port: int) -> bool:
 
 
 def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind((HOST, 0))
-        return [probe.getsockname()[1] for probe in probes]
+    """Ports that nobody listens on, the last of them with the one 10,000 above it.
+
+    Taken from below the range that the kernel gives to outgoing connections: a server that restarts must
+    find its port free, and clients that call in vain must not get it.
+    """
+    drawn: list[int] = []
+    for port in random.SystemRandom().sample(range(11_000, 22_000), k=2_000):
+        if _is_free(port) and (len(drawn) < count - 1 or _is_free(port + ABOVE)):
+            drawn.append(port)
+        if len(drawn) == count:
+            return drawn
+    raise UserError(f"no {count} free ports between 11000 and 22000 on {HOST}; stop what listens there")

@@ -33,7 +33,7 @@ PART = 16 * MIB  # bytes per part of a large upload or download
 THREADS = 8  # parts under way at once
 READ_AHEAD = MIB  # bytes that a stream buffers
 TEMPORARY = ".partial-"  # prefix of local files that are not complete yet; never listed
-ATTEMPTS = 7  # of a request, the first included; about 25 s where connections are refused
+ATTEMPTS = 11  # of a request, the first included; boto3 spreads them over some 20 s if all are refused
 
 
 class NotFound(UserError):
@@ -285,12 +285,12 @@ def client(patience: float | None = None, attempts: int = ATTEMPTS) -> S3Client:
     """The process's S3 client.
 
     Args:
-        patience: seconds to wait for an answer; default 15, or the environment's `LATENT_GPT_S3_PATIENCE`.
-            With seven attempts a restart or a minute's standstill is outlived, and two minutes' reported.
+        patience: seconds to wait for an answer; default 10, or the environment's `LATENT_GPT_S3_PATIENCE`.
+            With eleven attempts a restart or a minute's standstill is outlived, and two minutes' reported.
         attempts: tries of one request.
     """
     if patience is None:
-        patience = float(os.environ.get("LATENT_GPT_S3_PATIENCE") or 15)
+        patience = float(os.environ.get("LATENT_GPT_S3_PATIENCE") or 10)
     # Connections must not be shared with a forked child, and tests move from server to server.
     place = tuple(os.environ.get(name, "") for name in ("S3_ENDPOINT_URL", *CREDENTIALS))
     return _client(os.getpid(), place, patience, attempts)
