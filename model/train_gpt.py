@@ -3,7 +3,9 @@
     python -m model.train_gpt SPEC_URI        (by torchrun, one process per device)
 
 The set holds the weights (averaged, with `training.ema`) of the validation with the lowest NLL on held-out
-pictures: small sets overfit long before the last step. A step draws its chances from (seed, rank, step) and
+pictures, as small sets overfit long before the last step; or, with `keep: last`, those of the last step, where
+held-out pictures are of things that no training caption names and their NLL says nothing of the prompts that
+the model is for. A step draws its chances from (seed, rank, step) and
 its pictures from a position in the shuffled order, and a checkpoint holds everything else, so a job that was
 killed at any moment continues as if nothing had happened.
 """
@@ -85,7 +87,7 @@ def train(
     gpt = GPT(config, tokens.info["vocabulary"], tokens.info["grid"], text.width).to(device)
     optimizer = adamw(gpt, training)
     ema = Ema(gpt, training.ema)
-    best = {name: tensor.clone() for name, tensor in gpt.state_dict().items()}  # of the lowest NLL
+    best = {name: tensor.clone() for name, tensor in gpt.state_dict().items()}  # what `keep` chooses
     best_figures = {"step": 0.0, "nll": math.inf}
     lately = torch.zeros(2, device=device)  # loss and NLL since the last log line
     curves = Curves(tracker)
@@ -162,7 +164,7 @@ def train(
         if done % training.eval_every == 0 or done == training.steps:
             with ema.applied():
                 figures = validate(gpt, text, tokens, "validation", processes)
-                if figures["nll"] < best_figures["nll"]:
+                if config.keep == "last" or figures["nll"] < best_figures["nll"]:
                     best = {name: tensor.clone() for name, tensor in gpt.state_dict().items()}
                     best_figures = {"step": done} | figures
                 if processes.is_main:

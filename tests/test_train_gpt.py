@@ -124,6 +124,21 @@ def test_it_learns_the_captions_and_keeps_its_losses(store: str) -> None:
     assert not list(Path(made.uri).glob("checkpoints/**/*.safetensors"))
 
 
+def test_the_last_weights_are_kept_where_the_config_says_so(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worsening = iter([1.0, 2.0, 3.0, 4.0])
+    figures = {"nll_unconditional": 5.0, "nll_shuffled": 5.0}
+    monkeypatch.setattr(train_gpt, "validate", lambda *_: {"nll": next(worsening)} | figures)
+    run = run_config()
+    sets = publish(run)
+    assert fit(run, sets).info["best_step"] == 12
+    assert run.transformer
+    last = run.transformer.model_copy(update={"keep": "last"})
+    worsening = iter([1.0, 2.0, 3.0, 4.0])
+    assert fit(run.model_copy(update={"transformer": last}), sets).info["best_step"] == 24
+
+
 def test_a_killed_job_continues_as_if_nothing_had_happened(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
