@@ -61,8 +61,8 @@ def test_settings_change_the_picture(model: serving.TextToImage) -> None:
     ("prompt", "params", "says"),
     [
         ("", {}, "empty"),
-        (PROMPT, {"num_images": 65}, "1 to 64 pictures are"),
-        (PROMPT, {"num_images": 0}, "1 to 64 pictures are"),
+        (PROMPT, {"num_images": 65}, "1 to 64 pictures"),
+        (PROMPT, {"num_images": 0}, "1 to 64 pictures"),
         (PROMPT, {"top_p": 2.0}, r"top_p is 2\.0"),
     ],
 )
