@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from components.step import JobFailed, say
+from components.step import JobFailed, alone, say
 from model.config import JobConfig
 from model.errors import UserError
 from model.plumbing import manifests
@@ -36,9 +36,13 @@ def launch(spec: JobSpec, jobs: JobConfig) -> Manifest:
         return made
     if os.environ.get("KUBERNETES_SERVICE_HOST"):
         raise UserError("training jobs on Kubernetes (PyTorchJob) are not built yet; run outside the cluster")
-    logs = Path(os.environ.get("LATENT_GPT_LOGS") or tempfile.mkdtemp(prefix="latent-gpt-")) / spec.name
-    run_torchrun(spec, jobs, logs)
-    manifest = manifests.find(spec.output)
+    with alone(spec.name, spec.output):
+        if made := manifests.find(spec.output):
+            say(spec.name, f"reused {made.uri}")
+            return made
+        logs = Path(os.environ.get("LATENT_GPT_LOGS") or tempfile.mkdtemp(prefix="latent-gpt-")) / spec.name
+        run_torchrun(spec, jobs, logs)
+        manifest = manifests.find(spec.output)
     if manifest is None:
         raise JobFailed(f"all processes ended well, but {spec.output} has no manifest")
     return manifest

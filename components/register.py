@@ -18,7 +18,7 @@ def register(
     evaluation: dsl.Input[dsl.Artifact],
 ) -> str:
     """Log the model as a pyfunc that loads without pickle; returns what was registered, as JSON."""
-    from components.step import read, step
+    from components.step import alone, read, step
 
     with step("register", run):
         from components.registration import register_model
@@ -33,6 +33,7 @@ def register(
             "judge": read(judge),
             "transformer": read(transformer),
         }
-        registered = register_model(parse_config(config), run, sets, read(evaluation))
+        with alone("register", "register"):
+            registered = register_model(parse_config(config), run, sets, read(evaluation))
         finish_pipeline_run(run)
     return registered.model_dump_json()

@@ -5,8 +5,11 @@ The lines are for people and for the local runner alike: `NAME  text`, two space
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -69,6 +72,24 @@ def _record_failure(run: str) -> None:
         finish_pipeline_run(run, "FAILED")
     except UserError as error:  # the reason of the failure itself is said already, and matters more
         print(f"warning: {error}", flush=True)
+
+
+@contextmanager
+def alone(name: str, work: str) -> Iterator[None]:
+    """Wait until no other run beside this one does the same work, then do it; the next one finds it done.
+
+    Runs that share a state folder see each other; the kernel lets go of the lock of one that dies. On a
+    cluster the job's name does the same.
+    """
+    folder = Path(os.environ.get("LATENT_GPT_CACHE") or tempfile.gettempdir()) / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / hashlib.sha256(work.encode()).hexdigest()[:16], "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(name, "waits for another run that does the same")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def write(manifest: Manifest, artifact: Any) -> None:

@@ -133,3 +133,23 @@ def test_a_signal_ends_the_workers(store: Path, number: signal.Signals) -> None:
     for mark in marks:
         with pytest.raises(ProcessLookupError):
             os.kill(int(mark.read_text()), 0)
+
+
+def test_two_launches_of_the_same_work_side_by_side_do_it_once(store: Path) -> None:
+    code = (
+        "import sys; from model.config import JobConfig; from model.plumbing.jobs import JobSpec;"
+        "from components.launcher import launch;"
+        "launch(JobSpec.model_validate_json(sys.argv[1]), JobConfig(processes_per_worker=2))"
+    )
+    command = [sys.executable, "-c", code, spec(store, "well").model_dump_json()]
+    environment = {**os.environ, "LATENT_GPT_CACHE": str(store / "cache")}
+    both = [
+        subprocess.Popen(
+            command, cwd=Path(__file__).parent.parent, env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    said = sorted(process.communicate(timeout=120)[0] for process in both)
+    assert [process.returncode for process in both] == [0, 0]
+    assert [text.count("toy  rank 0 of 2") for text in said] in ([0, 1], [1, 0])
+    assert sum(text.count("toy  reused") for text in said) == 1
