@@ -118,7 +118,7 @@ def test_they_work_on_loopback_and_go(state: Path) -> None:
         for secret in ("s3/credentials.json", "s3/s3.json", "s3/security.toml", "s3/server.json"):
             assert stat.S_IMODE((state / secret).stat().st_mode) == 0o600
         assert stat.S_IMODE((state / "s3").stat().st_mode) == 0o700
-    assert processes(state) == {}
+    assert eventually(lambda: processes(state) == {})
     assert "S3_ENDPOINT_URL" not in os.environ
 
 
@@ -205,7 +205,7 @@ def test_a_crashed_server_is_started_again(state: Path, monkeypatch: pytest.Monk
         storage.write_bytes("s3://latent-gpt/after", b"the crash")  # the client's retries outlive it
         assert storage.read_bytes("s3://latent-gpt/kept") == b"across runs"
         assert eventually(lambda: works(check_server))
-    assert processes(state) == {}
+    assert eventually(lambda: processes(state) == {})
 
 
 def servers(state: Path) -> list[int]:
@@ -230,7 +230,7 @@ def test_a_server_that_cannot_start_says_why(state: Path, monkeypatch: pytest.Mo
         start(state),
     ):
         pass
-    assert processes(state) == {}
+    assert eventually(lambda: processes(state) == {})
 
 
 def test_configured_services_are_used_and_checked(
@@ -241,7 +241,7 @@ def test_configured_services_are_used_and_checked(
     with start(tmp_path) as environment:
         assert environment["S3_ENDPOINT_URL"] == servers["S3_ENDPOINT_URL"]
         assert environment["MLFLOW_TRACKING_URI"] == servers["MLFLOW_TRACKING_URI"]
-        assert processes(tmp_path) == {}
+        assert eventually(lambda: processes(tmp_path) == {})
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(UserError, match="refuses the credentials"), start(tmp_path):
         pass
@@ -255,7 +255,7 @@ def test_configured_services_are_used_and_checked(
     monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{module._free_ports(1)[0]}")
     with pytest.raises(UserError, match="cannot be reached"), start(tmp_path):
         pass
-    assert processes(tmp_path) == {}
+    assert eventually(lambda: processes(tmp_path) == {})
 
 
 def test_mlflow_alone_keeps_its_artifacts_in_the_configured_s3(
@@ -273,4 +273,4 @@ def test_mlflow_alone_keeps_its_artifacts_in_the_configured_s3(
         client.log_text(run, "hello", "hello.txt")
         names = storage.list_sizes("s3://latent-gpt/elsewhere/mlflow")
         assert [name.rpartition("/")[2] for name in names] == ["hello.txt"]
-    assert processes(tmp_path) == {}
+    assert eventually(lambda: processes(tmp_path) == {})

@@ -32,10 +32,21 @@ from model.plumbing.tracking import MLFLOW_SETTINGS, check_server
 SIGNING = ("jwt.signing", "jwt.signing.read", "jwt.filer_signing", "jwt.filer_signing.read")
 BUCKET = "s3://latent-gpt"  # default store
 HOST = "127.0.0.1"
-START_PATIENCE = 90.0  # seconds until a server must answer; a machine under load takes its time
+START_PATIENCE = 180.0  # seconds until a server must answer; a machine under load takes its time
 STOP_PATIENCE = 15.0  # seconds until a stopped server must be gone
 ABOVE = 10_000  # SeaweedFS's maintenance worker expects the admin server's gRPC port this far above its other
 STARTS = 3  # tries, each with fresh ports, where somebody else took one meanwhile
+
+
+# The database first: two early requests would otherwise create its tables at the same time.
+MLFLOW_MAIN = """
+import os, sys, uvicorn
+from mlflow.server import handlers
+
+store, root = os.environ["_MLFLOW_SERVER_FILE_STORE"], os.environ["_MLFLOW_SERVER_ARTIFACT_ROOT"]
+handlers.initialize_backend_stores(store, default_artifact_root=root)
+uvicorn.run("mlflow.server.fastapi_app:app", host=sys.argv[1], port=int(sys.argv[2]), access_log=False)
+"""
 
 
 @contextmanager
@@ -160,11 +171,10 @@ class MLflowServer:
     ports = 1
 
     def command(self, folder: Path, ports: list[int]) -> tuple[list[str], dict[str, str]]:
-        """What `mlflow server` runs, without the process around it: half the start-up and half the memory."""
+        """What `mlflow server` does, in one process instead of two: half the start-up, half the memory."""
         root = storage.store_root()
         artifacts = storage.join(root if storage.is_s3(root) else BUCKET, "mlflow")
-        command = [sys.executable, "-m", "uvicorn", "--host", HOST, "--port", str(ports[0])]
-        return [*command, "--no-access-log", "mlflow.server.fastapi_app:app"], {
+        return [sys.executable, "-c", MLFLOW_MAIN, HOST, str(ports[0])], {
             "_MLFLOW_SERVER_FILE_STORE": f"sqlite:///{folder / 'mlflow.db'}",
             "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
             "_MLFLOW_SERVER_ARTIFACT_DESTINATION": artifacts,
