@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from model.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
+VQVAE_EXPERIMENT = "vqvae-training"  # of phase 2, also where phase 3 trains its VQ-VAE first
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -348,7 +349,7 @@ class RunConfig(Section):
         """The MLflow experiment of the run's phase."""
         if self.tokenizer.kind == "pretrained":
             return "latent-gpt-pretrained-vqvae"
-        return "latent-gpt-custom-vqvae" if self.transformer else "vqvae-training"
+        return "latent-gpt-custom-vqvae" if self.transformer else VQVAE_EXPERIMENT
 
 
 # ── loading ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from model.config import RunConfig
+from model.config import VQVAE_EXPERIMENT, RunConfig
 from model.plumbing.jobs import JobSpec, TrackingIds
 from model.plumbing.manifests import Kind, Manifest, set_uri
 
@@ -51,12 +51,14 @@ def job(
     kind: Kind, step: str, config: RunConfig, run: str, inputs: dict[str, Manifest], role: str = ""
 ) -> JobSpec:
     """The job that makes the set of this kind: `run` is the pipeline's, `step` the name of its step."""
+    trains_vqvae = kind == "tokenizer" and config.tokenizer.kind == "vqvae"
+    experiment = VQVAE_EXPERIMENT if trains_vqvae else config.experiment
     return JobSpec(
         module=MODULES[kind],
         config=config,
         inputs={name: manifest.uri for name, manifest in inputs.items()},
         output=set_uri(kind, settings(kind, config, role), inputs),
-        tracking=TrackingIds(experiment=config.experiment, run=run, step=step),
+        tracking=TrackingIds(experiment=experiment, run=run, step=step),
         options={"role": role} if role else {},
     )
 

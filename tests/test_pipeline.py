@@ -169,10 +169,11 @@ from model.plumbing.services import services
 from model.plumbing.tracking import mlflow_client, STEP_TAG
 with services(Path(sys.argv[1])):
     client = mlflow_client()
-    (experiment,) = [e for e in client.search_experiments() if e.name == "latent-gpt-custom-vqvae"]
-    runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
-    tags = [(run.info, run.data.tags) for run in runs]
-    print(json.dumps([[t[STEP_TAG], i.status, t.get("mlflow.parentRunId"), i.run_id] for i, t in tags]))
+    phases = {"latent-gpt-custom-vqvae", "vqvae-training"}
+    names = {e.experiment_id: e.name for e in client.search_experiments() if e.name in phases}
+    runs = client.search_runs(list(names), order_by=["attributes.start_time ASC"])
+    tags = [(names[run.info.experiment_id], run.info, run.data.tags) for run in runs]
+    print(json.dumps([[t[STEP_TAG], i.status, t.get("mlflow.parentRunId"), i.run_id, n] for n, i, t in tags]))
 """
     done = subprocess.run(
         [sys.executable, "-c", code, str(state)],
@@ -185,9 +186,11 @@ with services(Path(sys.argv[1])):
     runs = json.loads(done.stdout.splitlines()[-1])
     parents = [run for run in runs if run[0] == "pipeline"]
     assert parents
-    assert all(status == "FINISHED" for _, status, _, _ in runs)
-    children = {step for step, _, parent, _ in runs if parent == parents[0][3]}
-    assert {"tokenizer", "clip_text", "clip_judge", "train_gpt", "register"} <= children
+    assert all(status == "FINISHED" for _, status, *_ in runs)
+    children = {step: experiment for step, _, parent, _, experiment in runs if parent == parents[0][3]}
+    assert children.pop("tokenizer") == "vqvae-training"
+    assert set(children.values()) == {"latent-gpt-custom-vqvae"}
+    assert {"clip_text", "clip_judge", "train_gpt", "register"} <= children.keys()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -51,3 +51,14 @@ def test_every_kind_has_its_module() -> None:
 def test_finding_out_that_there_is_nothing_to_do_needs_no_torch() -> None:
     code = "import model.work, components.launcher, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_vqvae_is_tracked_in_the_experiment_of_its_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATENT_GPT_STORE", "s3://b")
+    config = load_config("smoke")
+    experiments = {
+        kind: job(kind, kind, config, "r", {}).tracking.experiment for kind in ("tokenizer", "transformer")
+    }
+    assert experiments == {"tokenizer": "vqvae-training", "transformer": "latent-gpt-custom-vqvae"}
+    alone = load_config("smoke", ["transformer=null"])
+    assert job("tokenizer", "tokenizer", alone, "r", {}).tracking.experiment == alone.experiment
