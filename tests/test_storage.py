@@ -177,6 +177,13 @@ def test_an_unreachable_s3_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         storage.check_store("s3://bucket")
 
 
+def test_half_of_the_credentials_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "half")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY", raising=False)
+    with pytest.raises(UserError, match="set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+        storage.read_bytes("s3://bucket/key")
+
+
 def test_an_endpoint_without_scheme_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("S3_ENDPOINT_URL", "127.0.0.1:9000")
     with pytest.raises(UserError, match="must start with http"):

@@ -303,25 +303,30 @@ CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"
 def _client(process: int, place: tuple[str, ...], patience: float, attempts: int) -> S3Client:
     import boto3
     from botocore.config import Config
+    from botocore.exceptions import PartialCredentialsError
 
     endpoint, *_, region = place
     if endpoint and not endpoint.startswith(("http://", "https://")):
         raise UserError(f"S3_ENDPOINT_URL is '{endpoint}'; it must start with http:// or https://")
-    # Not boto3's default session: that one keeps the first credentials it has seen.
-    return boto3.session.Session().client(
-        "s3",
-        endpoint_url=endpoint or None,
-        region_name=region or "us-east-1",
-        config=Config(
-            connect_timeout=patience,
-            read_timeout=patience,
-            retries={"mode": "adaptive", "total_max_attempts": attempts},
-            max_pool_connections=2 * THREADS,
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            s3={"addressing_style": "path"} if endpoint else {},
-        ),
+    config = Config(
+        connect_timeout=patience,
+        read_timeout=patience,
+        retries={"mode": "adaptive", "total_max_attempts": attempts},
+        max_pool_connections=2 * THREADS,
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        s3={"addressing_style": "path"} if endpoint else {},
     )
+    # Not boto3's default session: that one keeps the first credentials it has seen.
+    session = boto3.session.Session()
+    try:
+        return session.client(
+            "s3", endpoint_url=endpoint or None, region_name=region or "us-east-1", config=config
+        )
+    except PartialCredentialsError:
+        raise UserError(
+            "S3 credentials are incomplete; set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        ) from None
 
 
 @functools.cache
