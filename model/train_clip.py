@@ -37,6 +37,8 @@ from model.plumbing.checkpoints import (
     CONFIG,
     WEIGHTS,
     Checkpointer,
+    below,
+    flatten,
     optimizer_state,
     restore_optimizer,
     save_model,
@@ -105,8 +107,8 @@ def train(
     start = 0
     if saved := checkpointer.latest():
         start, tensors, state = saved
-        clip.load_state_dict(_below("clip.", tensors))
-        ema.load(_below("ema.", tensors), state["ema_updates"])
+        clip.load_state_dict(below("clip.", tensors))
+        ema.load(below("ema.", tensors), state["ema_updates"])
         restore_optimizer(optimizer, tensors, state["optimizer"])
         lately.copy_(tensors["lately"])
         curves.points = state["curves"]
@@ -155,9 +157,8 @@ def train(
         if done % training.checkpoint_every == 0 and done < training.steps and processes.is_main:
             moments, rest = optimizer_state(optimizer)
             parts = {"clip": clip.state_dict(), "ema": ema.average}
-            flat = {f"{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
             state = {"optimizer": rest, "ema_updates": ema.updates, "curves": curves.points}
-            checkpointer.save(done, flat | moments | {"lately": lately}, state)
+            checkpointer.save(done, flatten(parts) | moments | {"lately": lately}, state)
 
     # ── what is kept ─────────────────────────────────────────────────────────────────────────────────────
     if not processes.is_main:
@@ -241,10 +242,6 @@ def _publish(
         writer.add_file(WEIGHTS, Path(scratch) / WEIGHTS)
         writer.add_file(CONFIG, Path(scratch) / CONFIG)
     return writer.finish(info)
-
-
-def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 if __name__ == "__main__":

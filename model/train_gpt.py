@@ -35,6 +35,8 @@ from model.plumbing.checkpoints import (
     CONFIG,
     WEIGHTS,
     Checkpointer,
+    below,
+    flatten,
     optimizer_state,
     restore_optimizer,
     save_model,
@@ -97,10 +99,10 @@ def train(
     start = 0
     if saved := checkpointer.latest():
         start, tensors, state = saved
-        gpt.load_state_dict(_below("gpt.", tensors))
-        ema.load(_below("ema.", tensors), state["ema_updates"])
+        gpt.load_state_dict(below("gpt.", tensors))
+        ema.load(below("ema.", tensors), state["ema_updates"])
         restore_optimizer(optimizer, tensors, state["optimizer"])
-        best, best_figures = _below("best.", tensors), state["best"]
+        best, best_figures = below("best.", tensors), state["best"]
         lately.copy_(tensors["lately"])
         curves.points = state["curves"]
 
@@ -173,14 +175,13 @@ def train(
         if done % training.checkpoint_every == 0 and done < training.steps and processes.is_main:
             moments, rest = optimizer_state(optimizer)
             parts = {"gpt": gpt.state_dict(), "ema": ema.average, "best": best}
-            flat = {f"{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
             state = {
                 "optimizer": rest,
                 "ema_updates": ema.updates,
                 "best": best_figures,
                 "curves": curves.points,
             }
-            checkpointer.save(done, flat | moments | {"lately": lately}, state)
+            checkpointer.save(done, flatten(parts) | moments | {"lately": lately}, state)
 
     # ── what is kept ─────────────────────────────────────────────────────────────────────────────────────
     gpt.load_state_dict(best)
@@ -276,10 +277,6 @@ def _peak_flops(device: torch.device) -> float:
     """Of the device in operations per second; 0 where it is not in the table (then no MFU is shown)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), 0.0)
-
-
-def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ from model.plumbing.checkpoints import (
     CONFIG,
     WEIGHTS,
     Checkpointer,
+    below,
+    flatten,
     optimizer_state,
     restore_optimizer,
     save_model,
@@ -98,13 +100,13 @@ def train(
     start = 0
     if saved := checkpointer.latest():
         start, tensors, state = saved
-        net.load_state_dict(_below("net.", tensors))
-        ema.load(_below("ema.", tensors), state["ema_updates"])
+        net.load_state_dict(below("net.", tensors))
+        ema.load(below("ema.", tensors), state["ema_updates"])
         restore_optimizer(optimizer, tensors, state["optimizer"])
         if adversary:
-            adversary.net.load_state_dict(_below("adversary.net.", tensors))
-            restore_optimizer(adversary.optimizer, _below("adversary.", tensors), state["adversary"])
-        best, best_figures = _below("best.", tensors), state["best"]
+            adversary.net.load_state_dict(below("adversary.net.", tensors))
+            restore_optimizer(adversary.optimizer, below("adversary.", tensors), state["adversary"])
+        best, best_figures = below("best.", tensors), state["best"]
         lately.copy_(tensors["lately"])
         curves.points = state["curves"]
 
@@ -182,8 +184,7 @@ def train(
                 if adversary:
                     parts["adversary"], state["adversary"] = optimizer_state(adversary.optimizer)
                     parts["adversary.net"] = adversary.net.state_dict()
-                flat = {f"{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
-                checkpointer.save(done, flat | moments | {"lately": lately}, state)
+                checkpointer.save(done, flatten(parts) | moments | {"lately": lately}, state)
 
     # ── what is kept ─────────────────────────────────────────────────────────────────────────────────────
     if not processes.is_main:
@@ -237,10 +238,6 @@ def _pairs(net: VQVAE, held_out: Tensor) -> Image.Image:
     tiles = torch.stack([originals, reconstructions], dim=1).flatten(0, 1)
     grid = make_grid(tiles, nrow=GRID_COLUMNS)
     return Image.fromarray(grid.permute(1, 2, 0).numpy())
-
-
-def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 if __name__ == "__main__":

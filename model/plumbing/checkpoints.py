@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,16 @@ class Checkpointer:
                 folder = storage.join(self.uri, name)
                 storage.delete(storage.join(folder, COMPLETE))  # first, so that no half is taken for whole
                 storage.delete_prefix(folder)
+
+
+def flatten(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Named groups of tensors as one: `{"net": {"w": t}} -> {"net.w": t}`."""
+    return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+
+def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The group that `flatten` put below `prefix`, which ends at its dot."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
