@@ -71,8 +71,13 @@ class Lpips(nn.Module):
     """LPIPS over VGG-16 (Zhang et al. 2018, arXiv:1801.03924), frozen.
 
     The weights file is safetensors with torchvision's `features.*` of VGG-16 and LPIPS' `lin0.model.1.weight`
-    … `lin4.model.1.weight` (1, C, 1, 1), names as in the original files. docs/EXPERIMENTS.md tells how to
-    make it from them once, on a machine where they are trusted.
+    … `lin4.model.1.weight` (1, C, 1, 1), names as in the original files. Made from them once, on a machine
+    where they are trusted:
+
+        weights = vgg16(weights="IMAGENET1K_V1").state_dict()
+        weights |= torch.load("lpips/weights/v0.1/vgg.pth", weights_only=True)
+        wanted = {name: t for name, t in weights.items() if name.startswith(("features", "lin"))}
+        save_file(wanted, "lpips.safetensors")
     """
 
     LAYERS = (3, 8, 15, 22, 29)  # the ReLU at each block's end
