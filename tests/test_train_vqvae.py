@@ -18,7 +18,7 @@ from model.plumbing.checkpoints import save_model
 from model.plumbing.distributed import Distributed
 from model.plumbing.jobs import JobSpec
 from model.plumbing.manifests import Manifest, SetWriter
-from model.plumbing.tracking import Tracker
+from model.plumbing.tracking import RUN_TAG, STEP_TAG, Tracker
 from model.tokenizers import load_tokenizer
 from model.vqvae import VQVAE
 from model.work import job, settings
@@ -142,7 +142,8 @@ def test_two_processes_train_one_tokenizer(services: dict[str, str], tmp_path: P
 
     client = MlflowClient(services["MLFLOW_TRACKING_URI"])
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    (child,) = client.search_runs(experiments, "tags.`latent_gpt.step` = 'train_vqvae'")
+    ours = f"tags.`{RUN_TAG}` = '{spec.tracking.run}' and tags.`{STEP_TAG}` = '{spec.tracking.step}'"
+    (child,) = client.search_runs(experiments, ours)
     assert child.info.status == "FINISHED"
     assert child.data.metrics["validation/psnr"] == pytest.approx(history(made)["validation/psnr"][-1][1])
     grids = client.list_artifacts(child.info.run_id, "reconstructions")
