@@ -20,6 +20,7 @@ from benchmarks.growth import exponent
 from benchmarks.harness import Comparison, Ratio, Results, Row, compare
 from benchmarks.main_job import Timeline
 
+pytestmark = pytest.mark.slow  # too long for the inner loop
 CPU = torch.device("cpu")
 
 

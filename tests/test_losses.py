@@ -19,6 +19,7 @@ from model.losses import (
     build_perceptual,
 )
 
+pytestmark = pytest.mark.slow  # too long for the inner loop
 TRAINING = TrainingConfig(steps=200, batch_size=2, learning_rate=1e-3)
 
 

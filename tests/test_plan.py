@@ -9,6 +9,8 @@ from model.errors import UserError
 from model.gpt import GPT
 from model.plan import HARDWARE, UTILISATION, plan
 
+pytestmark = pytest.mark.slow  # too long for the inner loop
+
 
 def stage_of(config, name):
     return next(stage for stage in plan(config, "cpu").stages if stage.name == name)

@@ -139,6 +139,7 @@ def test_the_last_weights_are_kept_where_the_config_says_so(
     assert fit(run.model_copy(update={"transformer": last}), sets).info["best_step"] == 24
 
 
+@pytest.mark.slow
 def test_a_killed_job_continues_as_if_nothing_had_happened(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,6 +65,7 @@ EVERYTHING = (  # all that a checkpoint has to hold
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crash", [2, 3, 8])  # before the first checkpoint, right after it, near the end
 def test_a_killed_job_ends_as_if_nothing_had_happened(
     crash: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
