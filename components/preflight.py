@@ -21,12 +21,15 @@ def preflight(config: RunConfig) -> list[str]:
     """
     from model import sources
     from model.plumbing import storage, tracking
+    from model.work import settings
 
     check_disk(Path(tempfile.gettempdir()))
     found = [f"source    {sources.fingerprint(config.data.source)}"]
     root = storage.store_root()
     storage.check_store(root)
     found.append(f"storage   {root}")
+    settings("clip", config)  # both look at the weights that the config names by path or URI
+    settings("tokenizer", config)
     tracking.check_server()
     found.append(f"tracking  {os.environ['MLFLOW_TRACKING_URI']}")
     return found

@@ -215,8 +215,8 @@ def load_weights(net: nn.Module, weights: dict[str, Tensor]) -> None:
 def import_pretrained(config: PretrainedTokenizerConfig, writer: SetWriter) -> Manifest:
     """Publish a tokenizer trained elsewhere as the set that `writer` stands for.
 
-    `config.ref` is a local folder, an `s3://` folder, or a hub id `owner/name[/subfolder]`; it must hold
-    `config.json` and safetensors.
+    `config.ref` is a local folder, an `s3://` folder, or a hub id `owner/name[/subfolder][@revision]`; it
+    must hold `config.json` and safetensors.
 
     Raises:
         UserError: when the reference cannot be reached or does not hold the family's tokenizer.
@@ -234,22 +234,22 @@ def import_pretrained(config: PretrainedTokenizerConfig, writer: SetWriter) -> M
 def _read_reference(
     config: PretrainedTokenizerConfig, folder: Path
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    described = _read_json(folder / CONFIG)
+    described = _read_json(folder / CONFIG, config.ref)
     if config.family == "latent-gpt":
-        return described, _read_tensors(folder, "")
+        return described, _read_tensors(folder, "", config.ref)
     # A whole Janus or Emu3 model keeps its tokenizer's config and weights under these names.
     whole = "vq_config" in described
     architecture = described["vq_config"] if whole else described
     described = {"kind": "pretrained", "family": config.family, "architecture": architecture}
-    return described, _read_tensors(folder, "model.vqmodel." if whole else "")
+    return described, _read_tensors(folder, "model.vqmodel." if whole else "", config.ref)
 
 
-def _read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
+def _read_tensors(folder: Path, prefix: str, ref: str) -> dict[str, Tensor]:
     files = sorted(path for path in folder.glob("*.safetensors") if ".fp16." not in path.name)
     if not files:
         pickles = ", ".join(path.name for path in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*")))
         found = f"only {pickles}, and pickles are never loaded" if pickles else "none"
-        raise UserError(f"{folder}: needs weights as .safetensors; found {found}")
+        raise UserError(f"{ref}: needs weights as .safetensors; found {found}")
     tensors: dict[str, Tensor] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
@@ -265,12 +265,11 @@ def _local_copy(ref: str) -> Iterator[Path]:
     """A folder with the reference's config and weights: itself when local, else a copy for the duration."""
     if ref.startswith("s3://"):
         with tempfile.TemporaryDirectory() as scratch:
-            for uri in storage.list_uris(ref):
-                name = uri.rpartition("/")[2]
-                if name == CONFIG or name.endswith(".safetensors"):
-                    storage.download_file(uri, Path(scratch) / name)
+            for name in storage.list_sizes(ref):
+                if name == CONFIG or (name.endswith(".safetensors") and "/" not in name):
+                    storage.download_file(storage.join(ref, name), Path(scratch) / name)
             yield Path(scratch)
-    elif Path(ref).is_dir() or ref.startswith(("/", ".", "~")):
+    elif storage.is_stored(ref):
         yield Path(ref).expanduser()
     else:
         yield _download_from_hub(ref)
@@ -279,12 +278,15 @@ def _local_copy(ref: str) -> Iterator[Path]:
 def _download_from_hub(ref: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    owner, _, rest = ref.partition("/")
+    place, _, revision = ref.partition("@")
+    owner, _, rest = place.partition("/")
     name, _, subfolder = rest.partition("/")
     inside = f"{subfolder}/" if subfolder else ""
     try:
         snapshot = snapshot_download(
-            f"{owner}/{name}", allow_patterns=[f"{inside}{CONFIG}", f"{inside}*.safetensors"]
+            f"{owner}/{name}",
+            revision=revision or None,
+            allow_patterns=[f"{inside}{CONFIG}", f"{inside}*.safetensors"],
         )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
@@ -296,13 +298,13 @@ def _download_from_hub(ref: str) -> Path:
     return Path(snapshot) / subfolder
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, ref: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path.parent}: no {CONFIG}; a tokenizer is {CONFIG} beside *.safetensors") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{ref}: no {CONFIG}; a tokenizer is {CONFIG} beside *.safetensors") from None
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+        raise UserError(f"{ref}: its {CONFIG} is not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: must be a mapping, not {type(value).__name__}")
+        raise UserError(f"{ref}: its {CONFIG} must be a mapping, not {type(value).__name__}")
     return value

@@ -14,6 +14,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from model.config import VQVAE_EXPERIMENT, RunConfig
+from model.errors import UserError
+from model.plumbing import storage
 from model.plumbing.jobs import JobSpec, TrackingIds
 from model.plumbing.manifests import Kind, Manifest, set_uri
 
@@ -25,18 +27,26 @@ MODULES: dict[Kind, str] = {  # what makes a set of each kind, where a job does
     "evaluation": "model.evaluate",
 }
 NO_CONTENT = {"log_every", "checkpoint_every"}  # training settings that change no weight
+WEIGHTS = (".json", ".safetensors")  # what is read of a model made elsewhere
 
 
 def settings(kind: Kind, config: RunConfig, role: str = "") -> dict[str, Any]:
-    """The settings that decide the content of a set of this kind; `role` is "text" or "judge" for a CLIP."""
+    """The settings that decide the content of a set of this kind; `role` is "text" or "judge" for a CLIP.
+
+    Raises:
+        UserError: naming the field whose weights are not where it says.
+    """
     seed = {"seed": config.seed}
     if kind == "clip":
-        return {"clip": _plain(config.clip)} | (
-            {"role": role} | seed if config.clip.kind == "trained" else {}
-        )
+        if config.clip.kind == "pretrained":
+            return {"clip": _plain(config.clip)} | _content("clip.weights", config.clip.weights)
+        return {"clip": _plain(config.clip), "role": role} | seed
     if kind == "tokenizer":
-        trained = {"augment": _plain(config.data.augment)} | seed if config.tokenizer.kind == "vqvae" else {}
-        return {"tokenizer": _plain(config.tokenizer)} | trained
+        tokenizer = config.tokenizer
+        if tokenizer.kind == "pretrained":
+            return {"tokenizer": _plain(tokenizer)} | _content("tokenizer.ref", tokenizer.ref)
+        trained = {"tokenizer": _plain(tokenizer), "augment": _plain(config.data.augment)} | seed
+        return trained | _content("tokenizer.loss.perceptual_weights", tokenizer.loss.perceptual_weights)
     if kind == "tokens":
         return {"augment": _plain(config.data.augment)} | seed
     if kind == "transformer":
@@ -61,6 +71,16 @@ def job(
         tracking=TrackingIds(experiment=experiment, run=run, step=step),
         options={"role": role} if role else {},
     )
+
+
+def _content(field: str, ref: str) -> dict[str, str]:
+    """What is stored at the path or S3 URI that a field names; nothing for the name of something on a hub."""
+    if not storage.is_stored(ref):
+        return {}
+    try:
+        return {"content": storage.fingerprint(ref, WEIGHTS)}
+    except storage.NotFound as error:
+        raise UserError(f"{field}: {error}") from None
 
 
 def _plain(section: BaseModel) -> dict[str, Any]:

@@ -117,6 +117,45 @@ def test_streams_read_and_seek(root: str) -> None:
         assert stream.read() == data
 
 
+def test_a_fingerprint_changes_with_names_and_contents(root: str) -> None:
+    folder, suffixes = storage.join(root, "model"), (".json", ".safetensors")
+
+    def mark() -> str:
+        return storage.fingerprint(folder, suffixes)
+
+    with pytest.raises(storage.NotFound, match="model"):
+        mark()
+    storage.write_bytes(storage.join(folder, "README"), b"words")
+    with pytest.raises(storage.NotFound, match=r"holds nothing that ends in \.json or \.safetensors"):
+        mark()
+    storage.write_bytes(storage.join(folder, "config.json"), b"{}")
+    storage.write_bytes(storage.join(folder, "a.safetensors"), b"one")
+    before = mark()
+    storage.write_bytes(storage.join(folder, "README"), b"other words")
+    storage.write_bytes(storage.join(folder, "below/b.safetensors"), b"one")
+    storage.write_bytes(storage.join(root, "model-2/b.safetensors"), b"one")
+    assert mark() == before
+    storage.write_bytes(storage.join(folder, "a.safetensors"), b"two")
+    assert mark() != before
+    storage.write_bytes(storage.join(folder, "a.safetensors"), b"one")
+    assert mark() == before
+    storage.write_bytes(storage.join(folder, "b.safetensors"), b"one")
+    assert mark() != before
+    file = storage.join(folder, "b.safetensors")
+    alone = storage.fingerprint(file, suffixes)
+    storage.write_bytes(file, b"two")
+    assert storage.fingerprint(file, suffixes) != alone
+
+
+def test_what_is_stored_is_told_from_names_of_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    for ref in ("s3://b/k", "/data/model", "./model", "~/model", "here"):
+        assert storage.is_stored(ref), ref
+    for ref in ("", "openai", "owner/name", "owner/name/sub@v1"):
+        assert not storage.is_stored(ref), ref
+
+
 def test_folders_list_and_go(root: str) -> None:
     for name in ("set/b", "set/a/c", "set-2/d"):
         storage.write_bytes(storage.join(root, name), b"123")

@@ -13,7 +13,7 @@ from transformers import Emu3VQVAE, Emu3VQVAEConfig, JanusVQVAE, JanusVQVAEConfi
 
 from model.config import PretrainedTokenizerConfig, TrainingConfig, VQVAEConfig
 from model.errors import UserError
-from model.plumbing import manifests
+from model.plumbing import manifests, storage
 from model.plumbing.checkpoints import save_model
 from model.tokenizers import import_pretrained, load_tokenizer
 from model.vqvae import VQVAE
@@ -108,9 +108,9 @@ def test_ids_are_the_nearest_codes_and_the_round_trip_is_exact(family: str, tmp_
     net = FAMILIES[family]()
     manifest, tokenizer = imported(family, net, tmp_path)
     assert (tokenizer.vocabulary, tokenizer.factor) == (CODES, 4)
-    images = torch.rand(4, 3, 16, 16) * 2 - 1
+    images = torch.rand(64, 3, 16, 16) * 2 - 1
     codes = tokenizer.encode(images)
-    assert torch.equal(codes, reference_ids(family, net, images))
+    assert torch.equal(codes, reference_ids(family, net, images))  # all 1,024
     assert codes.unique().numel() > 5
     with torch.no_grad():  # the original's own decoder on the same ids
         if family == "diffusers":
@@ -171,6 +171,34 @@ def test_one_of_ours_goes_through_the_same_door(tmp_path: Path) -> None:
     assert torch.equal(tokenizer.encode(images), net.encode(images))
     assert torch.equal(tokenizer.reconstruct(images), net.reconstruct(images))
     assert not any(parameter.requires_grad for parameter in tokenizer.parameters())
+
+
+@pytest.mark.slow
+def test_the_same_from_s3(services: dict[str, str], tmp_path: Path) -> None:
+    net = own(tmp_path / "ours")
+    ref = storage.join(services["LATENT_GPT_STORE"], "elsewhere/tokenizer")
+    for name in ("config.json", "model.safetensors"):
+        storage.upload_file(tmp_path / "ours" / name, storage.join(ref, name))
+    storage.write_bytes(storage.join(ref, "older/model.safetensors"), b"not to be read")
+    tokenizer = load_tokenizer(manifests.fetch(publish("latent-gpt", ref), tmp_path / "fetched"))
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert torch.equal(tokenizer.encode(images), net.encode(images))
+    storage.delete(storage.join(ref, "config.json"))
+    assert refused(ref).startswith(f"{ref}: no config.json")
+
+
+def test_a_hub_id_may_name_subfolder_and_revision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    own(tmp_path / "vq")
+    asked: dict[str, object] = {}
+
+    def snapshot(repository: str, **options: object) -> str:
+        asked.update(options, repository=repository)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    publish("latent-gpt", "owner/name/vq@v2")
+    assert (asked["repository"], asked["revision"]) == ("owner/name", "v2")
+    assert asked["allow_patterns"] == ["vq/config.json", "vq/*.safetensors"]
 
 
 # ── bad input ───────────────────────────────────────────────────────────────────────────────────────────

@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from model.config import load_config
+from model.errors import UserError
 from model.plumbing.manifests import Kind
 from model.work import MODULES, job, settings
 
@@ -41,6 +43,31 @@ def test_reader_and_judge_are_different_sets(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_pretrained_clip_reads_and_judges_as_one_set() -> None:
     config = load_config("coco256-base")
     assert settings("clip", config, "text") == settings("clip", config, "judge")
+
+
+@pytest.mark.parametrize(
+    ("kind", "override"),
+    [
+        ("tokenizer", "tokenizer={{kind: pretrained, family: latent-gpt, ref: {}}}"),
+        ("tokenizer", "tokenizer.loss.perceptual_weights={}/model.safetensors"),
+        ("clip", "clip={{kind: pretrained, weights: {}/model.safetensors}}"),
+    ],
+)
+def test_weights_made_elsewhere_are_known_by_their_content(kind: Kind, override: str, tmp_path: Path) -> None:
+    config = load_config("smoke", [override.format(tmp_path)])
+    with pytest.raises(UserError, match=r"^(tokenizer\.(ref|loss\.perceptual_weights)|clip\.weights): "):
+        settings(kind, config)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"one")
+    before = settings(kind, config)
+    assert settings(kind, config) == before
+    weights.write_bytes(b"two")
+    assert settings(kind, config) != before
+
+
+def test_weights_of_a_hub_are_known_by_name() -> None:
+    config = load_config("coco256-base")
+    assert "content" not in settings("tokenizer", config) | settings("clip", config)
 
 
 def test_every_kind_has_its_module() -> None:

@@ -73,6 +73,11 @@ def is_s3(uri: str) -> bool:
     return False
 
 
+def is_stored(ref: str) -> bool:
+    """Whether a reference is an S3 URI or a path, and not the name of something on a hub."""
+    return ref.startswith(("s3://", "/", ".", "~")) or (ref != "" and Path(ref).exists())
+
+
 def split(uri: str) -> tuple[str, str]:
     """Bucket and key of an S3 URI; the key has no slashes at its ends and may be empty."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
@@ -268,6 +273,34 @@ def file_sha256(path: str | Path) -> str:
     """SHA-256 of a local file, as hex digits."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fingerprint(uri: str, suffixes: tuple[str, ...]) -> str:
+    """64 hex digits over names and contents of a file, or of the files right in a folder, that end so.
+
+    Contents by SHA-256 here, by ETag on S3, where nothing has to be read for it.
+
+    Raises:
+        NotFound: no such file is there.
+    """
+    found: dict[str, str] = {}
+    if is_s3(uri):
+        bucket, key = split(uri)
+        with _explained(uri):
+            for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key):
+                for item in page.get("Contents", []):
+                    folder, _, name = item["Key"].rpartition("/")
+                    if key in (item["Key"], folder) and name.endswith(suffixes):
+                        found[name] = item["ETag"]
+    else:
+        path = Path(uri).expanduser()
+        with _explained(uri):
+            for file in [path] if path.is_file() else path.iterdir():
+                if file.is_file() and file.name.endswith(suffixes):
+                    found[file.name] = file_sha256(file)
+    if not found:
+        raise NotFound(f"{uri} holds nothing that ends in {' or '.join(suffixes)}")
+    return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()
 
 
 def checksum_error(uri: str, found: str, expected: str) -> Damaged:
