@@ -197,7 +197,7 @@ class PretrainedTokenizerConfig(Section):
 
     kind: Literal["pretrained"] = "pretrained"
     family: Literal["janus", "diffusers", "emu3", "latent-gpt"] = "janus"
-    ref: str  # local path, s3:// URI, or hub id
+    ref: str  # local folder, s3:// URI of one, or hub id owner/name[/subfolder][@revision]
 
 
 Tokenizer = Annotated[VQVAEConfig | PretrainedTokenizerConfig, Field(discriminator="kind")]
@@ -226,7 +226,8 @@ class PretrainedCLIPConfig(Section):
 
     kind: Literal["pretrained"] = "pretrained"
     name: str = "ViT-L-14"  # open_clip architecture
-    weights: str = "openai"  # open_clip tag, local file, or s3:// URI
+    weights: str = "openai"  # open_clip tag, .safetensors file, or s3:// URI of one
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the frozen text tower and its states
 
 
 CLIP = Annotated[TrainedCLIPConfig | PretrainedCLIPConfig, Field(discriminator="kind")]

@@ -29,6 +29,7 @@ CLIPModel = Any  # open_clip's `CLIP`, which is not imported before it is needed
 START, END = 49406, 49407  # of CLIP's byte-pair vocabulary
 VOCABULARY = 49408
 CACHED_CAPTIONS = 8192  # text states kept by an encoder, least recently used first to go
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class TextEncoder:
@@ -102,7 +103,7 @@ class Judge:
     @property
     def logit_scale(self) -> float:
         """Factor on cosine similarities before a softmax over candidates."""
-        return float(self.model.logit_scale.exp())
+        return float(self.model.logit_scale.detach().exp())
 
     @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
@@ -209,12 +210,11 @@ def build_clip(description: dict[str, Any]) -> CLIPModel:
     return open_clip.model.CLIP(**values)
 
 
-def load_text_encoder(
-    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> TextEncoder:
-    """The text encoder of a `clip` set's folder. Raises UserError where a file is missing or does not fit."""
-    model, _ = load_clip(folder)
-    return TextEncoder(model, device, dtype)
+def load_text_encoder(folder: str | Path, device: str | torch.device = "cpu") -> TextEncoder:
+    """The text encoder of a `clip` set's folder, in the precision that the set names, so that a transformer
+    reads the same states wherever it is used. Raises UserError where a file is missing or does not fit."""
+    model, description = load_clip(folder)
+    return TextEncoder(model, device, DTYPES[description.get("precision", "fp32")])
 
 
 def load_judge(folder: str | Path, device: str | torch.device = "cpu") -> Judge:
@@ -261,6 +261,7 @@ def import_pretrained(config: PretrainedCLIPConfig) -> tuple[CLIPModel, dict[str
     description = {
         "name": config.name,
         "weights": config.weights,
+        "precision": config.precision,
         "architecture": values,
         "preprocess": {
             "size": values["vision_cfg"]["image_size"],
@@ -280,8 +281,9 @@ def _pretrained_tensors(config: PretrainedCLIPConfig, tag: dict[str, Any]) -> di
     ref = config.weights
     how = (
         "set clip.weights to a .safetensors file (a path, or an s3:// URI) with open_clip's keys, or to a tag"
-        f" of {config.name} on a machine that reaches the Hugging Face hub or has it in HF_HOME; or set"
-        " clip.kind: trained to train a compact CLIP on the run's own captions"
+        f" of {config.name} on a machine that reaches the Hugging Face hub or has it in HF_HOME (OpenAI's own"
+        " weights in a file need a clip.name that ends in -quickgelu); or set clip.kind: trained to train a"
+        " compact CLIP on the run's own captions"
     )
     if tag:
         if not tag.get("hf_hub"):

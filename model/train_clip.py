@@ -92,6 +92,7 @@ def train(
     # ── what learns ──────────────────────────────────────────────────────────────────────────────────────
     description: dict[str, Any] = {
         "role": role,
+        "precision": training.precision,
         "architecture": architecture(config, size),
         "preprocess": {"size": size, "mean": [0.5] * 3, "std": [0.5] * 3},
     }

@@ -253,8 +253,7 @@ def _reorder(codes: Tensor, config: TransformerConfig, step: int) -> tuple[Tenso
 
 def _frozen_text(clip: Manifest, device: torch.device) -> TextEncoder:
     with tempfile.TemporaryDirectory() as scratch:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        return load_text_encoder(manifests.fetch(clip, scratch), device, dtype)
+        return load_text_encoder(manifests.fetch(clip, scratch), device)
 
 
 @torch.no_grad()

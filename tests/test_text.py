@@ -130,8 +130,10 @@ def test_states_do_not_depend_on_the_batch_to_the_last_bit(folder: Path) -> None
     assert torch.equal(torch.cat([alone.encode(row[None])[0] for row in ids]), together)
 
 
-def test_dtype_is_the_one_asked_for(folder: Path) -> None:
-    encoder = load_text_encoder(folder, dtype=torch.bfloat16)
+def test_precision_is_the_one_that_the_set_names(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(DESCRIPTION | {"precision": "bf16"}))
+    encoder = load_text_encoder(tmp_path)
     states, _ = encoder.encode(encoder.tokenize(["cat"]))
     exact, _ = load_text_encoder(folder).encode(encoder.tokenize(["cat"]))
     assert states.dtype == torch.bfloat16
@@ -180,6 +182,7 @@ def test_pretrained_weights_come_from_a_file_or_are_asked_for(
     model, description = import_pretrained(PretrainedCLIPConfig(name="ViT-B-32", weights=str(path)))
     torch.testing.assert_close(dict(model.state_dict()), dict(weights))
     assert description["preprocess"]["mean"][0] == pytest.approx(0.48145466)
+    assert description["precision"] == "fp32"
     with pytest.raises(UserError, match=r"neither a tag .* nor a \.safetensors"):
         import_pretrained(PretrainedCLIPConfig(name="ViT-B-32", weights="openia"))
     with pytest.raises(UserError, match=r"cannot be read .*HF_HOME"):
