@@ -26,6 +26,7 @@ from model.config import (
 )
 from model.errors import UserError
 from model.gpt import GPT
+from model.losses import Lpips, PatchDiscriminator, ReconstructionLoss
 from model.text import architecture, build_clip
 from model.vqvae import VQVAE
 
@@ -140,12 +141,16 @@ def plan(config: RunConfig, hardware: str = "a100") -> Plan:
     if isinstance(tokenizer, VQVAEConfig):
         vocabulary, factor = tokenizer.vocabulary, tokenizer.factor
 
-        def vqvae_step(model: nn.Module, batch: int) -> Tensor:
+        def vqvae_step(nets: nn.ModuleList, batch: int) -> Tensor:
+            vqvae, criterion, *adversary = nets
             images = torch.zeros(batch, 3, size, size)
-            reconstruction, _, loss = model(images)
-            return F.l1_loss(reconstruction, images) + loss
+            reconstruction, _, loss = vqvae(images)
+            loss = loss + criterion(reconstruction.float(), images)
+            for net in adversary:
+                loss = loss - net(reconstruction).mean()
+            return loss
 
-        built = _Net(lambda: VQVAE(tokenizer), vqvae_step)
+        built = _Net(lambda: _tokenizer_nets(tokenizer), vqvae_step)
         stages.append(_stage("tokenizer", built, tokenizer.training, devices, hardware))
     else:
         vocabulary, factor = _published(tokenizer)
@@ -166,6 +171,17 @@ def plan(config: RunConfig, hardware: str = "a100") -> Plan:
         training = transformer.training
         stages.append(_stage("transformer", built, training, devices, hardware, tokens=side * side))
     return Plan(config.name, hardware, devices, stages)
+
+
+def _tokenizer_nets(config: VQVAEConfig) -> nn.ModuleList:
+    """What a step of the tokenizer's training runs through; LPIPS' weights need not be at hand."""
+    loss = config.loss
+    criterion = ReconstructionLoss(loss.model_copy(update={"perceptual_weights": ""}))
+    if loss.perceptual and loss.perceptual_weights:
+        criterion.perceptual = Lpips()
+    # The discriminator's own step, small beside this one, is left out.
+    adversary = [PatchDiscriminator().requires_grad_(False)] if loss.adversarial else []
+    return nn.ModuleList([VQVAE(config), criterion, *adversary])
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """The plan's figures against real nets, and every shipped preset planned."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from model.config import load_config, preset_names
+from model.config import PRESETS, load_config, preset_names
 from model.errors import UserError
 from model.gpt import GPT
 from model.plan import HARDWARE, UTILISATION, plan
@@ -68,6 +70,36 @@ def test_every_preset_is_planned(preset):
     text = plan(config, "a100").render()
     assert preset in text
     assert ("transformer" in text) == (config.transformer is not None)
+
+
+@pytest.mark.parametrize(
+    ("preset", "weights"),
+    [("coco256-base", 110e6), ("coco256-large", 345e6), ("coco256-xl-8xa100", 775e6)],
+)
+def test_large_presets_fit_their_gpus_at_256_and_at_1024_tokens(preset, weights):
+    header = (PRESETS / f"{preset}.yaml").read_text().partition("name:")[0]
+    (longer,) = (line for line in header.splitlines() if "1024 tokens" in line)
+    for tokens, overrides in ((256, []), (1024, re.findall(r"--set (\S+)", longer))):
+        planned = plan(load_config(preset, overrides), "a100")
+        transformer = planned.stages[-1]
+        assert transformer.parameters == pytest.approx(weights, rel=0.02)
+        assert transformer.tokens == transformer.samples * tokens
+        assert "GiB of 80 GiB" not in planned.render(), "the plan asks for smaller batches"
+
+
+def test_the_tokenizers_judges_are_counted():
+    def tokenizer(*overrides):
+        return stage_of(small("tokenizer.training.precision=fp32", *overrides), "tokenizer")
+
+    plain = tokenizer()
+    lpips = tokenizer(
+        "tokenizer.loss.perceptual=1", "tokenizer.loss.perceptual_weights=not/at/hand.safetensors"
+    )
+    adversary = tokenizer("tokenizer.loss.adversarial=0.5")
+    for other in (lpips, adversary):
+        assert other.activation_bytes > plain.activation_bytes
+        assert other.flops > plain.flops
+        assert other.parameters == plain.parameters
 
 
 def test_bad_input_is_named():
