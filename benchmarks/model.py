@@ -113,13 +113,14 @@ class Guidance(LogitsProcessor):  # type: ignore[misc]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         with_text, without = scores.chunk(2)
-        return torch.lerp(without, with_text, SCALE).repeat(2, 1)
+        guided = torch.lerp(without, with_text, SCALE)
+        return guided.nan_to_num(nan=-torch.inf).repeat(2, 1)  # the suppressed start token is -inf - -inf
 
 
 @torch.no_grad()
 def twin_generate(gpt: GPT, twin: GPT2LMHeadModel, text: Tensor, guided: bool) -> Tensor:
     """Hugging Face's `generate` with its cache, greedy: codes (B, T)."""
-    states, mask = gpt.text_in(text), None
+    states = gpt.text_in(text)
     if guided:
         null = gpt.text_in(gpt.null_text).expand_as(states)
         states = torch.cat([states, null])
@@ -129,7 +130,6 @@ def twin_generate(gpt: GPT, twin: GPT2LMHeadModel, text: Tensor, guided: bool) -
         start,
         attention_mask=torch.ones_like(start),
         encoder_hidden_states=states,
-        encoder_attention_mask=mask,
         max_new_tokens=gpt.tokens,
         do_sample=False,
         use_cache=True,

@@ -30,7 +30,7 @@ class Context(NamedTuple):
     """What cross-attention needs of the text: computed once per text, however many tokens follow."""
 
     keys_values: list[tuple[Tensor, Tensor]]  # per block, (B, H, S, d) each
-    mask: Tensor | None  # (B, 1, 1, S) bool, True = attend; None attends to all
+    mask: Tensor | None  # (B, 1, 1, S) bool, True = attend, or added to the scores; None attends to all
 
 
 class Cache:
@@ -52,13 +52,15 @@ class Cache:
         self.span = gpt.tokens
 
     def extend(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Append (B, H, n, d) keys and values; returns what may be attended to, and its mask."""
+        """Put (B, H, n, d) keys and values at `at`; returns what may be attended to, and its mask."""
         keys, values = self.keys[block], self.values[block]
         if isinstance(self.at, int):
             end = self.at + k.shape[2]
             keys[:, :, self.at : end] = k
             values[:, :, self.at : end] = v
-            return keys[:, :, :end], values[:, :, :end], None
+            one = k.shape[2] == 1  # which may see all that is there
+            mask = None if one else self.places[:end] <= self.places[self.at : end, None]  # (n, end)
+            return keys[:, :, :end], values[:, :, :end], mask
         keys.index_copy_(2, self.at.view(1), k)
         values.index_copy_(2, self.at.view(1), v)
         mask = (self.places[: self.span] <= self.at).view(1, 1, 1, -1)
@@ -93,7 +95,7 @@ class SelfAttention(nn.Module):
             y = attend(q, k, v, causal=True)
         else:
             k, v, mask = cache.extend(block, k.to(cache.keys[block].dtype), v.to(cache.keys[block].dtype))
-            y = attend(q.to(k.dtype), k, v, mask, causal=T > 1)
+            y = attend(q.to(k.dtype), k, v, mask)
         return self.out(y.transpose(1, 2).reshape(B, T, D).to(x.dtype))
 
 
@@ -243,15 +245,16 @@ class GPT(nn.Module):
     ) -> Context:
         """Keys and values of the text for every block (a batch of null texts where `text` is None)."""
         if text is None:
-            mask = None
-            text = self.null_text.expand(batch, 1, -1)  # (B, 1, W)
-        else:
-            mask = text_mask if text_mask is not None else text.new_ones(text.shape[:2], dtype=torch.bool)
-            null = ~mask.any(dim=1) if drop is None else drop | ~mask.any(dim=1)  # (B,)
-            first = torch.arange(text.shape[1], device=text.device) == 0  # the null text is one token long
+            text, text_mask, drop = self.null_text.expand(batch, 1, -1), None, None  # (B, 1, W)
+        null = drop
+        if text_mask is not None:
+            empty = ~text_mask.any(dim=1)
+            null = empty if drop is None else drop | empty  # (B,)
+            text_mask = text_mask | null[:, None]  # null text in every place reads like null text in one
+        if null is not None:
             text = torch.where(null[:, None, None], self.null_text.to(text.dtype), text)  # (B, S, W)
-            mask = torch.where(null[:, None], first, mask)[:, None, None, :]  # (B, 1, 1, S)
         states = self.text_in(text.to(self.null_text.dtype))  # (B, S, W), or (B, S, D) in gpt2
+        mask = None if text_mask is None else text_mask[:, None, None, :]  # (B, 1, 1, S)
         return Context([block.cross.read(states) for block in self._blocks()], mask)
 
     def decode(
@@ -291,7 +294,7 @@ class GPT(nn.Module):
         return order, torch.stack([self.rope[:, order + 1], self.rope[:, held]], dim=-2)[..., None, :]
 
     def _rope_table(self) -> Tensor:
-        """(2, 1 + T, d / 2): cosine and sine for the start token, then for each place of the grid.
+        """(2, 1 + T, d): cosine and signed sine for the start token, then for each place of the grid.
 
         Half of the angles turn by row, half by column; the start token stands one off the corner.
         """
@@ -301,7 +304,8 @@ class GPT(nn.Module):
         column = torch.arange(self.grid[1]).repeat(self.grid[0])
         places = torch.stack([F.pad(row, (1, 0), value=-1), F.pad(column, (1, 0), value=-1)], dim=1)
         angles = (places[:, :, None] * rates).flatten(1)  # (1 + T, 2 quarters)
-        return torch.stack([angles.cos(), angles.sin()])
+        cosine, sine = angles.cos(), angles.sin()
+        return torch.stack([torch.cat([cosine, cosine], dim=1), torch.cat([-sine, sine], dim=1)])
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -387,10 +391,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
 
 
 def rotate(qk: Tensor, rope: Tensor) -> Tensor:
-    """Turn pairs (i, i + d/2) of queries and keys (B, n, 2, H, d) by `rope` (2, [B,] n, 2, 1, d / 2)."""
+    """Turn pairs (i, i + d/2) of queries and keys (B, n, 2, H, d) by `rope` (2, [B,] n, 2, 1, d)."""
     cosine, sine = rope.to(qk.dtype)
-    a, b = qk.chunk(2, dim=-1)
-    return torch.cat([a * cosine - b * sine, b * cosine + a * sine], dim=-1)
+    return torch.addcmul(qk * cosine, qk.roll(qk.shape[-1] // 2, dims=-1), sine)
 
 
 def _norm(config: TransformerConfig) -> nn.Module:

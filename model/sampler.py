@@ -18,6 +18,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -34,6 +35,7 @@ CPU_OPTIONS: dict[str, Any] = {
     "max_autotune_gemm": True,
     "max_autotune_gemm_backends": "CPP,ATEN",
 }
+PACKED_ROWS = 16  # weights are packed for; the blocks chosen for 16 rows serve 1 and 2 best as well
 PROGRAMS = {"cpu": 1, "cuda": 4}  # compiled per sequence, at most; on a CPU weights outweigh the cache
 
 
@@ -75,10 +77,12 @@ class Sampler:
             rerank: chooses among `config.best_of` draws; needed where that exceeds 1.
 
         Raises:
-            ValueError: where rows, seeds and prefix do not fit together.
+            ValueError: where rows, seeds and prefix do not fit together, or a compiled step should speculate.
         """
         gpt, n = self.gpt, config.best_of
         device = gpt.embedding.weight.device
+        if self.compile and config.speculate > 1:
+            raise ValueError("sampling.speculate: a compiled step draws one code; compile or speculate")
         if text is not None and len(text) != len(seeds):
             raise ValueError(f"{len(seeds)} seeds for {len(text)} text rows; one seed per picture is needed")
         if prefix is not None and (len(prefix) != len(seeds) or prefix.shape[1] >= gpt.tokens):
@@ -103,7 +107,8 @@ class Sampler:
         start = torch.full((len(seeds), 1), gpt.vocabulary, device=device)
         inputs = start if prefix is None else torch.cat([start, prefix.to(device)], dim=1)  # (B, P + 1)
         program = self._program(context, config, len(seeds), guided)
-        return program.run(inputs, context, seeds, scales, on_token)
+        codes = program.run(inputs, context, seeds, torch.tensor(scales, device=device), on_token)
+        return codes.clone()  # the program's buffer, or a tensor of inference mode
 
     def _program(self, context: Context, config: SamplingConfig, batch: int, guided: bool) -> _Program:
         if not self.compile:
@@ -138,9 +143,7 @@ class _PackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(
-            weight.detach(), 2
-        )  # made for two rows, fits any
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_ROWS)
         self.bias = None if bias is None else bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,47 +170,67 @@ def packed(gpt: GPT) -> GPT:
 
 
 class _Program:
-    """The plain path: one forward pass per token over exactly the keys that are filled."""
+    """The plain path: each pass of the transformer goes over exactly the keys that are filled.
+
+    With `speculate` n a pass draws n codes, all but the first after guesses: those of the pass before and,
+    where there are none yet, draws from the logits one place earlier. Codes are settled up to and including
+    the first that differs from its guess. As a draw is a function of the logits, the seed and the position,
+    what is settled is what drawing one by one gives (predictive sampling, arXiv:2002.09928; Jacobi decoding
+    of pictures, arXiv:2410.01699).
+    """
 
     def __init__(self, gpt: GPT, config: SamplingConfig, batch: int, guided: bool) -> None:
         self.gpt, self.config, self.guided = gpt, config, guided
         weight = gpt.embedding.weight
         self.cache = Cache(gpt, batch * (1 + guided), dtype=weight.dtype)
-        self.codes = torch.zeros(batch, gpt.tokens, dtype=torch.long, device=weight.device)
-        self.seeds = torch.zeros(batch, dtype=torch.long, device=weight.device)
+        self.seeds = torch.zeros(batch, 1, dtype=torch.long, device=weight.device)
         self.keys = noise_keys(gpt.vocabulary, weight.device)
 
+    @torch.inference_mode()
     def run(
         self,
         inputs: Tensor,
         context: Context,
         seeds: Sequence[int],
-        scales: list[float],
+        scales: Tensor,
         on_token: OnToken | None,
     ) -> Tensor:
-        """Start token and prefix (B, P + 1) -> all codes (B, T)."""
-        self.seeds.copy_(torch.tensor(list(seeds), dtype=torch.long))
-        first = inputs.shape[1] - 1
-        self.codes[:, :first] = inputs[:, 1:]
-        self.cache.at = 0
-        for at in range(first, self.gpt.tokens):
-            drawn = self.next_codes(inputs, context, scales[at], at)  # (B,)
-            self.codes[:, at] = drawn
-            self.cache.at = at + 1
-            inputs = drawn[:, None]
+        """Start token and prefix (B, P + 1), guidance scales (T,) -> all codes (B, T)."""
+        tokens, places, ahead = self.gpt.tokens, self.cache.places, max(self.config.speculate, 1)
+        self.seeds.copy_(torch.tensor(list(seeds), dtype=torch.long)[:, None])
+        at = inputs.shape[1] - 1  # codes that are settled
+        sequence = F.pad(inputs, (0, tokens - at))  # (B, 1 + T): start token, settled codes, guesses
+        self.cache.at, end = 0, at + 1
+        while at < tokens:
+            logits = self.logits(
+                sequence[:, self.cache.at : end], context, scales[at:end]
+            )  # (B, end - at, K)
+            drawn = draw(logits, self.config, self.seeds, places[at:end], self.keys)  # (B, end - at)
+            settled = at + 1
+            if end > settled:
+                same = (sequence[:, settled:end] == drawn[:, :-1]).all(dim=0)
+                settled += int(same.cumprod(dim=0).sum())
+            sequence[:, at + 1 : end + 1] = drawn
             if on_token is not None:
-                on_token(at, drawn)
-        return self.codes.clone()
+                for place in range(at, settled):
+                    on_token(place, drawn[:, place - at])
+            at = self.cache.at = settled
+            reach = min(at + ahead, tokens)
+            if reach > max(end, at + 1):
+                guesses = draw(logits[:, -1:], self.config, self.seeds, places[end:reach], self.keys)
+                sequence[:, end + 1 : reach + 1] = guesses
+            end = reach
+        return sequence[:, 1:]
 
-    def next_codes(self, inputs: Tensor, context: Context, scale: float | Tensor, at: int | Tensor) -> Tensor:
-        """The codes (B,) after `inputs` (B, n), which continue the cache."""
+    def logits(self, inputs: Tensor, context: Context, scales: Tensor) -> Tensor:
+        """The logits (B, n, K) of the last n codes after `inputs`, which continue the cache."""
         if self.guided:
-            inputs = torch.cat([inputs, inputs])  # (R, n)
-        logits = self.gpt.decode(inputs, context, cache=self.cache)[:, -1].float()  # (R, K)
-        if self.guided:
-            with_text, without = logits.chunk(2)
-            logits = torch.lerp(without, with_text, scale)  # (B, K)
-        return draw(logits, self.config, self.seeds, at, self.keys)
+            inputs = torch.cat([inputs, inputs])
+        logits = self.gpt.decode(inputs, context, cache=self.cache)[:, -len(scales) :].float()  # (R, n, K)
+        if not self.guided:
+            return logits
+        with_text, without = logits.chunk(2)
+        return torch.lerp(without, with_text, scales[:, None])
 
 
 class _StaticProgram(_Program):
@@ -220,6 +243,7 @@ class _StaticProgram(_Program):
     def __init__(self, gpt: GPT, config: SamplingConfig, batch: int, guided: bool) -> None:
         super().__init__(gpt, config, batch, guided)
         device = gpt.embedding.weight.device
+        self.codes = torch.zeros(batch, gpt.tokens, dtype=torch.long, device=device)
         self.inputs = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.at = torch.zeros((), dtype=torch.long, device=device)
         self.scales = torch.ones(gpt.tokens, device=device)
@@ -231,21 +255,21 @@ class _StaticProgram(_Program):
         inputs: Tensor,
         context: Context,
         seeds: Sequence[int],
-        scales: list[float],
+        scales: Tensor,
         on_token: OnToken | None,
     ) -> Tensor:
         """As the plain path; the loop launches work and waits for nothing."""
         tokens, first = self.gpt.tokens, inputs.shape[1] - 1
         self._refill(context)
-        self.seeds.copy_(torch.tensor(list(seeds), dtype=torch.long))
-        self.scales.copy_(torch.tensor(scales))
+        self.seeds.copy_(torch.tensor(list(seeds), dtype=torch.long)[:, None])
+        self.scales.copy_(scales)
         self.codes[:, :first] = inputs[:, 1:]
         self.cache.at = 0
-        drawn = self.next_codes(inputs, context, scales[first], first)
-        self.codes[:, first] = drawn
-        self.inputs.copy_(drawn[:, None])
+        logits = self.logits(inputs, context, scales[first : first + 1])
+        self.inputs.copy_(draw(logits, self.config, self.seeds, first, self.keys))
+        self.codes[:, first] = self.inputs[:, 0]
         if on_token is not None:
-            on_token(first, drawn)
+            on_token(first, self.codes[:, first])
         part = max(-(-tokens // PROGRAMS[self.inputs.device.type]), 64)  # fewer tokens are not worth one more
         for at in range(first + 1, tokens):
             span = min((at // part + 1) * part, tokens)
@@ -256,7 +280,7 @@ class _StaticProgram(_Program):
             self.steps[span]()
             if on_token is not None:
                 on_token(at, self.codes[:, at])
-        return self.codes.clone()
+        return self.codes
 
     def _refill(self, context: Context) -> None:
         """Programs hold addresses: later texts are copied to where the first one was."""
@@ -283,11 +307,11 @@ class _StaticProgram(_Program):
 
         def step() -> None:
             rows = torch.cat([inputs, inputs]) if guided else inputs  # (R, 1)
-            logits = gpt.decode(rows, context, cache=cache)[:, -1].float()  # (R, K)
+            logits = gpt.decode(rows, context, cache=cache).float()  # (R, 1, K)
             if guided:
                 with_text, without = logits.chunk(2)
-                logits = torch.lerp(without, with_text, scales[position])  # (B, K)
-            drawn = draw(logits, config, seeds, position, keys)[:, None]  # (B, 1)
+                logits = torch.lerp(without, with_text, scales[position])  # (B, 1, K)
+            drawn = draw(logits, config, seeds, position, keys)  # (B, 1)
             codes.index_copy_(1, position.view(1), drawn)
             inputs.copy_(drawn)
             position.add_(1)
@@ -321,16 +345,24 @@ class _StaticProgram(_Program):
 
 
 def _read(gpt: GPT, text: Tensor | None, text_mask: Tensor | None, batch: int, guided: bool) -> Context:
-    """The text's keys and values, followed by those of the null text where guidance needs both."""
+    """The text's keys and values, followed by those of the null text where guidance needs both.
+
+    The mask becomes what is added to the scores: attention would make that of it in every step again.
+    """
     device, dtype = gpt.embedding.weight.device, gpt.embedding.weight.dtype
     if text is None:
         return gpt.read(None, batch=batch)
     text = text.to(device, dtype)
     mask = None if text_mask is None else text_mask.to(device)
-    if not guided:
-        return gpt.read(text, mask)
-    drop = torch.arange(2 * batch, device=device) >= batch
-    return gpt.read(torch.cat([text, text]), None if mask is None else torch.cat([mask, mask]), drop)
+    drop = None
+    if guided:
+        text = torch.cat([text, text])
+        mask = None if mask is None else torch.cat([mask, mask])
+        drop = torch.arange(2 * batch, device=device) >= batch
+    keys_values, attended = gpt.read(text, mask, drop)
+    if attended is not None:
+        attended = torch.zeros(attended.shape, dtype=dtype, device=device).masked_fill(~attended, -math.inf)
+    return Context(keys_values, attended)
 
 
 def guidance(config: SamplingConfig, tokens: int) -> list[float]:
@@ -346,13 +378,14 @@ def guidance(config: SamplingConfig, tokens: int) -> list[float]:
 
 
 def draw(
-    logits: Float[Tensor, "B K"],
+    logits: Float[Tensor, "*rows K"],
     config: SamplingConfig,
-    seeds: Int[Tensor, " B"],
-    at: int | Tensor,
+    seeds: Int[Tensor, "*rows"],
+    at: int | Int[Tensor, "*rows"],
     keys: Int[Tensor, " K"],
-) -> Int[Tensor, " B"]:
+) -> Int[Tensor, "*rows"]:
     """One code per row: temperature, then top-k, then top-p, then a draw (Gumbel-max); greedy at 0.
+    Logits, seeds and positions broadcast.
 
     Gumbel-max rather than inverting the cumulative distribution: a rounding difference of 1e-6 in the logits
     (another batch size) changes a draw about once in a million, not once in a thousand.
@@ -361,7 +394,7 @@ def draw(
         return logits.argmax(dim=-1)
     logits = logits / config.temperature
     if 0 < config.top_k < logits.shape[-1]:
-        least = logits.topk(config.top_k).values[:, -1:]
+        least = logits.topk(config.top_k).values[..., -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
     if config.top_p < 1:
         ranked = logits.sort(dim=-1, descending=True).values
@@ -372,10 +405,12 @@ def draw(
     return (logits + gumbel(seeds, at, keys)).argmax(dim=-1)
 
 
-def gumbel(seeds: Int[Tensor, " B"], at: int | Tensor, keys: Int[Tensor, " K"]) -> Float[Tensor, "B K"]:
+def gumbel(
+    seeds: Int[Tensor, "*rows"], at: int | Int[Tensor, "*rows"], keys: Int[Tensor, " K"]
+) -> Float[Tensor, "*rows K"]:
     """Standard Gumbel noise as a pure function of (seed, position, code)."""
-    stream = _scramble(_scramble(seeds) + at)  # (B,)
-    bits = _scramble(stream[:, None] ^ keys)  # (B, K)
+    stream = _scramble(_scramble(seeds) + at)  # (*rows)
+    bits = _scramble(stream[..., None] ^ keys)  # (*rows, K)
     uniform = ((bits >> 40) & 0xFFFFFF).float().add_(0.5).mul_(2.0**-24)  # 24 bits, never 0 or 1
     return -(-uniform.log()).log()
 

@@ -222,6 +222,56 @@ def test_tokens_are_streamed_in_order() -> None:
     assert torch.equal(torch.tensor([drawn for _, drawn in seen]).T, codes)
 
 
+@pytest.mark.parametrize("window", [2, 5, 40])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"temperature": 0},
+        {"cfg_scale": 3, "cfg_schedule": "power-cosine"},
+        {"top_k": 3, "temperature": 0.5},
+        {"top_p": 0.8, "best_of": 2},
+    ],
+    ids=["plain", "greedy", "guided", "top-k", "top-p"],
+)
+def test_speculation_draws_the_same_pictures(changes: dict[str, object], window: int) -> None:
+    gpt = tiny(grid=(5, 7))
+    text, mask = texts()
+    config = SamplingConfig(**({"cfg_scale": 1} | changes))
+    ahead = config.model_copy(update={"speculate": window})
+
+    def rerank(codes: torch.Tensor) -> torch.Tensor:
+        return codes[:, :, -1].float()
+
+    seen: list[tuple[int, list[int]]] = []
+
+    def on_token(place: int, drawn: torch.Tensor) -> None:
+        seen.append((place, drawn.tolist()))
+
+    for seeds in ([1, 2, 3], [40, 50, 60], [7, 7, 7]):
+        plain = sample(gpt, text, mask, config, seeds, rerank=rerank)
+        seen.clear()
+        assert torch.equal(sample(gpt, text, mask, ahead, seeds, None, on_token, rerank), plain)
+        assert [place for place, _ in seen] == list(range(35))
+        if config.best_of == 1:
+            assert torch.equal(torch.tensor([drawn for _, drawn in seen]).T, plain)
+            assert torch.equal(sample(gpt, text, mask, ahead, seeds, plain[:, :9]), plain)
+
+
+def test_speculation_saves_passes_where_guesses_are_right() -> None:
+    """A picture of one code is guessed at once: the first pass draws one code, the others a window each."""
+    gpt = tiny(grid=(5, 7))
+    with torch.no_grad():
+        gpt.head.weight.zero_()  # all codes alike: greedy takes the first, whatever came before
+    passes = []
+    gpt.norm.register_forward_hook(lambda *_: passes.append(1))
+    codes = sample(gpt, None, None, SamplingConfig(temperature=0, speculate=8), seeds=[0, 1])
+    assert not codes.any()
+    assert len(passes) == 1 + -(-34 // 8)
+    with pytest.raises(ValueError, match="speculate"):
+        Sampler(gpt, compile=True)(None, None, SamplingConfig(speculate=8), [0])
+
+
 def test_best_of_keeps_what_the_judge_prefers() -> None:
     gpt = tiny()
     text, mask = texts()
