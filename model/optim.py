@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,19 +28,38 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Matrices and kernels decay; gains, biases and other vectors do not."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    learning = [parameter for parameter in parameters if parameter.requires_grad]
     return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in learning if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0},
     ]
 
 
-def adamw(module: nn.Module, training: TrainingConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the module's parameters, one kernel per group instead of several per tensor."""
-    groups = [group for group in parameter_groups(module, training.weight_decay) if group["params"]]
+def adamw(parameters: nn.Module | Iterable[nn.Parameter], training: TrainingConfig) -> torch.optim.AdamW:
+    """Fused AdamW over parameters, one kernel per group instead of several per tensor."""
+    if isinstance(parameters, nn.Module):
+        parameters = parameters.parameters()
+    groups = [group for group in parameter_groups(parameters, training.weight_decay) if group["params"]]
     return torch.optim.AdamW(groups, lr=training.learning_rate, betas=training.betas, fused=True)
+
+
+def muon(module: nn.Module, blocks: nn.Module, training: TrainingConfig) -> dict[str, torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for all else of the module: step both.
+
+    Muon makes the step of a matrix orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon), scaled
+    to the size of AdamW's so that one learning rate serves both (Liu et al. 2025, arXiv:2502.16982).
+    """
+    matrices = {id(p): p for p in blocks.parameters() if p.ndim == 2}
+    rest = [p for p in module.parameters() if id(p) not in matrices]
+    turning = torch.optim.Muon(
+        matrices.values(),
+        lr=training.learning_rate,
+        weight_decay=training.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return {"muon": turning, "adamw": adamw(rest, training)}
 
 
 class Ema:

@@ -29,7 +29,7 @@ from model.curves import HISTORY, Curves
 from model.gpt import GPT
 from model.images import to_image
 from model.metrics import token_nll
-from model.optim import Ema, adamw, learning_rate, set_learning_rate
+from model.optim import Ema, adamw, learning_rate, muon, set_learning_rate
 from model.plumbing import manifests
 from model.plumbing.checkpoints import (
     CONFIG,
@@ -87,7 +87,9 @@ def train(
     text = _frozen_text(inputs["text"], device)
     seed_all(seed, "gpt")
     gpt = GPT(config, tokens.info["vocabulary"], tokens.info["grid"], text.width).to(device)
-    optimizer = adamw(gpt, training)
+    optimizers: dict[str, torch.optim.Optimizer] = {"adamw": adamw(gpt, training)}
+    if config.optimizer == "muon":
+        optimizers = muon(gpt, gpt.blocks, training)
     ema = Ema(gpt, training.ema)
     best = {name: tensor.clone() for name, tensor in gpt.state_dict().items()}  # what `keep` chooses
     best_figures = {"step": 0.0, "nll": math.inf}
@@ -101,7 +103,8 @@ def train(
         start, tensors, state = saved
         gpt.load_state_dict(below("gpt.", tensors))
         ema.load(below("ema.", tensors), state["ema_updates"])
-        restore_optimizer(optimizer, tensors, state["optimizer"])
+        for name, optimizer in optimizers.items():
+            restore_optimizer(optimizer, below(f"{name}.", tensors), state["optimizers"][name])
         best, best_figures = below("best.", tensors), state["best"]
         lately.copy_(tensors["lately"])
         curves.points = state["curves"]
@@ -127,7 +130,8 @@ def train(
     for step in range(start, training.steps):
         seed_all(seed, "gpt", rank, step)
         rate = learning_rate(step, training)
-        set_learning_rate(optimizer, rate)
+        for optimizer in optimizers.values():
+            set_learning_rate(optimizer, rate)
         for micro in range(training.accumulate):
             batch = next(batches)
             codes = batch.codes.to(device, non_blocking=True)  # (B, T)
@@ -147,8 +151,9 @@ def train(
                 (loss / training.accumulate).backward()
             lately += torch.stack([loss, nll]).detach() / training.accumulate
         nn.utils.clip_grad_norm_(gpt.parameters(), training.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
         ema.update()
 
         done = step + 1
@@ -173,15 +178,16 @@ def train(
                     _show_samples(gpt, text, tokens, tracker, done)
             curves.add(done, {f"validation/{name}": value for name, value in figures.items()})
         if done % training.checkpoint_every == 0 and done < training.steps and processes.is_main:
-            moments, rest = optimizer_state(optimizer)
+            moments = {name: optimizer_state(optimizer) for name, optimizer in optimizers.items()}
             parts = {"gpt": gpt.state_dict(), "ema": ema.average, "best": best}
+            parts |= {name: tensors for name, (tensors, _) in moments.items()}
             state = {
-                "optimizer": rest,
+                "optimizers": {name: rest for name, (_, rest) in moments.items()},
                 "ema_updates": ema.updates,
                 "best": best_figures,
                 "curves": curves.points,
             }
-            checkpointer.save(done, flatten(parts) | moments | {"lately": lately}, state)
+            checkpointer.save(done, flatten(parts) | {"lately": lately}, state)
 
     # ── what is kept ─────────────────────────────────────────────────────────────────────────────────────
     gpt.load_state_dict(best)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from model.config import TrainingConfig
-from model.optim import Ema, adamw, learning_rate, parameter_groups, set_learning_rate
+from model.optim import Ema, adamw, learning_rate, muon, parameter_groups, set_learning_rate
 from model.plumbing.checkpoints import Checkpointer, optimizer_state, restore_optimizer
 
 
@@ -25,7 +25,7 @@ def test_learning_rate_warms_up_and_ends_at_its_share() -> None:
 
 def test_only_matrices_decay() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))
-    decayed, plain = parameter_groups(net, 0.1)
+    decayed, plain = parameter_groups(net.parameters(), 0.1)
     assert [p.ndim for p in decayed["params"]] == [4]
     assert [p.ndim for p in plain["params"]] == [1, 1, 1]
     assert plain["weight_decay"] == 0.0
@@ -35,6 +35,27 @@ def test_optimizer_takes_modules_without_vectors_and_follows_the_rate() -> None:
     optimizer = adamw(nn.Linear(2, 2, bias=False), TrainingConfig(steps=200, batch_size=1))
     set_learning_rate(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5]
+
+
+def test_muon_turns_the_matrices_of_the_blocks_and_leaves_the_rest_to_adamw() -> None:
+    net = nn.ModuleDict(
+        {"head": nn.Linear(4, 8), "blocks": nn.ModuleList([nn.Linear(4, 8), nn.Linear(8, 4)])}
+    )
+    optimizers = muon(net, net["blocks"], TrainingConfig(steps=200, batch_size=1, weight_decay=0.0))
+    shapes = {
+        name: sorted(tuple(p.shape) for group in optimizer.param_groups for p in group["params"])
+        for name, optimizer in optimizers.items()
+    }
+    assert shapes == {"muon": [(4, 8), (8, 4)], "adamw": [(4,), (8,), (8,), (8, 4)]}
+    matrix = net["blocks"][0].weight
+    before = matrix.detach().clone()
+    matrix.grad = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)) * 1e-3
+    optimizers["muon"].step()
+    step = (before - matrix.detach()) / optimizers["muon"].param_groups[0]["lr"]
+    # Whatever the gradient, all directions move alike: 0.2 times the root of the longer side.
+    singular = torch.linalg.svdvals(step) / (0.2 * 8**0.5)
+    assert (singular > 0.5).all()
+    assert (singular < 1.5).all()
 
 
 def test_ema_follows_applies_and_restores() -> None:

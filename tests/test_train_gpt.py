@@ -140,10 +140,13 @@ def test_the_last_weights_are_kept_where_the_config_says_so(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_killed_job_continues_as_if_nothing_had_happened(
-    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
     run = run_config()
+    assert run.transformer
+    run = run.model_copy(update={"transformer": run.transformer.model_copy(update={"optimizer": optimizer})})
     sets = publish(run)
     save = Checkpointer.save
     saved: list[int] = []
