@@ -228,10 +228,10 @@ def validate(
             codes = batch.codes.to(device)
             states, mask = text.encode(batch.ids)
             none = torch.ones(len(codes), dtype=torch.bool, device=device)
-            readings = [
-                gpt(codes, states, mask),
-                gpt(codes, states, mask, none),
-                gpt(codes, states.roll(1, dims=0), mask.roll(1, dims=0)),
+            readings = [  # `forward`: a compiled net would be compiled anew for these shapes
+                gpt.forward(codes, states, mask),
+                gpt.forward(codes, states, mask, none),
+                gpt.forward(codes, states.roll(1, dims=0), mask.roll(1, dims=0)),
             ]
             sums[:3] += torch.stack([token_nll(logits, codes).sum() for logits in readings])
             sums[3] += len(codes)
