@@ -107,6 +107,29 @@ def test_the_set_is_the_best_validation_and_loads_as_a_tokenizer(store: str, tmp
     assert math.isclose(measured["psnr"], made.info["psnr"], abs_tol=1e-4)
 
 
+def test_finite_scalars_go_the_same_way(store: str, tmp_path: Path) -> None:
+    run = config("quantizer=fsq", "fsq_levels=[4, 4]", "training.steps=20", "training.learning_rate=5e-3")
+    made = train(spec_of(run))
+    losses = [value for _, value in history(made)["train/loss"]]
+    assert losses[-1] < 0.8 * losses[0]
+    assert made.info["vocabulary"] == 16
+    tokenizer = load_tokenizer(manifests.fetch(made, tmp_path / "tokenizer"))
+    codes = tokenizer.encode(torch.rand(2, 3, 16, 16) * 2 - 1)
+    assert codes.shape == (2, 4, 4)
+    assert tokenizer.decode(codes).shape == (2, 3, 16, 16)
+
+
+def test_the_adversary_plays_along_from_its_step_on(store: str) -> None:
+    curves = []
+    for start in (0.5, 1.0):
+        overrides = ("training.steps=6", "loss.adversarial=0.5", f"loss.adversarial_from={start}")
+        made = train(spec_of(config(*overrides)))
+        curves.append([value for _, value in history(made)["train/loss"]])
+    early, never = curves  # the loss of reconstruction alone, before each step
+    assert early[:4] == never[:4]
+    assert early[4] != never[4]
+
+
 def test_no_training_picture_is_held_out(store: str) -> None:
     images = ingest(config().data)
     held_out, _ = train_vqvae.load_images(images, "validation")
@@ -131,7 +154,8 @@ def test_the_grid_shows_each_original_beside_its_reconstruction() -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_one_tokenizer(services: dict[str, str], tmp_path: Path) -> None:
-    run = config("training.steps=6", "training.eval_every=3", "training.checkpoint_every=4", "reset_after=2")
+    adversary = ("loss.adversarial=0.5", "loss.adversarial_from=0.3")
+    run = config("training.steps=6", "training.eval_every=3", "training.checkpoint_every=4", *adversary)
     spec = spec_of(run)
     made = launch(spec, run.jobs)
     assert made.kind == "tokenizer"
