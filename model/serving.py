@@ -36,6 +36,7 @@ REQUIREMENTS = (
     "torchvision",
     "open_clip_torch",
     "transformers",
+    "diffusers",
     "safetensors",
     "numpy",
     "pandas",
