@@ -136,6 +136,17 @@ def test_a_run_of_the_job_is_split_into_work_and_the_rest() -> None:
     assert (timeline.wall, timeline.inside, timeline.working) == (8.0, 5.0, 4.0)
 
 
+def test_steps_before_the_first_line_of_progress_are_work() -> None:
+    lines = [
+        (10.0, "[1/1] clip_text"),
+        (25.0, "      step 20/400  5%  loss 4.06  214 img/s  ETA 1m54s"),  # 20 at the pace of 380 in 114 s
+        (26.0, "      step 40/400  10%  loss 4.01  1.3k img/s  ETA 1m"),
+        (50.0, "      done in 40.0 s"),
+    ]
+    step = Timeline.read(lines).steps["clip_text"]
+    assert (step.started, step.worked, step.ended) == (10.0, 25.0 - 6.0, 50.0)
+
+
 def test_the_exponent_is_the_slope_of_the_logarithms() -> None:
     assert exponent({1.0: 3.0, 2.0: 12.0, 4.0: 48.0}) == pytest.approx(2.0)
 

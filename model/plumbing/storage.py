@@ -121,8 +121,8 @@ def upload_file(path: str | Path, uri: str) -> None:
     """Store a local file at `uri`; on S3 in large parts side by side."""
     if is_s3(uri):
         bucket, key = split(uri)
-        with _explained(uri), open(path, "rb") as source:
-            client().upload_fileobj(source, bucket, key, Config=_transfer())
+        with _explained(uri):
+            client().upload_file(str(path), bucket, key, Config=_transfer())
     else:
         with open(path, "rb") as source, _local_target(uri) as partial:
             shutil.copyfileobj(source, partial, 4 * MIB)
