@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from model.config import VQVAEConfig
 
-# Scores held at once by the nearest-code search: on CPU what stays in a core's cache, on CUDA enough work for
-# one launch. Measured in docs/EXPERIMENTS.md.
-SCORES_CPU, SCORES_CUDA = 2**18, 2**26
+# Scores held at once by the nearest-code search: on CPU what two cores find enough work in and a cache still
+# holds, on CUDA enough work for one launch. Measured in docs/EXPERIMENTS.md.
+SCORES_CPU, SCORES_CUDA = 2**19, 2**26
+BLOCK = 64  # codes that share a maximum in the search on CPU
 
 CODEBOOK_DECAY = 0.95  # share of a used code that stays in one update; 0.99 lags behind short trainings
 KMEANS_ITERATIONS = 10
@@ -33,14 +34,25 @@ def nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:
     With unit rows that is the nearest code. Ties go to the lowest index. Never holds N × K scores: works
     through the latents in pieces.
     """
-    scores = SCORES_CUDA if latents.is_cuda else SCORES_CPU
+    rows = max(1, (SCORES_CUDA if latents.is_cuda else SCORES_CPU) // len(codebook))
+    scores = latents.new_empty(min(rows, len(latents)), len(codebook))  # one for all: fresh pages cost more
     codes = torch.empty(len(latents), dtype=torch.int64, device=latents.device)
-    columns = codebook.t()
-    rows = max(1, scores // len(codebook))
-    for start in range(0, len(latents), rows):
-        piece = slice(start, start + rows)
-        torch.argmax(latents[piece] @ columns, dim=1, out=codes[piece])
+    for piece, found in zip(latents.split(rows), codes.split(rows), strict=True):
+        found.copy_(_argmax(torch.mm(piece, codebook.t(), out=scores[: len(piece)])))
     return codes
+
+
+def _argmax(scores: Tensor) -> Tensor:
+    """Index of the first maximum of each row of `scores` (N, K).
+
+    A CPU vectorises maxima and not their indices, so there the best block of a row is found by the maxima of
+    its blocks, and the index sought among few numbers.
+    """
+    if scores.is_cuda or scores.shape[1] % BLOCK or scores.shape[1] < 8 * BLOCK:
+        return scores.argmax(1)
+    blocks = scores.unflatten(1, (-1, BLOCK))
+    best = blocks.amax(2).argmax(1)
+    return best * BLOCK + blocks[torch.arange(len(best)), best].argmax(1)
 
 
 def rotate(latents: Tensor, targets: Tensor) -> Tensor:

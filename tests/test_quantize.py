@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from vector_quantize_pytorch import FSQ
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
@@ -35,29 +36,44 @@ def quantizer(size: int = 16, reset_after: int = 0, estimator: str = "rotation")
 # ── search ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("scores", [1, 100, 2**20])  # a piece below one row, ragged pieces, all at once
-def test_nearest_code_is_the_one_of_smallest_distance(monkeypatch: pytest.MonkeyPatch, scores: int) -> None:
+WIDE = 8 * quantize.BLOCK  # codes from which the search on CPU goes by blocks, where they fill them
+
+
+@pytest.mark.parametrize("size", [33, WIDE, WIDE + 9])
+@pytest.mark.parametrize("scores", [1, 4000, 2**20])  # a piece below one row, ragged pieces, all at once
+def test_nearest_code_is_the_one_of_smallest_distance(
+    monkeypatch: pytest.MonkeyPatch, scores: int, size: int
+) -> None:
     monkeypatch.setattr(quantize, "SCORES_CPU", scores)
-    latents, codebook = unit(77, 8), unit(33, 8, seed=1)
+    codebook = unit(size, 8, seed=1)
+    latents = torch.cat([unit(77, 8), codebook[:3], codebook[-3:]])
     distances = (latents.double()[:, None] - codebook.double()[None]).square().sum(-1)
     assert torch.equal(nearest_codes(latents, codebook), distances.argmin(1))
 
 
-def test_ties_go_to_the_lowest_index() -> None:
-    codebook = unit(4, 8)[[0, 1, 1, 2, 1, 0]]
-    assert nearest_codes(codebook, codebook).tolist() == [0, 1, 1, 3, 1, 0]
+@pytest.mark.parametrize("size", [6, WIDE])
+def test_ties_go_to_the_lowest_index(size: int) -> None:
+    distinct = unit(4, 8)
+    codebook = distinct[torch.arange(size) % 4]  # copies within a block and in other blocks
+    assert nearest_codes(distinct, codebook).tolist() == [0, 1, 2, 3]
 
 
-def test_search_never_holds_all_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize, "SCORES_CPU", 1000)
-    shapes = []
-    argmax = torch.argmax
-    monkeypatch.setattr(
-        torch, "argmax", lambda scores, **rest: shapes.append(scores.shape) or argmax(scores, **rest)
-    )
-    nearest_codes(unit(64, 8), unit(100, 8, seed=1))
-    assert {rows * columns for rows, columns in shapes} <= {1000, 400}
-    assert sum(rows for rows, _ in shapes) == 64
+@pytest.mark.parametrize("size", [100, WIDE])
+def test_search_never_holds_all_scores(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(quantize, "SCORES_CPU", 8000)
+    latents, codebook = unit(200, 8), unit(size, 8, seed=1)
+    numbers = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            if isinstance(result, torch.Tensor):
+                numbers.append(result.numel())
+            return result
+
+    with Recorder():
+        nearest_codes(latents, codebook)
+    assert 7000 < max(numbers) <= 8000
 
 
 # ── gradients ───────────────────────────────────────────────────────────────────────────────────────────
