@@ -89,18 +89,22 @@ def test_gpt2_is_hugging_face_gpt2() -> None:
     gpt = tiny(arch="gpt2", depth=3)
     reference = hugging_face_twin(gpt)
     codes, text, mask = inputs()
-    start = torch.full((3, 1), gpt.vocabulary)
+    shifted = torch.cat([torch.full((3, 1), gpt.vocabulary), codes[:, :-1]], dim=1)
     with torch.no_grad():
         theirs = reference(
-            input_ids=torch.cat([start, codes[:, :-1]], dim=1),
+            input_ids=shifted,
             encoder_hidden_states=gpt.text_in(text),
             encoder_attention_mask=mask.long(),
         ).logits[..., : gpt.vocabulary]
         ours = gpt(codes, text, mask)
+        null = gpt.text_in(gpt.null_text.expand(3, 1, -1))
+        theirs_null = reference(input_ids=shifted, encoder_hidden_states=null).logits[..., : gpt.vocabulary]
+        ours_null = gpt(codes)
     assert isinstance(reference, GPT2LMHeadModel)
     assert isinstance(reference.config, GPT2Config)
     assert ours.std() > 0.1
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours_null, theirs_null, atol=1e-5, rtol=0)
 
 
 def hugging_face_twin(gpt: GPT):

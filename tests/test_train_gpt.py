@@ -115,6 +115,9 @@ def test_it_learns_the_captions_and_keeps_its_losses(store: str) -> None:
     losses = [value for _, value in curves["train/loss"]]
     # Kernels of other CPUs add in another order, which 24 steps amplify; a real change moves the 2nd digit.
     assert losses == pytest.approx(GOLDEN, abs=5e-3)
+    # What the loss has beyond the NLL is the z-loss: 1e-4 of log²Z, which starts at ln(16)² = 7.7.
+    beyond = [loss - nll for loss, (_, nll) in zip(losses, curves["train/nll"], strict=True)]
+    assert all(3e-4 < one < 3e-3 for one in beyond), beyond
     gpt = load_gpt(made.uri)
     assert gpt.parameter_count() == info["parameters"]
     figures = train_gpt.validate(
