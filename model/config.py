@@ -49,7 +49,7 @@ class ShapesSource(Section):
     count: Positive = 20_000  # pictures drawn
     seed: int = 0
     shapes_per_image: Literal[1, 2] = 2
-    hold_out_compositions: bool = True  # keep a fixed rule-based set of colour × shape pairs out of training
+    hold_out_compositions: bool = True  # keep some pairs of coloured shapes out of training
 
 
 class FolderSource(Section):
