@@ -24,6 +24,8 @@ from __future__ import annotations
 import fcntl
 import io
 import json
+import math
+import mmap
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -31,7 +33,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +48,7 @@ from model.plumbing.manifests import Manifest
 
 WINDOW = 262_144  # pictures shuffled together when tokens are read
 IMAGE_WINDOW = 32_768  # the same when pictures are read, whose shards are some hundred times larger
-STRETCH = 8192  # pictures of a rank that are gathered together, one stretch ahead of their use
+STRETCH = 4096  # pictures of a rank that are gathered together
 DOWNLOADS = 4  # shards fetched or verified side by side, a window ahead
 RESIDENT_BYTES = 1 << 31  # decoded pictures of a split that are held in memory at most; more are streamed
 CACHE_BYTES = 64 << 30  # of downloaded shards kept on the local disk
@@ -348,17 +350,15 @@ class TokenShard:
     def open(cls, path: Path) -> TokenShard:
         """Map a shard into memory; nothing is read yet."""
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        begin = 8 + int.from_bytes(mapped[:8], "little")
         arrays = {}
-        for name, entry in header.items():
+        for name, entry in json.loads(mapped[8:begin]).items():
             if name != "__metadata__":
                 dtype = {"U16": np.uint16, "U32": np.uint32}[entry["dtype"]]
-                begin = entry["data_offsets"][0] + 8 + length
                 shape = tuple(entry["shape"])
-                arrays[name] = (
-                    np.memmap(path, dtype, "r", begin, shape) if 0 not in shape else np.empty(shape, dtype)
-                )
+                offset = begin + entry["data_offsets"][0] if 0 not in shape else 0
+                arrays[name] = np.frombuffer(mapped, dtype, math.prod(shape), offset).reshape(shape)
         return cls(**arrays)
 
     @staticmethod
@@ -377,17 +377,39 @@ class TokenShard:
             }
         )
 
-    def captions(self, rows: np.ndarray, chance: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """One caption of each row, cut to `length`: ids, padded with 0 to the longest, and their counts."""
-        ends = self.picture_ends[rows].astype(np.int64)
-        begins = np.where(rows > 0, self.picture_ends[rows - 1], 0).astype(np.int64)
+
+class Captions(NamedTuple):
+    """Captions of the pictures of one shard after the other, as one shard has them."""
+
+    ids: np.ndarray
+    ends: np.ndarray  # (C + 1,) of each caption in `ids`, after a 0
+    picture_ends: np.ndarray  # (N + 1,) of each picture's captions in `ends`, after a 0
+
+    @classmethod
+    def of(cls, shards: Sequence[TokenShard]) -> Captions:
+        """A copy of the captions of all shards."""
+        return cls(
+            np.concatenate([shard.caption_ids for shard in shards]),
+            _joined([shard.caption_ends for shard in shards]),
+            _joined([shard.picture_ends for shard in shards]),
+        )
+
+    def choose(self, pictures: np.ndarray, chance: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """One caption of each picture, cut to `length`: ids, padded with 0, and how many of each."""
+        begins, ends = self.picture_ends[pictures], self.picture_ends[pictures + 1]
         caption = begins + (chance * (ends - begins)).astype(np.int64)
-        stop = self.caption_ends[caption].astype(np.int64)
-        first = np.where(caption > 0, self.caption_ends[caption - 1], 0).astype(np.int64)
-        count = np.minimum(stop - first, length)
+        first = self.ends[caption]
+        count = np.minimum(self.ends[caption + 1] - first, length)
         steps = np.arange(count.max(initial=0))
-        ids = self.caption_ids[np.minimum(first[:, None] + steps, len(self.caption_ids) - 1)]
-        return np.where(steps < count[:, None], ids, 0), count
+        ids = self.ids.take(first[:, None] + steps, mode="clip")
+        ids[steps >= count[:, None]] = 0
+        return ids, count
+
+
+def _joined(ends: Sequence[np.ndarray]) -> np.ndarray:
+    """Ends within each part as ends within all parts, after a 0: int64."""
+    sizes = [np.diff(part, prepend=part.dtype.type(0)) for part in ends]
+    return np.concatenate([[0], np.cumsum(np.concatenate(sizes), dtype=np.int64)])
 
 
 def _narrowest(vocabulary: int) -> type[np.unsignedinteger[Any]]:
@@ -395,7 +417,10 @@ def _narrowest(vocabulary: int) -> type[np.unsignedinteger[Any]]:
 
 
 class TokenReader:
-    """A split of a `tokens` set as batches; all work is on whole arrays, ahead of its use, in other threads.
+    """A split of a `tokens` set as batches; all work is on whole arrays.
+
+    Shards are downloaded and verified in other threads, a window ahead. Batches are made in the caller's: a
+    thread of their own was not faster, as the two wait for each other's hold of Python's lock.
 
     Args:
         manifest: of the `tokens` set.
@@ -429,28 +454,15 @@ class TokenReader:
         self.context_length: int = manifest.info["context_length"]  # of a caption: S
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
         self.cache = cache or ShardCache(manifest)
+        self._masks = np.tri(self.context_length + 1, self.context_length, -1, bool)  # row n: n tokens
 
     def batches(self, start: int = 0) -> Iterator[TokenBatch]:
         """Endless shuffled batches from position `start` on: pictures of all ranks, step x batch size."""
         share = self.batch_size // self.world
-        with ThreadPoolExecutor(1 + DOWNLOADS, "token-reader") as pool:
-            stretches = self._stretches(start, pool)
-            coming = pool.submit(self._gather, *next(stretches))
-            rest: TokenBatch | None = None
-            while True:
-                stretch = coming.result()
-                coming = pool.submit(self._gather, *next(stretches))
-                first, count = 0, len(stretch.codes)
-                if rest is not None:  # a batch may lie across stretches
-                    first = min(share - len(rest.codes), count)
-                    rest = _joined(rest, _part(stretch, 0, first))
-                    if len(rest.codes) < share:
-                        continue
-                    yield rest
-                last = first + (count - first) // share * share
-                for begin in range(first, last, share):
-                    yield _part(stretch, begin, begin + share)
-                rest = _part(stretch, last, count) if last < count else None
+        with ThreadPoolExecutor(DOWNLOADS, "token-shards") as downloads:
+            for stretch in self._stretches(start, downloads):
+                for first in range(0, len(stretch.codes), share):
+                    yield self._batch(stretch, slice(first, first + share))
 
     def ordered(self, limit: int = 0) -> Iterator[TokenBatch]:
         """The plain view of each picture with its first caption, once, in the set's order.
@@ -463,79 +475,104 @@ class TokenReader:
             shard = TokenShard.open(self.cache.path(name))
             rows = np.arange(min(left, len(shard.codes)))
             left -= len(rows)
-            ids, counts = shard.captions(rows, np.zeros(len(rows)), self.context_length)
-            whole = self._tensors(shard.codes[: len(rows), 0], ids, counts)
+            captions = Captions.of([shard]).choose(rows, np.zeros(len(rows)), self.context_length)
+            whole = Stretch(shard.codes[: len(rows), 0], *captions)
             for first in range(0, len(rows), self.batch_size):
                 mine = slice(first + self.rank, min(first + self.batch_size, len(rows)), self.world)
-                yield TokenBatch(*(tensor[mine] for tensor in whole))
+                yield self._batch(whole, mine)
 
-    def _stretches(
-        self, start: int, pool: ThreadPoolExecutor
-    ) -> Iterator[tuple[dict[int, TokenShard], np.ndarray, np.ndarray, np.ndarray]]:
-        """This rank's pictures in the order of their use, a stretch at a time, with the shards they are in.
+    def _stretches(self, start: int, downloads: ThreadPoolExecutor) -> Iterator[Stretch]:
+        """Whole batches of this rank, some `STRETCH` pictures at a time.
 
         The files of a window are downloaded and verified while the window before is consumed.
         """
-        windows = shuffled(self.sizes, self.seed, start)
-        window = next(windows)
+        share = self.batch_size // self.world
+        windows = shuffled(self.sizes, self.seed, start, WINDOW)
         shards: dict[int, TokenShard] = {}
+        rest: Stretch | None = None
 
-        def coming_shards(window: Window) -> dict[int, Future[TokenShard]]:
-            needed = np.unique(window.shard).tolist()
-            return {number: pool.submit(self._map, number, shards.get(number)) for number in needed}
+        def fetched(window: Window) -> dict[int, Future[TokenShard]]:
+            missing = (number for number in np.unique(window.shard).tolist() if number not in shards)
+            return {number: downloads.submit(self._open, number) for number in missing}
 
-        coming = coming_shards(window)
+        window = next(windows)
+        coming = fetched(window)
         while True:
-            shards = {number: shard.result() for number, shard in coming.items()}
-            mine = share_of(window, start, self.batch_size, self.rank, self.world)
+            shards |= {number: shard.result() for number, shard in coming.items()}
+            shards = {number: shards[number] for number in np.unique(window.shard).tolist()}
             following = next(windows)
-            coming = coming_shards(following)
+            coming = fetched(following)
+            captions = Captions.of(list(shards.values()))
+            mine = share_of(window, start, self.batch_size, self.rank, self.world)
             for first in range(0, len(mine), STRETCH):
-                part = mine[first : first + STRETCH]
-                yield shards, window.shard[part], window.row[part], window.chance[part]
+                stretch = self._gather(window, mine[first : first + STRETCH], shards, captions)
+                if rest is not None:  # a batch may lie across stretches
+                    stretch = rest.followed_by(stretch)
+                whole = len(stretch.codes) // share * share
+                yield stretch.part(0, whole)
+                rest = stretch.part(whole, len(stretch.codes))
             window = following
 
-    def _map(self, number: int, mapped: TokenShard | None) -> TokenShard:
-        for _ in range(100 if mapped is None else 0):
+    def _open(self, number: int) -> TokenShard:
+        for _ in range(100):
             path = self.cache.path(self.names[number])
             with suppress(FileNotFoundError):  # a small cache may have made room for the next one meanwhile
                 return TokenShard.open(path)
-        if mapped is None:
-            raise UserError(f"{self.names[number]} vanishes from {self.cache.folder} as soon as it is there")
-        return mapped
+        raise UserError(f"{self.names[number]} vanishes from {self.cache.folder} as soon as it is there")
 
     def _gather(
-        self, shards: dict[int, TokenShard], numbers: np.ndarray, rows: np.ndarray, chance: np.ndarray
-    ) -> TokenBatch:
-        """All pictures of a stretch."""
-        codes = np.empty((len(rows), self.tokens), next(iter(shards.values())).codes.dtype)
-        ids = np.zeros((len(rows), self.context_length), np.int32)
-        counts = np.empty(len(rows), np.int32)
-        by_shard = np.argsort(numbers, kind="stable")
-        edges = np.flatnonzero(np.diff(numbers[by_shard], prepend=-1, append=-1))
-        for begin, end in pairwise(edges):
-            to = by_shard[begin:end]
-            shard = shards[int(numbers[to[0]])]
+        self, window: Window, part: np.ndarray, shards: dict[int, TokenShard], captions: Captions
+    ) -> Stretch:
+        """These pictures of a window, from its shards, which come in the order of their captions."""
+        number, row, chance = window.shard[part], window.row[part], window.chance[part]
+        numbers = np.fromiter(shards, np.int64)
+        place = np.searchsorted(numbers, number).astype(np.uint16)  # 16 bits: a radix sort
+        by_shard = np.argsort(place, kind="stable")
+        edges = np.searchsorted(place[by_shard], np.arange(len(numbers) + 1))
+        found = []
+        for shard, begin, end in zip(shards.values(), edges, edges[1:], strict=False):
             views = shard.codes.shape[1]
-            flat = rows[to] * views + (chance[to, 0] * views).astype(np.int64)
-            codes[to] = np.take(shard.codes.reshape(-1, self.tokens), flat, axis=0)
-            found, counts[to] = shard.captions(rows[to], chance[to, 1], self.context_length)
-            ids[to, : found.shape[1]] = found
-        return self._tensors(codes, ids, counts)
+            picture, view = row[by_shard[begin:end]], chance[by_shard[begin:end], 0]
+            flat = picture * views + (view * views).astype(np.int64)
+            found.append(shard.codes.reshape(-1, self.tokens).take(flat, axis=0))
+        back = np.empty_like(by_shard)
+        back[by_shard] = np.arange(len(back))
+        sizes = np.asarray(self.sizes)[numbers]
+        in_window = (np.cumsum(sizes) - sizes)[place] + row
+        chosen = captions.choose(in_window, chance[:, 1], self.context_length)
+        return Stretch(np.concatenate(found).take(back, axis=0), *chosen)
 
-    def _tensors(self, codes: np.ndarray, ids: np.ndarray, counts: np.ndarray) -> TokenBatch:
-        # NumPy widens them here, in the reader's own thread: torch would wake its pool for each batch.
-        padded = np.zeros((len(codes), self.context_length), np.int64)
-        padded[:, : ids.shape[1]] = ids
-        mask = np.arange(self.context_length) < counts[:, None]
+    def _batch(self, stretch: Stretch, which: slice) -> TokenBatch:
+        """Some pictures of a stretch, as training wants them.
+
+        NumPy widens them in the caller's thread, batch by batch: what is small stays in the core's cache, and
+        torch would wake its pool for each batch.
+        """
+        codes, found, counts = stretch.codes[which], stretch.ids[which], stretch.counts[which]
+        ids = np.zeros((len(codes), self.context_length), np.int64)
+        ids[:, : found.shape[1]] = found
+        mask = self._masks[counts]
         return TokenBatch(
-            torch.from_numpy(codes.astype(np.int64)), torch.from_numpy(padded), torch.from_numpy(mask)
+            torch.from_numpy(codes.astype(np.int64)), torch.from_numpy(ids), torch.from_numpy(mask)
         )
 
 
-def _part(batch: TokenBatch, begin: int, end: int) -> TokenBatch:
-    return TokenBatch(*(tensor[begin:end] for tensor in batch))
+class Stretch(NamedTuple):
+    """Consecutive pictures of a rank as shards hold them: narrow."""
 
+    codes: np.ndarray  # (n, T)
+    ids: np.ndarray  # (n, longest), padded with 0
+    counts: np.ndarray  # (n,) ids of each caption
 
-def _joined(first: TokenBatch, second: TokenBatch) -> TokenBatch:
-    return TokenBatch(*(torch.cat(pair) for pair in zip(first, second, strict=True)))
+    def part(self, begin: int, end: int) -> Stretch:
+        """Some of the pictures."""
+        return Stretch(*(array[begin:end] for array in self))
+
+    def followed_by(self, other: Stretch) -> Stretch:
+        """Both, one after the other."""
+        longest = max(self.ids.shape[1], other.ids.shape[1])
+        ids = [np.pad(part.ids, ((0, 0), (0, longest - part.ids.shape[1]))) for part in (self, other)]
+        codes, counts = (
+            np.concatenate(pair) for pair in ((self.codes, other.codes), (self.counts, other.counts))
+        )
+        return Stretch(codes, np.concatenate(ids), counts)
