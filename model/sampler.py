@@ -35,6 +35,7 @@ CPU_OPTIONS: dict[str, Any] = {
     "max_autotune_gemm": True,
     "max_autotune_gemm_backends": "CPP,ATEN",
 }
+PACKS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 PACKED_ROWS = 16  # weights are packed for; the blocks chosen for 16 rows serve 1 and 2 best as well
 PROGRAMS = {"cpu": 1, "cuda": 4}  # compiled per sequence, at most; on a CPU weights outweigh the cache
 
@@ -151,13 +152,10 @@ class _PackedLinear(nn.Module):
 
 
 def packed(gpt: GPT) -> GPT:
-    """A copy of the transformer whose products are packed for a CPU; elsewhere the transformer itself."""
+    """A copy of the transformer whose products are packed for a CPU; elsewhere, and where PyTorch is built
+    without oneDNN or drops its private operation (there in 2.11 and 2.14), the transformer itself."""
     weight = gpt.embedding.weight
-    if (
-        weight.device.type != "cpu"
-        or weight.dtype != torch.float32
-        or not torch.backends.mkldnn.is_available()
-    ):
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not PACKS:
         return gpt
     linears = [module for module in gpt.modules() if isinstance(module, nn.Linear)]
     with torch.no_grad(), torch.inference_mode(False):
@@ -317,7 +315,7 @@ class _StaticProgram(_Program):
             position.add_(1)
 
         cuda = inputs.is_cuda
-        compiled = torch.compile(step, fullgraph=True, dynamic=False, options={} if cuda else CPU_OPTIONS)
+        compiled = torch.compile(step, fullgraph=True, dynamic=False)
         saved = inputs.clone(), codes.clone()
 
         def rewind() -> None:  # compiling and capturing run the step; its effects are taken back
@@ -326,7 +324,9 @@ class _StaticProgram(_Program):
             position.fill_(at)
 
         position.fill_(at)
-        compiled()
+        # Not as options of `compile`: already tracing must know that weights are constants.
+        with torch._inductor.config.patch({} if cuda else CPU_OPTIONS):
+            compiled()
         rewind()
         if not cuda:
             return compiled
