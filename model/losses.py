@@ -147,7 +147,8 @@ class Lpips(nn.Module):
         for number, layer in enumerate(self.features):
             x = layer(x)
             if number in self.LAYERS:
-                found.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
+                # The original adds 1e-10 to the root, whose gradient is NaN where a pixel has no feature.
+                found.append(x / (x.square().sum(1, keepdim=True) + 1e-20).sqrt())
         return found
 
 

@@ -104,6 +104,14 @@ def test_lpips_is_frozen_and_passes_gradients(lpips_file: Path) -> None:
     assert not any(parameter.requires_grad for parameter in net.parameters())
 
 
+def test_lpips_passes_gradients_where_nothing_is_seen() -> None:
+    net = Lpips()
+    net.features[0].bias.fill_(-100)  # no feature anywhere after the first ReLU
+    a = pictures(0).requires_grad_()
+    net(a, pictures(1)).backward()
+    assert a.grad.isfinite().all()
+
+
 def test_unusable_weights_are_refused(tmp_path: Path) -> None:
     bad = tmp_path / "bad.safetensors"
     with pytest.raises(UserError, match=r"perceptual_weights '.*bad.safetensors' is not readable"):
