@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import pkgutil
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 
 import benchmarks
-from benchmarks.harness import Results, Row, RowFunction, machine
+from benchmarks.harness import Results, Row, RowFunction, machine, others
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -70,10 +69,10 @@ def main() -> int:
     results = Results(arguments.out, device.type, facts)
     failed = bool(missing) and not arguments.rows
     for number in wanted:
-        start, load = time.monotonic(), os.getloadavg()[0]
+        start, busy = time.monotonic(), others()
         print(f"row {number}", flush=True)
         rows = measure(number, offered[number], device)
-        results.replace(number, rows, load)
+        results.replace(number, rows, busy)
         failed |= any(row.note.startswith("FAILED") for row in rows)
         print(f"  {time.monotonic() - start:.0f} s", flush=True)
     print((arguments.out / f"{device.type}.md").read_text())

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 FLOOR = "floor"  # the name under which goals and figures speak of the machine's limit
+IDLE = 0.2  # cores that a quiet machine may use
 RowFunction = Callable[[torch.device], Iterator["Row"]]
 
 
@@ -252,6 +253,22 @@ def gemm_rate(dtype: torch.dtype = torch.float32, device: torch.device | str = "
     return 2 * side**3 / best_seconds(lambda: left @ right, device)
 
 
+def others(seconds: float = 1.0) -> float:
+    """Cores that other processes keep busy while this one waits (Linux).
+
+    Not the load average, which still remembers our own row before.
+    """
+    before = _busy()
+    time.sleep(seconds)
+    return (_busy() - before) / seconds
+
+
+def _busy() -> float:
+    """Seconds that all cores together have worked since the machine started."""
+    user, nice, system, _, _, *rest = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    return sum(map(int, (user, nice, system, *rest[:3]))) / os.sysconf("SC_CLK_TCK")
+
+
 def machine(device: torch.device | str) -> dict[str, Any]:
     """What was measured on: the words and the floors that a reader needs to judge the figures."""
     device = torch.device(device)
@@ -289,13 +306,17 @@ class Results:
         if self._json.exists():
             self._rows = json.loads(self._json.read_text())["rows"]
 
-    def replace(self, number: int, rows: Iterable[Row], load: float = 0.0) -> None:
+    def replace(self, number: int, rows: Iterable[Row], others: float = 0.0) -> None:
         """Set all lines of one number, and write both files.
 
         Args:
-            load: the machine's load average before they were measured; a busy machine is marked.
+            others: cores that others kept busy before they were measured; a busy machine is marked.
         """
-        stamp = {"measured": datetime.date.today().isoformat(), "commit": _commit(), "load": round(load, 1)}
+        stamp = {
+            "measured": datetime.date.today().isoformat(),
+            "commit": _commit(),
+            "others": round(others, 1),
+        }
         lines = [dataclasses.asdict(row) | stamp for row in rows]
         self._rows = [row for row in self._rows if row["number"] != number] + lines
         self._rows.sort(key=lambda row: row["number"])
@@ -321,7 +342,7 @@ def markdown(document: Mapping[str, Any]) -> str:
             floor = f"{_short(row['floor'])}: {row['share']:.0%}"
         met = {True: "yes", False: "**no**", None: ""}[row["met"]]
         cells = [str(row["number"]), row["work"], f"{', '.join(figures)} {row['unit']}", ", ".join(ratios)]
-        busy = f" (load {row['load']} before)" if row["load"] > (os.cpu_count() or 1) / 2 else ""
+        busy = f" (others kept {row['others']} cores busy)" if row["others"] > IDLE else ""
         cells += [floor, row["goal"], met, row["note"] + busy]
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     return "\n".join(lines) + "\n"

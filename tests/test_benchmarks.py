@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,11 +154,19 @@ def test_the_exponent_is_the_slope_of_the_logarithms() -> None:
 
 def test_rows_of_a_busy_machine_say_so(tmp_path: Path) -> None:
     results = Results(tmp_path, "cpu", {})
-    results.replace(1, [Row(1, "calm", "s", {"ours": 1.0})], load=0.0)
-    results.replace(2, [Row(2, "busy", "s", {"ours": 1.0})], load=999.0)
+    results.replace(1, [Row(1, "calm", "s", {"ours": 1.0})], others=0.1)
+    results.replace(2, [Row(2, "busy", "s", {"ours": 1.0})], others=1.5)
     calm, busy = (tmp_path / "cpu.md").read_text().splitlines()[-2:]
-    assert "load" not in calm
-    assert "(load 999.0 before)" in busy
+    assert "others" not in calm
+    assert "(others kept 1.5 cores busy)" in busy
+
+
+def test_a_neighbour_at_work_is_seen() -> None:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as neighbour:
+        try:
+            assert harness.others(0.5) > harness.IDLE
+        finally:
+            neighbour.kill()
 
 
 def test_no_two_modules_offer_the_same_row() -> None:
