@@ -30,7 +30,8 @@ from model.text import tokenize as text_ids
 from model.tokenizers import Tokenizer, load_tokenizer
 from model.work import settings
 
-BATCH_PIXELS = {"cpu": 1 << 19, "cuda": 1 << 23}  # pixels encoded at once
+# Pixels encoded at once: on CPU so few that activations stay in its cache, and in memory that malloc keeps.
+BATCH_PIXELS = {"cpu": 1 << 17, "cuda": 1 << 23}
 PARTS = "parts"  # one entry per finished shard, below the set, until it is complete
 
 

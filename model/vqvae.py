@@ -100,13 +100,15 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Codes (B, h, w) of images (B, 3, H, W).
+        """Codes (B, h, w) of images (B, 3, H, W), in the precision that the net was trained in.
 
         Raises:
             UserError: when a side is not a multiple of the factor.
         """
         check_sides(images, self.factor)
-        latents = self.encoder(images.contiguous(memory_format=torch.channels_last))
+        bf16 = self.config.training.precision == "bf16"
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            latents = self.encoder(images.contiguous(memory_format=torch.channels_last))
         return self.quantizer(latents)[1]
 
     @torch.no_grad()

@@ -47,10 +47,25 @@ def test_forward_agrees_with_encode_and_decode() -> None:
     assert loss.shape == ()
 
 
-def test_a_picture_does_not_depend_on_its_neighbours() -> None:
-    net = VQVAE(config()).eval()
-    images = torch.rand(4, 3, 16, 16) * 2 - 1
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_picture_does_not_depend_on_its_neighbours(precision: str) -> None:
+    training = TrainingConfig(steps=200, batch_size=1, precision=precision)
+    net = VQVAE(config(training=training, codebook_size=4096)).eval()
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
     assert torch.equal(net.encode(images)[2:3], net.encode(images[2:3]))
+
+
+def test_pictures_are_encoded_in_the_precision_of_the_training() -> None:
+    codes = {}
+    for precision in ("fp32", "bf16"):
+        torch.manual_seed(0)
+        training = TrainingConfig(steps=200, batch_size=1, precision=precision)
+        net = VQVAE(config(training=training, codebook_size=4096)).eval()
+        images = torch.rand(4, 3, 32, 32) * 2 - 1
+        codes[precision] = net.encode(images)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            assert torch.equal(codes[precision], net(images)[1])
+    assert not torch.equal(codes["fp32"], codes["bf16"])  # so that the lines above tell them apart
 
 
 def test_sides_must_be_multiples_of_the_factor() -> None:
