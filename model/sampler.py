@@ -314,6 +314,8 @@ class _StaticProgram(_Program):
             inputs.copy_(drawn)
             position.add_(1)
 
+        from torch._inductor import config as inductor
+
         cuda = inputs.is_cuda
         compiled = torch.compile(step, fullgraph=True, dynamic=False)
         saved = inputs.clone(), codes.clone()
@@ -325,7 +327,7 @@ class _StaticProgram(_Program):
 
         position.fill_(at)
         # Not as options of `compile`: already tracing must know that weights are constants.
-        with torch._inductor.config.patch({} if cuda else CPU_OPTIONS):
+        with inductor.patch({} if cuda else CPU_OPTIONS):
             compiled()
         rewind()
         if not cuda:
