@@ -510,14 +510,20 @@ class TokenReader:
                     stretch = rest.followed_by(stretch)
                 whole = len(stretch.codes) // share * share
                 yield stretch.part(0, whole)
-                rest = stretch.part(whole, len(stretch.codes))
+                rest = stretch.part(whole, len(stretch.codes)) if whole < len(stretch.codes) else None
             window = following
 
     def _open(self, number: int) -> TokenShard:
         for _ in range(100):
             path = self.cache.path(self.names[number])
             with suppress(FileNotFoundError):  # a small cache may have made room for the next one meanwhile
-                return TokenShard.open(path)
+                shard = TokenShard.open(path)
+                if shard.codes.shape[::2] != (self.sizes[number], self.tokens):
+                    raise UserError(
+                        f"{path}: codes of shape {shard.codes.shape}; the manifest says {self.sizes[number]}"
+                        f" pictures of {self.tokens} tokens; delete the set, so that it is made again"
+                    )
+                return shard
         raise UserError(f"{self.names[number]} vanishes from {self.cache.folder} as soon as it is there")
 
     def _gather(
@@ -529,18 +535,18 @@ class TokenReader:
         place = np.searchsorted(numbers, number).astype(np.uint16)  # 16 bits: a radix sort
         by_shard = np.argsort(place, kind="stable")
         edges = np.searchsorted(place[by_shard], np.arange(len(numbers) + 1))
-        found = []
+        codes = np.empty((len(part), self.tokens), next(iter(shards.values())).codes.dtype)
         for shard, begin, end in zip(shards.values(), edges, edges[1:], strict=False):
             views = shard.codes.shape[1]
             picture, view = row[by_shard[begin:end]], chance[by_shard[begin:end], 0]
             flat = picture * views + (view * views).astype(np.int64)
-            found.append(shard.codes.reshape(-1, self.tokens).take(flat, axis=0))
+            shard.codes.reshape(-1, self.tokens).take(flat, axis=0, out=codes[begin:end], mode="clip")
         back = np.empty_like(by_shard)
         back[by_shard] = np.arange(len(back))
         sizes = np.asarray(self.sizes)[numbers]
         in_window = (np.cumsum(sizes) - sizes)[place] + row
         chosen = captions.choose(in_window, chance[:, 1], self.context_length)
-        return Stretch(np.concatenate(found).take(back, axis=0), *chosen)
+        return Stretch(codes.take(back, axis=0, mode="clip"), *chosen)
 
     def _batch(self, stretch: Stretch, which: slice) -> TokenBatch:
         """Some pictures of a stretch, as training wants them.
