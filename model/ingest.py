@@ -30,7 +30,6 @@ from typing import Any, BinaryIO
 from model import sources
 from model.config import DataConfig
 from model.errors import UserError
-from model.images import BadImage, decode, encode, is_jpeg
 from model.parallel import cores, parallel_map
 from model.plumbing import storage
 from model.plumbing.manifests import File, Manifest, SetWriter, find
@@ -94,7 +93,8 @@ def _ingest(config: DataConfig, writer: SetWriter, scratch: Path) -> Manifest:
             seen.add(chunk.hashes)
             account(chunk)
 
-        progress = Progress("ingest", 0, "img", counted="picture", done=counts["read"])
+        total = sources.count(config.source)
+        progress = Progress("ingest", total, "img", counted="picture", done=counts["read"])
         start = len(finished) * config.shard_images
         records = sources.iterate(config.source, config.image_size, start)
         for number, outcomes in _chunks(records, config, len(finished)):
@@ -141,6 +141,8 @@ def normalise(records: list[Record], config: DataConfig) -> list[Picture | Bad]:
 
 
 def _normalise(record: Record, config: DataConfig) -> Picture | Bad:
+    from model.images import BadImage, decode, encode, is_jpeg  # torch: a set that is found needs none
+
     if record.problem:
         return Bad(record.key, record.problem)
     captions = clean_captions(record.captions)

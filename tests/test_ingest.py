@@ -145,6 +145,26 @@ def test_repeated_it_is_found_and_another_config_is_another_set(store, monkeypat
     assert ingest(shapes()) == first
 
 
+def test_a_set_that_is_found_costs_no_import_of_torch(store):
+    wanted = shapes(source=ShapesSource(count=10))
+    made = ingest(wanted)
+    program = (
+        "import sys; from model.config import DataConfig; from model.ingest import ingest;"
+        " ingest(DataConfig.model_validate_json(sys.argv[1])); assert 'torch' not in sys.modules"
+    )
+    command = [sys.executable, "-c", program, wanted.model_dump_json()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"ingest  reused {made.uri}\n"
+
+
+def test_progress_has_a_percent_where_the_source_knows_its_number(store, here, capsys):
+    ingest(shapes())
+    assert "ingest  picture 100/100  100%" in capsys.readouterr().out
+    ingest(shards(here))
+    assert "%" not in capsys.readouterr().out
+
+
 def test_tars_are_readable_by_webdataset(store):
     import webdataset
 
@@ -423,6 +443,14 @@ def test_a_tar_cut_in_half_gives_its_first_half(store, here):
     assert made.info["read"] == len(texts) + len(reasons)
 
 
+def test_an_empty_tar_file_is_quarantined(store, here):
+    wanted = shards(here)
+    (here / "000.tar").write_bytes(b"")
+    made = ingest(wanted)
+    assert captions(made) == [[f"text {n}", f"json {n}"] for n in range(4, 8)]
+    assert quarantine(made)[str(here / "000.tar")].startswith("the tar breaks off")
+
+
 def test_missing_and_misnamed_tars(store, here):
     wanted = shards(here)
     (here / "001.tar").unlink()
@@ -469,6 +497,7 @@ def test_every_source_continues_where_it_is_told(here):
         DataConfig(source=OpenMojiSource(groups=["food-fruit"])),
     ):
         everything = list(sources.iterate(config.source, 16))
+        assert sources.count(config.source) in (0, len(everything))
         for start in (0, 1, 5, 6, len(everything), len(everything) + 3):
             assert list(sources.iterate(config.source, 16, start)) == everything[start:]
 
@@ -479,6 +508,8 @@ def test_parquet_bad_input(store, here):
     file = table(here / "a.parquet")
     with pytest.raises(UserError, match=r"caption_column: .* has no column 'text'; it has image, caption"):
         ingest(parquet(file, caption_column="text"))
+    with pytest.raises(UserError, match=r"image_column: .* has no column 'jpg'; it has image, caption"):
+        ingest(parquet(file, image_column="jpg"))
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(UserError, match=r"data\.source\.path: .*a\.parquet: .*[Pp]arquet"):
         ingest(parquet(file))

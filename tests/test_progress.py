@@ -63,6 +63,16 @@ def test_the_rate_is_the_latest_and_the_resumed_part_is_not_counted(clock: Clock
     ]
 
 
+def test_the_last_line_gives_the_rate_of_the_whole_when_it_follows_at_once(clock: Clock) -> None:
+    out = io.StringIO()
+    bar = Progress("ingest", 100, "img", out=out)
+    clock.now += 9
+    bar.update(90)
+    clock.now += 0.001
+    bar.update(100)
+    assert out.getvalue().splitlines()[-1] == "ingest  step 100/100  100%  11 img/s  ETA 0s"
+
+
 def test_an_unknown_total_has_no_percent(clock: Clock) -> None:
     out = io.StringIO()
     bar = Progress("ingest", 0, "img", counted="image", out=out)

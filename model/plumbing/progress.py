@@ -56,10 +56,11 @@ class Progress:
         if self.total:
             parts.append(f"{100 * done // self.total}%")
         parts += [f"{name} {figure(value)}" for name, value in figures.items()]
-        speed = (done - self._last_done) / max(now - self._last, 1e-9)  # counts per second, lately
+        mean = (done - self._start_done) / max(now - self._start, 1e-9)  # counts per second
+        lately = (done - self._last_done) / max(now - self._last, 1e-9)
+        speed = lately if due else mean  # the last line may follow the one before at once
         if speed > 0:
             parts.append(f"{quantity(speed * self.per_count)} {self.unit}/s")
-        mean = (done - self._start_done) / max(now - self._start, 1e-9)
         if self.total and mean > 0:
             parts.append(f"ETA {duration((self.total - done) / mean)}")
         print(f"{self.name}  {'  '.join(parts)}", file=self._out or sys.stdout, flush=True)

@@ -4,7 +4,8 @@ A source module has two functions. `iterate(config, side, start)` yields every p
 order and without holding the set in memory; the first `start` are passed over, without reading them where the
 format allows. `fingerprint(config)` says in a few bytes what it will yield, so that a set made from the same
 source is found again, and refuses a source that is not there. Pictures are passed on as the bytes that were
-found, and only `model.images` judges them; sources that draw theirs draw them for a wanted `side`.
+found, and only `model.images` judges them; sources that draw theirs draw them for a wanted `side`. Where it
+takes no reading to know, `count(config)` says how many records there are.
 """
 
 from __future__ import annotations
@@ -48,6 +49,12 @@ def fingerprint(config: Source) -> str:
     """
     mark: str = _module(config).fingerprint(config)
     return mark
+
+
+def count(config: Source) -> int:
+    """How many records a source has; 0 where only reading them would tell."""
+    known = getattr(_module(config), "count", None)
+    return known(config) if known else 0
 
 
 def _module(config: Source) -> ModuleType:

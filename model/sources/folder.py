@@ -56,6 +56,12 @@ def fingerprint(config: FolderSource) -> str:
     return digest.hexdigest()
 
 
+def count(config: FolderSource) -> int:
+    """Pictures in the list, or in the folder where there is none."""
+    root = _root(config)
+    return sum(1 for _ in _listed(root, captions=False))
+
+
 def _root(config: FolderSource) -> Path:
     root = Path(config.path).expanduser()
     if not root.is_dir():
@@ -71,14 +77,14 @@ def _walk(root: Path) -> Iterator[str]:
             yield os.path.relpath(os.path.join(folder, name), root)
 
 
-def _listed(root: Path) -> Iterator[tuple[str, list[str]]]:
+def _listed(root: Path, captions: bool = True) -> Iterator[tuple[str, list[str]]]:
     if (root / "metadata.jsonl").is_file():
         pairs = _jsonl(root / "metadata.jsonl")
     elif (root / "captions.csv").is_file():
         pairs = _csv(root / "captions.csv")
     else:
         pictures = (name for name in _walk(root) if name.lower().endswith(SUFFIXES))
-        yield from ((name, _sidecar(root / name)) for name in pictures)
+        yield from ((name, _sidecar(root / name) if captions else []) for name in pictures)
         return
     for name, group in groupby(pairs, key=itemgetter(0)):
         yield name, [caption for _, captions in group for caption in captions]

