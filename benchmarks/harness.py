@@ -219,6 +219,12 @@ def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu") -> 
     return _status("VmHWM") - start
 
 
+def highest_memory() -> int:
+    """Bytes that were resident in this process at its height: since its `exec`, unlike getrusage's figure,
+    which begins with what the parent held."""
+    return _status("VmHWM")
+
+
 def _status(name: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
