@@ -173,8 +173,8 @@ class _Program:
     With `speculate` n a pass draws n codes, all but the first after guesses: those of the pass before and,
     where there are none yet, draws from the logits one place earlier. Codes are settled up to and including
     the first that differs from its guess. As a draw is a function of the logits, the seed and the position,
-    what is settled is what drawing one by one gives (predictive sampling, arXiv:2002.09928; Jacobi decoding
-    of pictures, arXiv:2410.01699).
+    what is settled is what drawing one by one gives, but for rounding (see `draw`): predictive sampling,
+    arXiv:2002.09928; Jacobi decoding of pictures, arXiv:2410.01699. A batch moves on with its slowest row.
     """
 
     def __init__(self, gpt: GPT, config: SamplingConfig, batch: int, guided: bool) -> None:
@@ -200,9 +200,8 @@ class _Program:
         sequence = F.pad(inputs, (0, tokens - at))  # (B, 1 + T): start token, settled codes, guesses
         self.cache.at, end = 0, at + 1
         while at < tokens:
-            logits = self.logits(
-                sequence[:, self.cache.at : end], context, scales[at:end]
-            )  # (B, end - at, K)
+            fresh = sequence[:, self.cache.at : end]
+            logits = self.logits(fresh, context, scales[at:end])  # (B, end - at, K)
             drawn = draw(logits, self.config, self.seeds, places[at:end], self.keys)  # (B, end - at)
             settled = at + 1
             if end > settled:
