@@ -27,7 +27,7 @@ from model.config import (
 from model.errors import UserError
 from model.gpt import GPT
 from model.losses import Lpips, PatchDiscriminator, ReconstructionLoss
-from model.text import architecture, build_clip
+from model.text import architecture, build_clip, pretrained_architecture
 from model.vqvae import VQVAE
 
 # Dense peak of one device in FLOP/s (vendors' data sheets; for the CPU what two server cores reached) and
@@ -45,8 +45,6 @@ UTILISATION = (
 
 # Vocabulary and factor of the published weights of each family; others are known once they are loaded.
 PRETRAINED = {"janus": (16384, 16), "emu3": (32768, 8)}
-TEXT_TOKENS = 77  # of a pretrained CLIP
-TEXT_WIDTH = 768  # of ViT-L-14
 
 
 @dataclass(frozen=True)
@@ -113,14 +111,14 @@ def plan(config: RunConfig, hardware: str = "a100") -> Plan:
     """What training this config takes on `jobs.workers × processes_per_worker` devices of a kind.
 
     Raises:
-        UserError: for hardware that is not in the table, or a tokenizer that must be loaded to be known.
+        UserError: for hardware that is not in the table, a tokenizer that must be loaded to be known, or a
+            CLIP that open_clip does not know.
     """
     if hardware not in HARDWARE:
         raise UserError(f"hardware '{hardware}' is unknown; choose one of {', '.join(HARDWARE)}")
     devices = config.jobs.workers * config.jobs.processes_per_worker
     size = config.data.image_size
     stages = []
-    text_tokens, text_width = TEXT_TOKENS, TEXT_WIDTH
     if isinstance(config.clip, TrainedCLIPConfig):
         clip = config.clip
         text_tokens, text_width = clip.context_length, clip.text_width
@@ -134,6 +132,9 @@ def plan(config: RunConfig, hardware: str = "a100") -> Plan:
         stages += [
             _stage(f"clip {role}", built, clip.training, devices, hardware) for role in ("text", "judge")
         ]
+    else:
+        text = pretrained_architecture(config.clip.name)["text_cfg"]
+        text_tokens, text_width = text["context_length"], text["width"]
 
     tokenizer = config.tokenizer
     vocabulary: int

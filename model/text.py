@@ -191,23 +191,33 @@ def architecture(config: TrainedCLIPConfig, image_size: int) -> dict[str, Any]:
     }
 
 
-def build_clip(description: dict[str, Any]) -> CLIPModel:
-    """An open_clip `CLIP` with fresh weights from a `config.json`'s content.
+def pretrained_architecture(name: str) -> dict[str, Any]:
+    """The open_clip architecture of that name.
 
     Raises:
-        UserError: where the architecture is not OpenAI's (another tokenizer, or no per-token states).
+        UserError: where there is none, or it is not OpenAI's (another tokenizer, or no per-token states).
     """
     import open_clip
 
-    values = dict(description["architecture"])
-    name = description.get("name", "clip")
+    values: dict[str, Any] | None = open_clip.get_model_config(name)
+    if values is None:
+        close = [known for known in open_clip.list_models() if known.startswith(name[:5])]
+        similar = ", ".join(close[:8]) or "none"
+        raise UserError(f"clip.name '{name}' is no open_clip architecture; similar: {similar}")
     text = values["text_cfg"]
     if values.pop("custom_text", False) or "hf_model_name" in text or text.get("hf_tokenizer_name"):
         raise UserError(
             f"clip.name '{name}' has a text tower or tokenizer of its own; choose one with CLIP's, for"
             " example ViT-B-32, ViT-L-14 or ViT-H-14"
         )
-    return open_clip.model.CLIP(**values)
+    return values
+
+
+def build_clip(description: dict[str, Any]) -> CLIPModel:
+    """An open_clip `CLIP` with fresh weights from a `config.json`'s content."""
+    import open_clip
+
+    return open_clip.model.CLIP(**description["architecture"])
 
 
 def load_text_encoder(folder: str | Path, device: str | torch.device = "cpu") -> TextEncoder:
@@ -248,13 +258,8 @@ def import_pretrained(config: PretrainedCLIPConfig) -> tuple[CLIPModel, dict[str
     """
     import open_clip
 
-    values = open_clip.get_model_config(config.name)
-    if values is None:
-        close = [name for name in open_clip.list_models() if name.startswith(config.name[:5])]
-        similar = ", ".join(close[:8]) or "none"
-        raise UserError(f"clip.name '{config.name}' is no open_clip architecture; similar: {similar}")
+    values = pretrained_architecture(config.name)
     tag = open_clip.get_pretrained_cfg(config.name, config.weights)
-    values = dict(values)
     if tag.get("quick_gelu"):
         values["quick_gelu"] = True
     defaults = open_clip.transform.PreprocessCfg()

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.test_tokenizers import janus
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
@@ -237,3 +239,52 @@ def test_a_killed_run_leaves_nothing_running(tmp_path: Path) -> None:
     while processes_of(tmp_path) and time.monotonic() < until:
         time.sleep(0.2)
     assert processes_of(tmp_path) == []
+
+
+def test_the_other_phases_take_the_same_steps_into_their_own_experiments(
+    first: subprocess.CompletedProcess[str], state: Path, tmp_path: Path
+) -> None:
+    """Phase 1, a pretrained tokenizer from a folder; phase 2, a tokenizer alone; 3 was the first run."""
+    janus().save_pretrained(tmp_path / "janus", safe_serialization=True)
+    pretrained = f"tokenizer={{kind: pretrained, family: janus, ref: {tmp_path / 'janus'}}}"
+    done = latent_gpt(state, "run", "--preset", "smoke", "--set", pretrained)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = re.findall(r"^reused +(.*)$", done.stdout, re.MULTILINE)
+    assert set(line.split(", ")) == {"ingest", "clip_text", "clip_judge"}
+    assert "latent-gpt version 2" in done.stdout
+    drawn = latent_gpt(
+        state, "generate", "a red circle", "--model", "models:/latent-gpt/2", "--out", str(tmp_path / "a.png")
+    )
+    assert drawn.returncode == 0, drawn.stderr
+    assert Image.open(tmp_path / "a.png").size == (16, 16)
+
+    alone = latent_gpt(state, "run", "--preset", "smoke", "--set", "transformer=null")
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    (line,) = re.findall(r"^reused +(.*)$", alone.stdout, re.MULTILINE)
+    assert set(line.split(", ")) == {"ingest", "tokenizer"}
+
+    code = """
+import json, sys
+from pathlib import Path
+from model.plumbing.services import services
+from model.plumbing.tracking import mlflow_client, STEP_TAG
+with services(Path(sys.argv[1])):
+    client = mlflow_client()
+    phases = ("latent-gpt-pretrained-vqvae", "vqvae-training", "latent-gpt-custom-vqvae")
+    found = {}
+    for name in phases:
+        runs = client.search_runs([client.get_experiment_by_name(name).experiment_id])
+        found[name] = [[run.data.tags[STEP_TAG], run.info.status] for run in runs]
+    print(json.dumps(found))
+"""
+    asked = subprocess.run(
+        [sys.executable, "-c", code, str(state)],
+        cwd=ROOT,
+        env=environment(state),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name, runs in json.loads(asked.stdout.splitlines()[-1]).items():
+        assert ["pipeline", "FINISHED"] in runs, name
+        assert all(status == "FINISHED" for _, status in runs), name

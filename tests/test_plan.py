@@ -102,6 +102,15 @@ def test_the_tokenizers_judges_are_counted():
         assert other.parameters == plain.parameters
 
 
+def test_a_pretrained_text_tower_has_its_own_width():
+    large, huge = (
+        stage_of(load_config("coco256-base", [f"clip.name={name}"]), "transformer").parameters
+        for name in ("ViT-L-14", "ViT-H-14")
+    )
+    # Keys and values of each block read the states as they are, after one norm and the null state.
+    assert huge - large == (1024 - 768) * (9 * 2 * 768 + 2)
+
+
 def test_bad_input_is_named():
     with pytest.raises(UserError, match="hardware 'tpu' is unknown; choose one of cpu"):
         plan(small(), "tpu")

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import os
+import shutil
+import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +18,7 @@ from model import train_clip
 from model.config import PretrainedCLIPConfig, RunConfig, TrainedCLIPConfig
 from model.errors import UserError
 from model.ingest import ingest
+from model.plumbing import manifests
 from model.plumbing.checkpoints import Checkpointer
 from model.plumbing.distributed import setup
 from model.plumbing.manifests import Manifest, SetWriter
@@ -133,6 +139,48 @@ def test_equal_captions_are_right_answers_for_each_other() -> None:
     images, captions = torch.nn.functional.normalize(torch.randn(2, 6, 8), dim=-1)
     ours = train_clip.contrastive_loss(images, captions, torch.arange(6)[:, None], scale)
     torch.testing.assert_close(ours, ClipLoss()(images, captions, scale))
+
+
+def _rank(rank: int, port: int, store: str, run: str, images: str) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LATENT_GPT_STORE": store,
+    }  # fmt: skip
+    config, made = RunConfig.model_validate_json(run), manifests.load(images)
+    spec = job("clip", "clip_text", config, "test", {"images": made}, "text")
+    writer = SetWriter("clip", settings("clip", config, "text"), {"images": made})
+    assert isinstance(config.clip, TrainedCLIPConfig)
+    with setup() as processes:
+        tracker = Tracker(spec.tracking, None, False)
+        train_clip.train(spec, config.clip, "text", made, writer, processes, tracker)
+
+
+@pytest.mark.slow
+def test_two_processes_contrast_with_all_pictures_of_the_batch(store: str, tmp_path: Path) -> None:
+    """Features gathered from both, gradients sent back: the curve of one process with the whole batch."""
+    run = run_config(checkpoint_every=100)
+    images = ingest(run.data)
+    one = history(fit(run, images, "text"))
+    other = tmp_path / "other"
+    shutil.copytree(Path(store) / "images", other / "images")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    there = images.uri.replace(store, str(other))
+    context = multiprocessing.get_context("spawn")
+    ranks = [
+        context.Process(target=_rank, args=(rank, port, str(other), run.model_dump_json(), there))
+        for rank in (0, 1)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        assert process.exitcode == 0
+    (made,) = (other / "clip").iterdir()
+    two = history(manifests.load(str(made)))
+    assert np.allclose(two["train/loss"], one["train/loss"], atol=1e-3)
+    assert np.allclose(two["validation/retrieval"], one["validation/retrieval"], atol=0.1)
 
 
 def test_an_unknown_role_is_refused(store: str) -> None:
