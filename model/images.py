@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import io
 import warnings
+import zlib
 
 import numpy as np
 import torch
@@ -107,7 +108,8 @@ def encode(pixels: np.ndarray, lossless: bool) -> tuple[str, bytes]:
     """Pixels for a shard: ("png", bytes), or ("jpg", bytes) for what was lossy (quality 95, 4:4:4)."""
     buffer = io.BytesIO()
     if lossless:
-        Image.fromarray(pixels).save(buffer, "PNG", compress_level=3)
+        # Runs alone are sought for: on photographs, drawings and shapes faster than matches, and no larger.
+        Image.fromarray(pixels).save(buffer, "PNG", compress_level=3, compress_type=zlib.Z_RLE)
         return "png", buffer.getvalue()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=95, subsampling=0)
     return "jpg", buffer.getvalue()
