@@ -37,7 +37,8 @@ CPU_OPTIONS: dict[str, Any] = {
 }
 PACKS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 PACKED_ROWS = 16  # weights are packed for; the blocks chosen for 16 rows serve 1 and 2 best as well
-PROGRAMS = {"cpu": 1, "cuda": 4}  # compiled per sequence, at most; on a CPU weights outweigh the cache
+PROGRAMS = 4  # compiled per sequence, at most; one where the weights that each reads outweigh the cache
+STEPS_COMPILED = 1024  # in a process, at most: to dynamo all are one function, whose ninth program it refuses
 
 
 class Sampler:
@@ -233,8 +234,8 @@ class _Program:
 class _StaticProgram(_Program):
     """The compiled path: every step the same program over fixed buffers, on a GPU a CUDA graph.
 
-    On a GPU up to four programs, for a quarter of the sequence each, so that early steps do not read a cache
-    that is still empty. The first step (start token and prefix) takes the plain path.
+    Large batches have up to four programs, for a quarter of the sequence each, so that early steps do not
+    read a cache that is still empty. The first step (start token and prefix) takes the plain path.
     """
 
     def __init__(self, gpt: GPT, config: SamplingConfig, batch: int, guided: bool) -> None:
@@ -246,6 +247,9 @@ class _StaticProgram(_Program):
         self.scales = torch.ones(gpt.tokens, device=device)
         self.context: Context | None = None
         self.steps: dict[int, Callable[[], None]] = {}
+        cache = sum(tensor.nbytes for tensor in [*self.cache.keys, *self.cache.values])
+        programs = PROGRAMS if cache > sum(weight.nbytes for weight in gpt.parameters()) else 1
+        self.part = max(-(-gpt.tokens // programs), 64)  # tokens; fewer are not worth one more
 
     def run(
         self,
@@ -267,12 +271,11 @@ class _StaticProgram(_Program):
         self.codes[:, first] = self.inputs[:, 0]
         if on_token is not None:
             on_token(first, self.codes[:, first])
-        part = max(-(-tokens // PROGRAMS[self.inputs.device.type]), 64)  # fewer tokens are not worth one more
         for at in range(first + 1, tokens):
-            span = min((at // part + 1) * part, tokens)
+            span = min((at // self.part + 1) * self.part, tokens)
             if span not in self.steps:
                 self.steps[span] = self._prepare(span, at)
-            if at == first + 1 or at % part == 0:
+            if at == first + 1 or at % self.part == 0:
                 self.at.fill_(at)
             self.steps[span]()
             if on_token is not None:
@@ -313,6 +316,7 @@ class _StaticProgram(_Program):
             inputs.copy_(drawn)
             position.add_(1)
 
+        from torch._dynamo import config as dynamo
         from torch._inductor import config as inductor
 
         cuda = inputs.is_cuda
@@ -326,7 +330,7 @@ class _StaticProgram(_Program):
 
         position.fill_(at)
         # Not as options of `compile`: already tracing must know that weights are constants.
-        with inductor.patch({} if cuda else CPU_OPTIONS):
+        with inductor.patch({} if cuda else CPU_OPTIONS), dynamo.patch(recompile_limit=STEPS_COMPILED):
             compiled()
         rewind()
         if not cuda:

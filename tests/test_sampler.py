@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 
-from model import sampler
 from model.config import SamplingConfig, TrainingConfig, TransformerConfig
 from model.gpt import GPT, Cache
 from model.sampler import Sampler, candidate_seed, guidance, gumbel, noise_keys, sample
@@ -296,9 +296,8 @@ def test_best_of_keeps_what_the_judge_prefers() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_draws_the_same_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_draws_the_same_pictures() -> None:
     """Two programs (of 64 and of 72 tokens), buffers refilled by a second batch, a prefix."""
-    monkeypatch.setitem(sampler.PROGRAMS, "cpu", 2)
     gpt = tiny(grid=(6, 12))
     text, mask = texts()
     config = SamplingConfig(cfg_scale=2, top_k=9, top_p=0.9)
@@ -308,4 +307,18 @@ def test_compiled_draws_the_same_pictures(monkeypatch: pytest.MonkeyPatch) -> No
         assert torch.equal(fast(text[rows], mask[rows], config, seeds), plain)
     again = fast(text[rows], mask[rows], config, seeds, prefix=plain[:, :66])
     assert torch.equal(again, plain)
-    assert len(fast._programs) == 1
+    (program,) = fast._programs.values()
+    assert sorted(program.steps) == [64, 72]
+
+
+@pytest.mark.slow
+def test_a_server_may_compile_for_many_batch_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo by itself refuses the ninth program of one function."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # tracing is what is tried
+    gpt = tiny(grid=(1, 2))
+    fast = Sampler(gpt, compile=True)
+    config = SamplingConfig(cfg_scale=1)
+    for batch in range(1, 11):
+        seeds = list(range(batch))
+        assert torch.equal(fast(None, None, config, seeds), sample(gpt, None, None, config, seeds))
+    assert len(fast._programs) == 10
