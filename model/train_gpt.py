@@ -87,9 +87,9 @@ def train(
     text = _frozen_text(inputs["text"], device)
     seed_all(seed, "gpt")
     gpt = GPT(config, tokens.info["vocabulary"], tokens.info["grid"], text.width).to(device)
-    optimizers: dict[str, torch.optim.Optimizer] = {"adamw": adamw(gpt, training)}
-    if config.optimizer == "muon":
-        optimizers = muon(gpt, gpt.blocks, training)
+    optimizers: dict[str, torch.optim.Optimizer] = (
+        muon(gpt, gpt.blocks, training) if config.optimizer == "muon" else {"adamw": adamw(gpt, training)}
+    )
     ema = Ema(gpt, training.ema)
     best = {name: tensor.clone() for name, tensor in gpt.state_dict().items()}  # what `keep` chooses
     best_figures = {"step": 0.0, "nll": math.inf}
