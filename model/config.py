@@ -160,6 +160,7 @@ class VQVAEConfig(Section):
     multipliers: list[Positive] = [1, 2, 2, 4]  # channels per level, in `width`s; log2(factor / stem) + 1
     blocks: Positive = 2  # residual blocks per level
     stem: Literal[1, 2, 4] = 1  # stem × stem pixels folded into channels first: cheap where pictures are flat
+    value_range: tuple[float, float] = (-1.0, 1.0)  # what the net sees for the pixel values 0 and 255
     dropout: Share = 0.0
     quantizer: Literal["vq", "fsq"] = "vq"
     codebook_size: Positive = 1024  # vq: entries K
@@ -179,6 +180,8 @@ class VQVAEConfig(Section):
                 f"multipliers has {len(self.multipliers)} entries; factor {self.factor} with stem {self.stem}"
                 f" needs {levels}"
             )
+        if not self.value_range[0] < self.value_range[1]:
+            raise ValueError(f"value_range {list(self.value_range)} must be [low, high] with low below high")
         return self
 
     @property

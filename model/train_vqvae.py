@@ -222,7 +222,7 @@ def _first_latents(net: VQVAE, batches: Iterator[ImageBatch]) -> Tensor:
     device = next(net.parameters()).device
     found, count = [], 0
     while count < KMEANS_VECTORS * net.vocabulary:
-        found.append(net.encoder(to_tensor(next(batches).images.to(device))))
+        found.append(net.latents(to_tensor(next(batches).images.to(device))))
         count += found[-1][:, 0].numel()
     return torch.cat(found)
 

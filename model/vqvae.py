@@ -1,8 +1,8 @@
 """The VQ-VAE: a convolutional encoder and decoder around a quantizer.
 
 Letters: B batch, H W pixels, h w token grid (H / factor, W / factor), C channels, D code dimension, K codes.
-Images are float (B, 3, H, W) in [-1, 1], codes int64 (B, h, w). Convolutions alone, so any picture whose
-sides are multiples of the factor passes.
+Images are float (B, 3, H, W) in [-1, 1], which the convolutions see in the config's `value_range`; codes are
+int64 (B, h, w). Convolutions alone, so any picture whose sides are multiples of the factor passes.
 """
 
 from __future__ import annotations
@@ -86,6 +86,8 @@ class VQVAE(nn.Module):
         self.config = config
         self.factor = config.factor
         self.vocabulary = config.vocabulary
+        low, high = config.value_range
+        self._value_range = (high - low) / 2, (high + low) / 2  # half its width, and its middle
         dim = config.code_dim if config.quantizer == "vq" else len(config.fsq_levels)
         self.encoder = Encoder(config, dim)
         self.quantizer = build_quantizer(config)
@@ -94,9 +96,19 @@ class VQVAE(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstructions (B, 3, H, W), not clamped; codes (B, h, w); the quantizer's loss."""
-        latents = self.encoder(images.contiguous(memory_format=torch.channels_last))
-        quantized, codes, loss = self.quantizer(latents)
-        return self.decoder(quantized), codes, loss
+        quantized, codes, loss = self.quantizer(self.latents(images))
+        return self._pictures(quantized), codes, loss
+
+    def latents(self, images: Tensor) -> Tensor:
+        """What the quantizer gets of images (B, 3, H, W): (B, D, h, w)."""
+        half, middle = self._value_range
+        seen = images if (half, middle) == (1, 0) else images * half + middle
+        return self.encoder(seen.contiguous(memory_format=torch.channels_last))
+
+    def _pictures(self, quantized: Tensor) -> Tensor:
+        half, middle = self._value_range
+        decoded = self.decoder(quantized)
+        return decoded if (half, middle) == (1, 0) else (decoded - middle) / half
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -108,13 +120,13 @@ class VQVAE(nn.Module):
         check_sides(images, self.factor)
         bf16 = self.config.training.precision == "bf16"
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-            latents = self.encoder(images.contiguous(memory_format=torch.channels_last))
+            latents = self.latents(images)
         return self.quantizer(latents)[1]
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] of codes (B, h, w)."""
-        return self.decoder(self.quantizer.lookup(codes)).clamp(-1, 1)
+        return self._pictures(self.quantizer.lookup(codes)).clamp(-1, 1)
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """What is left of the images after `encode` and `decode`."""

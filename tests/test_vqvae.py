@@ -68,6 +68,25 @@ def test_pictures_are_encoded_in_the_precision_of_the_training() -> None:
     assert not torch.equal(codes["fp32"], codes["bf16"])  # so that the lines above tell them apart
 
 
+def test_the_value_range_is_what_the_net_sees_and_nobody_else() -> None:
+    signed, unit = (VQVAE(config(value_range=r, codebook_size=4096)).eval() for r in ((-1, 1), (0, 1)))
+    unit.load_state_dict(signed.state_dict())
+    seen: list[torch.Tensor] = []
+    unit.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    codes = unit.encode(images)
+    torch.testing.assert_close(seen[0], (images + 1) / 2)
+    assert torch.equal(codes, signed.encode((images + 1) / 2))
+    made = signed.decoder(signed.quantizer.lookup(codes)) * 2 - 1
+    torch.testing.assert_close(unit.decode(codes), made.clamp(-1, 1))
+    torch.testing.assert_close(unit(images)[0], made)
+
+
+def test_a_value_range_must_rise() -> None:
+    with pytest.raises(ValueError, match=r"value_range \[1.0, 0.0\] must be \[low, high\]"):
+        config(value_range=(1, 0))
+
+
 def test_sides_must_be_multiples_of_the_factor() -> None:
     with pytest.raises(UserError, match="30 x 32: both sides must be multiples of the factor 4"):
         VQVAE(config()).encode(torch.zeros(1, 3, 32, 30))
