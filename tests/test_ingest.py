@@ -443,6 +443,15 @@ def test_a_tar_cut_in_half_gives_its_first_half(store, here):
     assert made.info["read"] == len(texts) + len(reasons)
 
 
+def test_a_number_of_samples_that_cannot_be_read_is_unknown(store, here):
+    wanted = shards(here)
+    (here / "000_stats.json").write_text('{"successes": 4}')
+    for text in ("", "[]", '{"successes": null}', '{"count": 4}'):
+        (here / "001_stats.json").write_text(text)
+        assert sources.count(wanted.source) == 0
+    assert ingest(wanted).info["read"] == 8
+
+
 def test_an_empty_tar_file_is_quarantined(store, here):
     wanted = shards(here)
     (here / "000.tar").write_bytes(b"")
@@ -489,15 +498,19 @@ def test_every_source_continues_where_it_is_told(here):
     table(here / "a.parquet")
     table(here / "b.parquet", 5)
     write(here, {f"{n}.png": picture(n) for n in range(7)} | {f"{n}.txt": "x" for n in range(7)})
+    tars = shards(here)
+    assert sources.count(tars.source) == 0  # unknown
+    for number in range(2):
+        (here / f"{number:03d}_stats.json").write_text('{"count": 5, "successes": 4}')
     for config in (
         parquet(here),
-        shards(here),
+        tars,
         folder(here),
         shapes(),
         DataConfig(source=OpenMojiSource(groups=["food-fruit"])),
     ):
         everything = list(sources.iterate(config.source, 16))
-        assert sources.count(config.source) in (0, len(everything))
+        assert sources.count(config.source) == len(everything)
         for start in (0, 1, 5, 6, len(everything), len(everything) + 3):
             assert list(sources.iterate(config.source, 16, start)) == everything[start:]
 

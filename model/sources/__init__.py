@@ -4,8 +4,8 @@ A source module has two functions. `iterate(config, side, start)` yields every p
 order and without holding the set in memory; the first `start` are passed over, without reading them where the
 format allows. `fingerprint(config)` says in a few bytes what it will yield, so that a set made from the same
 source is found again, and refuses a source that is not there. Pictures are passed on as the bytes that were
-found, and only `model.images` judges them; sources that draw theirs draw them for a wanted `side`. Where it
-takes no reading to know, `count(config)` says how many records there are.
+found, and only `model.images` judges them; sources that draw theirs draw them for a wanted `side`. Where
+no picture has to be read to know, `count(config)` says how many records there are.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from typing import Any
 
@@ -21,29 +23,26 @@ from model.plumbing import storage
 from model.sources import Record
 
 BATCH = 64  # rows read at a time
+SIDE_BY_SIDE = 16  # files looked at together
 
 
 def iterate(config: ParquetSource, side: int, start: int = 0) -> Iterator[Record]:
     """Rows in the order of the files' names; whole files before `start` are not read."""
     filesystem, files = _files(config)
     for info in files:
-        try:
-            with pq.ParquetFile(filesystem.open_input_file(info.path)) as table:
-                _check_columns(table, config, info.path)
-                if start >= table.metadata.num_rows:
-                    start -= table.metadata.num_rows
-                    continue
-                row = -1
-                for batch in table.iter_batches(BATCH, columns=[config.image_column, config.caption_column]):
-                    images = batch.column(config.image_column)
-                    captions = batch.column(config.caption_column)
-                    for image, caption in zip(images, captions, strict=True):
-                        row += 1
-                        if row >= start:
-                            yield _record(f"{info.base_name}:{row}", image.as_py(), caption.as_py())
-                start = 0
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"data.source.path: {info.path}: {_one_line(error)}") from None
+        with _opened(filesystem, info, config) as table:
+            if start >= table.metadata.num_rows:
+                start -= table.metadata.num_rows
+                continue
+            row = -1
+            for batch in table.iter_batches(BATCH, columns=[config.image_column, config.caption_column]):
+                images = batch.column(config.image_column)
+                captions = batch.column(config.caption_column)
+                for image, caption in zip(images, captions, strict=True):
+                    row += 1
+                    if row >= start:
+                        yield _record(f"{info.base_name}:{row}", image.as_py(), caption.as_py())
+            start = 0
 
 
 def fingerprint(config: ParquetSource) -> str:
@@ -51,6 +50,31 @@ def fingerprint(config: ParquetSource) -> str:
     _, files = _files(config)
     listing = "\n".join(f"{info.path}\0{info.size}\0{info.mtime_ns}" for info in files)
     return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def count(config: ParquetSource) -> int:
+    """Rows of all files, from their footers; a file that is not what it should be is refused here already."""
+    filesystem, files = _files(config)
+
+    def rows(info: pafs.FileInfo) -> int:
+        with _opened(filesystem, info, config) as table:
+            return int(table.metadata.num_rows)
+
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        return sum(pool.map(rows, files))
+
+
+@contextmanager
+def _opened(
+    filesystem: pafs.FileSystem, info: pafs.FileInfo, config: ParquetSource
+) -> Iterator[pq.ParquetFile]:
+    """A file that has the columns that are wanted."""
+    try:
+        with pq.ParquetFile(filesystem.open_input_file(info.path)) as table:
+            _check_columns(table, config, info.path)
+            yield table
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"data.source.path: {info.path}: {_one_line(error)}") from None
 
 
 def _record(key: str, image: Any, caption: Any) -> Record:

@@ -41,6 +41,21 @@ def fingerprint(config: WebDatasetSource) -> str:
     return digest.hexdigest()
 
 
+def count(config: WebDatasetSource) -> int:
+    """Samples of all shards, from img2dataset's `_stats.json` beside each; 0 where one is missing."""
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        counts = list(pool.map(_samples, _uris(config)))
+    return sum(counts) if all(counts) else 0
+
+
+def _samples(uri: str) -> int:
+    try:
+        stats = json.loads(storage.read_bytes(f"{uri.removesuffix('.tar')}_stats.json"))
+        return int(stats["successes"])
+    except (storage.NotFound, ValueError, KeyError, TypeError):
+        return 0  # another program's shards: the number is for the progress line alone
+
+
 def _uris(config: WebDatasetSource) -> list[str]:
     uris = list(expand_urls(config.urls))
     if not all(uri.endswith(".tar") for uri in uris):
