@@ -51,7 +51,7 @@ IMAGE_WINDOW = 32_768  # the same when pictures are read, whose shards are some 
 STRETCH = 4096  # pictures of a rank that are gathered together
 DOWNLOADS = 4  # shards fetched or verified side by side, a window ahead
 RESIDENT_BYTES = 1 << 31  # decoded pictures of a split that are held in memory at most; more are streamed
-CACHE_BYTES = 64 << 30  # of downloaded shards kept on the local disk
+CACHE_GIB = 64  # of downloaded shards kept on the local disk, where the environment says nothing else
 
 
 # ── order ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -122,11 +122,16 @@ class ShardCache:
     """
 
     def __init__(
-        self, manifest: Manifest, folder: str | Path | None = None, limit: int = CACHE_BYTES
+        self, manifest: Manifest, folder: str | Path | None = None, limit: int | None = None
     ) -> None:
-        """`folder` defaults to the environment's `LATENT_GPT_CACHE`, or `~/.cache/latent-gpt`."""
+        """`folder` defaults to the environment's `LATENT_GPT_CACHE`, or `~/.cache/latent-gpt`; `limit` to its
+        `LATENT_GPT_CACHE_GIB`, or 64 GiB.
+
+        Raises:
+            UserError: `LATENT_GPT_CACHE_GIB` is no number above 0.
+        """
         self.manifest = manifest
-        self.limit = limit
+        self.limit = _cache_bytes() if limit is None else limit
         self.files = {file.name: file for file in manifest.files}
         self.local = not storage.is_s3(manifest.uri)
         default = os.environ.get("LATENT_GPT_CACHE") or Path.home() / ".cache" / "latent-gpt"
@@ -174,6 +179,17 @@ class ShardCache:
                 break
             entry.unlink(missing_ok=True)  # who has it open keeps it until it is done
             used -= size
+
+
+def _cache_bytes() -> int:
+    given = os.environ.get("LATENT_GPT_CACHE_GIB") or str(CACHE_GIB)
+    try:
+        size = float(given)
+    except ValueError:
+        size = 0
+    if not 0 < size < math.inf:
+        raise UserError(f"LATENT_GPT_CACHE_GIB is '{given}'; it must be a number of GiB above 0, e.g. 64")
+    return int(size * 2**30)
 
 
 @contextmanager

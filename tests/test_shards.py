@@ -262,6 +262,16 @@ def test_cache_downloads_once_and_verifies_what_it_finds(remote, tmp_path):
     assert len(calls) == 4
 
 
+def test_the_environment_limits_the_cache(remote, monkeypatch):
+    manifest, _ = remote
+    monkeypatch.setenv("LATENT_GPT_CACHE_GIB", "0.5")
+    assert ShardCache(manifest).limit == 2**29
+    for wrong in ("much", "0", "-1", "nan", "inf"):
+        monkeypatch.setenv("LATENT_GPT_CACHE_GIB", wrong)
+        with pytest.raises(UserError, match=f"LATENT_GPT_CACHE_GIB is '{wrong}'; it must be a number of GiB"):
+            ShardCache(manifest)
+
+
 def test_cache_keeps_its_limit(remote, tmp_path):
     manifest, _ = remote
     largest = max(file.size for file in manifest.files)
