@@ -45,8 +45,8 @@ lint: .venv/dev.stamp ## ruff and mypy
 bench: .venv/bench.stamp ## Ours beside its peers, on CPU (ARGS="--rows 4,7")
 	@$(BIN)/python -m benchmarks $(ARGS)
 
-bench-gpu: ## The GPU half, on a machine that has one
-	@$(PYTHON) -m benchmarks --gpu $(ARGS)
+bench-gpu: ## The GPU half, on a machine that has one, in 8 minutes (ARGS="--minutes 0": without a limit)
+	@$(PYTHON) -m benchmarks --gpu --minutes 8 $(ARGS)
 
 lock: $(UV) ## Lock the dependencies anew (versions already locked are kept where they still fit)
 	@$(COMPILE) --output-file requirements.lock

@@ -1,26 +1,62 @@
-"""`python -m benchmarks [--rows 1,4,7] [--gpu] [--out FOLDER]`: measure, print, and write the table."""
+"""`python -m benchmarks [--rows 1,4,7] [--gpu] [--minutes N] [--out FOLDER]`: measure, print, tabulate."""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
+import math
 import pkgutil
+import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 import benchmarks
-from benchmarks.harness import Results, Row, RowFunction, machine, others
+from benchmarks.harness import Part, Results, Row, machine, others
 
 FOLDER = Path(__file__).parent / "results"
+GPU_ORDER = (1, 3, 2, 4, 7, 5, 8, 6, 12)  # what matters most comes first: the time may not do for all
 
 
-def discover(gpu: bool) -> tuple[dict[int, RowFunction], list[str]]:
+class TimeOver(BaseException):
+    """The minutes are over. No `Exception`: libraries catch those."""
+
+
+@contextmanager
+def until(deadline: float) -> Iterator[None]:
+    """Break off what runs inside when `time.monotonic()` reaches the deadline; infinity: never.
+
+    Raises:
+        TimeOver: before anything runs, if it was reached already.
+    """
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeOver
+    if left == math.inf:
+        yield
+        return
+
+    def over(*_: object) -> None:
+        raise TimeOver
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, left)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def discover(gpu: bool) -> tuple[dict[int, list[Part]], list[str]]:
     """Every row that a module beside this one offers, by number; and what is missing for the others."""
-    found: dict[int, RowFunction] = {}
+    found: dict[int, list[Part]] = {}
     missing: list[str] = []
     for module in pkgutil.iter_modules(benchmarks.__path__):
         if module.name.startswith("__"):
@@ -31,30 +67,50 @@ def discover(gpu: bool) -> tuple[dict[int, RowFunction], list[str]]:
             missing.append(f"benchmarks/{module.name}.py needs {error.name}")
         else:
             found |= getattr(loaded, "GPU_ROWS" if gpu else "ROWS", {})
-    return dict(sorted(found.items())), missing
+    order = GPU_ORDER if gpu else sorted(found)
+    return {number: found[number] for number in order if number in found}, missing
 
 
-def measure(number: int, function: RowFunction, device: torch.device) -> list[Row]:
-    """All lines of one number; a row that breaks is a line that says so, and the others go on."""
-    rows: list[Row] = []
+def plan(offered: Mapping[int, Sequence[Part]], wanted: Sequence[int]) -> list[tuple[int, Part]]:
+    """Parts in the order of their rows, first those that do not wait, then those that do."""
+    parts = [(number, part) for number in wanted for part in offered[number]]
+    return sorted(parts, key=lambda numbered: numbered[1].later)
+
+
+def measure(
+    number: int, part: Part, device: torch.device, keep: Callable[[Row], None], deadline: float = math.inf
+) -> None:
+    """Hand over each line of a part as soon as it is measured.
+
+    A part that breaks, or for which the time does not do, is a line that says so, and the others go on.
+    """
+    torch.compiler.reset()  # a second shape of the same code would be compiled as a dynamic one
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     try:
-        for row in function(device):
-            rows.append(row)
-            print(f"  {row.work}: {row.figures} {row.unit}; {row.goal or 'no goal'}: {row.met}", flush=True)
+        with until(deadline):
+            for row in part.measure(device):
+                keep(row)
+    except TimeOver:
+        keep(Row(number, part.work, "", {}, note="left out: the time was over (--minutes)"))
     except Exception as error:
         traceback.print_exc()
         reason = f"FAILED: {type(error).__name__}: {error}"
-        rows.append(Row(number, function.__name__, "", {}, met=False, note=reason[:300]))
-    return rows
+        keep(Row(number, part.work, "", {}, met=False, note=reason[:300]))
 
 
 def main() -> int:
     """Exit code 1 when a row broke, could not be loaded, or had another result than its peer."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Ours beside its peers.")
     parser.add_argument("--rows", default="", help="numbers to measure, e.g. 1,4,7; all by default")
+    parser.add_argument(
+        "--minutes", type=float, default=0, help="what is not done by then is left out; 0: no limit"
+    )
     parser.add_argument("--gpu", action="store_true", help="the GPU half")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the table")
     arguments = parser.parse_args()
+    deadline = time.monotonic() + 60 * arguments.minutes if arguments.minutes else math.inf
     if arguments.gpu and not torch.cuda.is_available():
         parser.error("--gpu: this machine has no CUDA device")
     offered, missing = discover(arguments.gpu)
@@ -68,12 +124,18 @@ def main() -> int:
     print(facts, flush=True)
     results = Results(arguments.out, device.type, facts)
     failed = bool(missing) and not arguments.rows
-    for number in wanted:
+    for number, part in plan(offered, wanted):
         start, busy = time.monotonic(), others()
-        print(f"row {number}", flush=True)
-        rows = measure(number, offered[number], device)
-        results.replace(number, rows, busy)
-        failed |= any(row.note.startswith("FAILED") for row in rows)
+        print(f"row {number}: {part.work}", flush=True)
+
+        def keep(row: Row, busy: float = busy) -> None:
+            nonlocal failed
+            results.add(row, busy)
+            failed |= row.note.startswith("FAILED")
+            said = f"{row.figures} {row.unit}; {row.goal or 'no goal'}: {row.met}"
+            print(f"  {row.work}: {said if row.figures else row.note}", flush=True)
+
+        measure(number, part, device, keep, deadline)
         print(f"  {time.monotonic() - start:.0f} s", flush=True)
     print((arguments.out / f"{device.type}.md").read_text())
     return int(failed)

@@ -1,11 +1,13 @@
 """Ours beside its peers in one run: interleaved timing, the machine's floors, and the table of rows.
 
-A benchmark module exposes `ROWS`, and `GPU_ROWS` where the GPU half has the row too: number of the row →
-function of the device that yields its `Row`s. `python -m benchmarks` runs them.
+A benchmark module exposes `ROWS`, and `GPU_ROWS` where the GPU half has the row too: number of the row → its
+`Part`s. `python -m benchmarks` runs them.
 
     def nearest_code(device: torch.device) -> Iterator[Row]:
         comparison = compare({"ours": ours, "cdist": theirs}, device, same=torch.equal)
         yield comparison.row(7, "nearest code", amount=n, unit="vectors/s", goals={"cdist": 1.2})
+
+    ROWS = {7: [Part("nearest code", nearest_code)]}
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,6 @@ import torch
 
 FLOOR = "floor"  # the name under which goals and figures speak of the machine's limit
 IDLE = 0.2  # cores that a quiet machine may use
-RowFunction = Callable[[torch.device], Iterator["Row"]]
 
 
 # ── what a row says ─────────────────────────────────────────────────────────────────────────────────────
@@ -63,6 +64,15 @@ class Row:
     met: bool | None = None  # None: there is no goal here, or nothing to judge it by
     note: str = ""
     seconds: dict[str, list[float]] = field(default_factory=dict)  # every round, as measured
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is measured, or left out, as one: a line of the table, or a few that belong together."""
+
+    work: str  # its name in the table where it breaks or is left out
+    measure: Callable[[torch.device], Iterator[Row]]
+    later: bool = False  # it waits until the parts of all rows that do not wait are done
 
 
 @dataclass(frozen=True)
@@ -259,7 +269,7 @@ def gemm_rate(dtype: torch.dtype = torch.float32, device: torch.device | str = "
     return 2 * side**3 / best_seconds(lambda: left @ right, device)
 
 
-def others(seconds: float = 1.0) -> float:
+def others(seconds: float = 0.3) -> float:
     """Cores that other processes keep busy while this one waits (Linux).
 
     Not the load average, which still remembers our own row before.
@@ -308,28 +318,38 @@ class Results:
     def __init__(self, folder: Path, name: str, facts: Mapping[str, Any]) -> None:
         self._json, self._markdown = folder / f"{name}.json", folder / f"{name}.md"
         self._facts = dict(facts)
+        self._begun: set[int] = set()  # numbers that this run has lines of
         self._rows: list[dict[str, Any]] = []
         if self._json.exists():
             self._rows = json.loads(self._json.read_text())["rows"]
 
-    def replace(self, number: int, rows: Iterable[Row], others: float = 0.0) -> None:
-        """Set all lines of one number, and write both files.
+    def add(self, row: Row, others: float = 0.0) -> None:
+        """Write both files with one more line; the first of a number drops what was there of it before.
 
         Args:
-            others: cores that others kept busy before they were measured; a busy machine is marked.
+            others: cores that others kept busy before it was measured; a busy machine is marked.
         """
         stamp = {
             "measured": datetime.date.today().isoformat(),
             "commit": _commit(),
             "others": round(others, 1),
         }
-        lines = [dataclasses.asdict(row) | stamp for row in rows]
-        self._rows = [row for row in self._rows if row["number"] != number] + lines
+        if row.number not in self._begun:
+            self._begun.add(row.number)
+            self._rows = [old for old in self._rows if old["number"] != row.number]
+        self._rows.append(dataclasses.asdict(row) | stamp)
         self._rows.sort(key=lambda row: row["number"])
         self._json.parent.mkdir(parents=True, exist_ok=True)
         document = {"machine": self._facts, "rows": self._rows}
-        self._json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-        self._markdown.write_text(markdown(document))
+        _write(self._json, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        _write(self._markdown, markdown(document))
+
+
+def _write(path: Path, text: str) -> None:
+    """All or nothing: the machine may be taken away at any moment."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def markdown(document: Mapping[str, Any]) -> str:

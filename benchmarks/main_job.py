@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import Row
+from benchmarks.harness import Part, Row
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 0.2
@@ -124,4 +124,4 @@ def _run(preset: str, state: str) -> Iterator[tuple[float, str]]:
         raise RuntimeError(f"latent-gpt run --preset {preset} ended with status {code}")
 
 
-ROWS = {11: main_job}
+ROWS = {11: [Part("the main job", main_job)]}

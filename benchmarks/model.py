@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList
 
-from benchmarks.harness import FLOOR, Row, RowFunction, compare, copy_bandwidth, gemm_rate
+from benchmarks.harness import FLOOR, Part, Row, compare, copy_bandwidth, gemm_rate
 from model.config import SamplingConfig, TrainingConfig, TransformerConfig
 from model.gpt import GPT
 from model.optim import adamw
@@ -21,55 +22,41 @@ from model.sampler import Sampler
 
 TEXT = 77  # states of a caption, unpadded
 SCALE = 2.0  # of guidance
-CPU_SIZES = [(8, 256, 8, 1024, 16)]  # depth, width, heads, codes, side of the grid
-GPU_SIZES = [(12, 768, 12, 16384, 16), (36, 1280, 20, 16384, 16)]
-GPU_TRAINING = [
-    ((12, 768, 12, 16384, 16), 64, 620e3),  # size, batch, tokens/s aimed at
-    ((24, 1024, 16, 16384, 16), 32, 209e3),
-    ((36, 1280, 20, 16384, 16), 16, 101e3),
-    ((12, 768, 12, 16384, 32), 16, 0.0),
-]
+Size = tuple[int, int, int, int, int]  # depth, width, heads, codes, side of the grid
+TINY: Size = (8, 256, 8, 1024, 16)
+SMALL: Size = (12, 768, 12, 16384, 16)
+SMALL_LONG: Size = (12, 768, 12, 16384, 32)
+MEDIUM: Size = (24, 1024, 16, 16384, 16)
+LARGE: Size = (36, 1280, 20, 16384, 16)
 
 
 # ── rows 1 and 2 ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def one_picture(device: torch.device) -> Iterator[Row]:
-    """Generate the tokens of one picture, plainly and under guidance."""
-    on_gpu = device.type == "cuda"
-    for size in GPU_SIZES if on_gpu else CPU_SIZES:
-        for guided in (False, True):
-            if on_gpu:
-                goals = {
-                    "transformers": 8.0 if size[0] == 12 else 5.0,
-                    FLOOR: 0.25 if size[0] == 12 else 0.45,
-                }
-                yield _generate(1, size, 1, guided, device, compiled=True, goals=goals)
-            else:
-                yield _generate(1, size, 1, guided, device, False, {"transformers": 1.4})
-                yield _generate(1, size, 1, guided, device, True, {"transformers": 3.3, FLOOR: 0.45})
-
-
-def many_pictures(device: torch.device) -> Iterator[Row]:
-    """The same for batches: 16 on a CPU, 8 and 64 under guidance on a GPU."""
-    if device.type == "cuda":
-        for size in GPU_SIZES:
-            for batch in (8, 64):
-                yield _generate(2, size, batch, True, device, True, {"transformers": 2.0, FLOOR: 0.5})
-        return
-    yield _generate(2, CPU_SIZES[0], 16, False, device, False, {"transformers": 1.4})
-    yield _generate(2, CPU_SIZES[0], 16, False, device, True, {"transformers": 1.4})
+def _generation(
+    number: int,
+    size: Size,
+    batch: int,
+    guided: bool,
+    compiled: bool,
+    goals: dict[str, float],
+) -> Part:
+    what = f"{size[0]} x {size[1]}, batch {batch}{', guided' if guided else ''}"
+    work = f"generate {size[4] ** 2} tokens, {what}{', compiled' if compiled else ''}"
+    measure = partial(_generate, number, work, size, batch, guided, compiled, goals)
+    return Part(work, measure, later=size == LARGE)
 
 
 def _generate(
     number: int,
-    size: tuple[int, ...],
+    work: str,
+    size: Size,
     batch: int,
     guided: bool,
-    device: torch.device,
     compiled: bool,
     goals: dict[str, float],
-) -> Row:
+    device: torch.device,
+) -> Iterator[Row]:
     gpt = random_gpt(size, device)
     if device.type == "cuda":
         gpt = gpt.bfloat16()
@@ -85,10 +72,9 @@ def _generate(
     same = torch.equal if gpt.embedding.weight.dtype == torch.float32 else (lambda a, b: a.shape == b.shape)
     comparison = compare(ways, device, warmup=1, rounds=3, same=same)
     rows = batch * (2 if guided else 1)
-    what = f"{size[0]} x {size[1]}, batch {batch}{', guided' if guided else ''}"
-    return comparison.row(
+    yield comparison.row(
         number,
-        f"generate {gpt.tokens} tokens, {what}{', compiled' if compiled else ''}",
+        work,
         amount=batch * gpt.tokens,
         unit="tokens/s",
         goals=goals,
@@ -142,20 +128,17 @@ def twin_generate(gpt: GPT, twin: GPT2LMHeadModel, text: Tensor, guided: bool) -
 # ── row 3 ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def training(device: torch.device) -> Iterator[Row]:
-    """A training step: forward, backward, fused AdamW."""
-    if device.type == "cuda":
-        for size, batch, _ in GPU_TRAINING:
-            yield _train(size, batch, torch.bfloat16, device, {"transformers compiled": 1.2})
-        return
-    for dtype in (torch.float32, torch.bfloat16):
-        goals = {"transformers": 1.2, "transformers compiled": 1.0, FLOOR: 0.75}
-        yield _train(CPU_SIZES[0], 8, dtype, device, goals if dtype == torch.float32 else {FLOOR: 0.5})
+def _training(size: Size, batch: int, dtype: torch.dtype, goals: dict[str, float]) -> Part:
+    name = "fp32" if dtype == torch.float32 else "bf16"
+    work = f"training step, {size[0]} x {size[1]}, {batch} x {size[4] ** 2} tokens, {name}"
+    measure = partial(_train, work, size, batch, dtype, goals)
+    return Part(work, measure, later=size in (MEDIUM, LARGE))
 
 
 def _train(
-    size: tuple[int, ...], batch: int, dtype: torch.dtype, device: torch.device, goals: dict[str, float]
-) -> Row:
+    work: str, size: Size, batch: int, dtype: torch.dtype, goals: dict[str, float], device: torch.device
+) -> Iterator[Row]:
+    """Forward, backward, fused AdamW."""
     gpt = random_gpt(size, device).train()
     twin = hugging_face_twin(gpt).to(device).train()
     compiled_twin = hugging_face_twin(gpt).to(device).train()
@@ -191,12 +174,10 @@ def _train(
     comparison = compare(
         ways, device, warmup=2, rounds=5, same=lambda a, b: abs(float(a) - float(b)) < tolerance
     )
-    tokens = batch * gpt.tokens
-    name = "fp32" if dtype == torch.float32 else "bf16"
-    return comparison.row(
+    yield comparison.row(
         3,
-        f"training step, {size[0]} x {size[1]}, {batch} x {gpt.tokens} tokens, {name}",
-        amount=tokens,
+        work,
+        amount=batch * gpt.tokens,
         unit="tokens/s",
         goals=goals,
         floor=gemm_rate(dtype, device) / gpt.flops_per_token(TEXT),
@@ -206,7 +187,7 @@ def _train(
 # ── what both rows need ─────────────────────────────────────────────────────────────────────────────────
 
 
-def random_gpt(size: tuple[int, ...], device: torch.device) -> GPT:
+def random_gpt(size: Size, device: torch.device) -> GPT:
     """An `arch: gpt2` model with weights that make codes depend on codes and text."""
     depth, width, heads, vocabulary, side = size
     training = TrainingConfig(steps=1000, batch_size=8)
@@ -261,5 +242,36 @@ def hugging_face_twin(gpt: GPT, dropout: float = 0.0) -> GPT2LMHeadModel:
     return twin
 
 
-ROWS: dict[int, RowFunction] = {1: one_picture, 2: many_pictures, 3: training}
-GPU_ROWS = ROWS
+ROWS = {
+    1: [
+        _generation(1, TINY, 1, False, False, {"transformers": 1.4}),
+        _generation(1, TINY, 1, False, True, {"transformers": 3.3, FLOOR: 0.45}),
+        _generation(1, TINY, 1, True, False, {"transformers": 1.4}),
+        _generation(1, TINY, 1, True, True, {"transformers": 3.3, FLOOR: 0.45}),
+    ],
+    2: [
+        _generation(2, TINY, 16, False, False, {"transformers": 1.4}),
+        _generation(2, TINY, 16, False, True, {"transformers": 1.4}),
+    ],
+    3: [
+        _training(TINY, 8, torch.float32, {"transformers": 1.2, "transformers compiled": 1.0, FLOOR: 0.75}),
+        _training(TINY, 8, torch.bfloat16, {FLOOR: 0.5}),
+    ],
+}
+GPU_ROWS = {
+    1: [
+        _generation(1, SMALL, 1, False, True, {"transformers": 8.0, FLOOR: 0.25}),
+        _generation(1, SMALL, 1, True, True, {"transformers": 8.0, FLOOR: 0.25}),
+        _generation(1, LARGE, 1, False, True, {"transformers": 5.0, FLOOR: 0.45}),
+        _generation(1, LARGE, 1, True, True, {"transformers": 5.0, FLOOR: 0.45}),
+    ],
+    2: [
+        _generation(2, size, batch, True, True, {"transformers": 2.0, FLOOR: 0.5})
+        for size in (SMALL, LARGE)
+        for batch in (8, 64)
+    ],
+    3: [
+        _training(size, batch, torch.bfloat16, {"transformers compiled": 1.2})
+        for size, batch in ((SMALL, 64), (SMALL_LONG, 16), (MEDIUM, 32), (LARGE, 16))
+    ],
+}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import FLOOR, Ratio, Row, compare, copy_bandwidth, gemm_rate, judge, peak_memory
+from benchmarks.harness import FLOOR, Part, Ratio, Row, compare, copy_bandwidth, gemm_rate, judge, peak_memory
 from model.config import TrainingConfig, VQVAEConfig
 from model.losses import ReconstructionLoss
 from model.optim import adamw
@@ -31,9 +31,9 @@ BF16_ROUNDING = 0.02  # in the cosine between a latent and its code
 # ── row 4 ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def autoencoder(device: torch.device) -> Iterator[Row]:
-    """Encode pictures, and train on them."""
-    config = VQVAEConfig(
+def vqvae_config(device: torch.device) -> VQVAEConfig:
+    """The preset's, see above."""
+    return VQVAEConfig(
         factor=16,
         width=WIDTH[device.type],
         multipliers=[1, 1, 2, 2, 4],
@@ -41,9 +41,6 @@ def autoencoder(device: torch.device) -> Iterator[Row]:
         code_dim=DIM,
         training=TrainingConfig(steps=1000, batch_size=BATCH[device.type], precision="bf16", compile=True),
     )
-    torch.manual_seed(0)
-    yield _encode(config, _pictures(BATCH_PIXELS[device.type] // SIDE**2, device), device)
-    yield _train(config, _pictures(BATCH[device.type], device), device)
 
 
 def _pictures(count: int, device: torch.device) -> Tensor:
@@ -75,7 +72,11 @@ def vqmodel(config: VQVAEConfig) -> nn.Module:
 
 
 @torch.no_grad()
-def _encode(config: VQVAEConfig, images: Tensor, device: torch.device) -> Row:
+def encoding(device: torch.device) -> Iterator[Row]:
+    """Pictures to codes, as a set is tokenized."""
+    torch.manual_seed(0)
+    config = vqvae_config(device)
+    images = _pictures(BATCH_PIXELS[device.type] // SIDE**2, device)
     net = VQVAE(config).to(device).eval()
     latents = F.normalize(net.encoder(images), dim=1)
     net.quantizer.codebook.copy_(F.normalize(torch.randn_like(net.quantizer.codebook), dim=1))
@@ -115,7 +116,7 @@ def _encode(config: VQVAEConfig, images: Tensor, device: torch.device) -> Row:
         name: (ways[name]() == ways["plain"]()).float().mean().item() for name in ("ours", "ours in fp32")
     }
     work = {name: _flops(ways[name]) / len(images) / 1e9 for name in ("ours", "diffusers")}
-    return comparison.row(
+    yield comparison.row(
         4,
         f"VQ-VAE encode, {SIDE} px f16, width {config.width}, batch {len(images)}",
         amount=len(images),
@@ -130,7 +131,11 @@ def _encode(config: VQVAEConfig, images: Tensor, device: torch.device) -> Row:
     )
 
 
-def _train(config: VQVAEConfig, images: Tensor, device: torch.device) -> Row:
+def training(device: torch.device) -> Iterator[Row]:
+    """A step without the discriminator."""
+    torch.manual_seed(0)
+    config = vqvae_config(device)
+    images = _pictures(BATCH[device.type], device)
     criterion = ReconstructionLoss(config.loss).to(device)
     torch.manual_seed(0)
     ours = VQVAE(config).to(device)
@@ -188,7 +193,7 @@ def _train(config: VQVAEConfig, images: Tensor, device: torch.device) -> Row:
         incomparable=["diffusers"],
     )
     work = {name: _flops(ways[name]) / len(images) / 1e9 for name in ("plain", "diffusers")}
-    return comparison.row(
+    yield comparison.row(
         4,
         f"VQ-VAE training step, {SIDE} px f16, width {config.width}, batch {len(images)}",
         amount=len(images),
@@ -263,5 +268,8 @@ def nearest_code(device: torch.device) -> Iterator[Row]:
         yield Row(7, f"{work}: memory at its height", "MiB", peaks, shown, goal=goal, met=met)
 
 
-ROWS = {4: autoencoder, 7: nearest_code}
+ROWS = {
+    4: [Part("VQ-VAE encode", encoding), Part("VQ-VAE training step", training)],
+    7: [Part("nearest code", nearest_code)],
+}
 GPU_ROWS = ROWS

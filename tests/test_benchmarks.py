@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import pkgutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -18,7 +21,7 @@ import benchmarks
 from benchmarks import __main__ as command
 from benchmarks import harness
 from benchmarks.growth import exponent
-from benchmarks.harness import Comparison, Ratio, Results, Row, compare
+from benchmarks.harness import Comparison, Part, Ratio, Results, Row, compare
 from benchmarks.main_job import Timeline
 
 pytestmark = pytest.mark.slow  # too long for the inner loop
@@ -78,9 +81,13 @@ def test_peak_memory_sees_what_is_freed_again() -> None:
 def test_the_table_keeps_rows_that_were_not_measured_again(tmp_path: Path) -> None:
     comparison = Comparison({"ours": [1.0], "peer": [2.0]})
     rows = [comparison.row(n, f"work|{n}", amount=1, unit="u/s", goals={"peer": 3.0}) for n in (2, 1)]
-    Results(tmp_path, "cpu", {"cores": 2}).replace(2, [rows[0]])
-    Results(tmp_path, "cpu", {"cores": 2}).replace(1, [rows[1], rows[1]])
-    Results(tmp_path, "cpu", {"cores": 2}).replace(1, [rows[1]])
+    Results(tmp_path, "cpu", {"cores": 2}).add(rows[0])
+    twice = Results(tmp_path, "cpu", {"cores": 2})
+    for _ in range(2):
+        twice.add(rows[1])
+    document = json.loads((tmp_path / "cpu.json").read_text())
+    assert [row["number"] for row in document["rows"]] == [1, 1, 2]
+    Results(tmp_path, "cpu", {"cores": 2}).add(rows[1])
     document = json.loads((tmp_path / "cpu.json").read_text())
     assert [row["number"] for row in document["rows"]] == [1, 2]
     assert document["rows"][0]["ratios"] == {"peer": {"median": 2.0, "low": 2.0, "high": 2.0}}
@@ -95,9 +102,71 @@ def test_a_row_that_breaks_is_a_failed_line_and_keeps_what_was_measured() -> Non
         yield Row(3, "fine", "s", {"ours": 1.0})
         raise RuntimeError("no such peer")
 
-    rows = command.measure(3, broken, CPU)
-    assert [row.met for row in rows] == [None, False]
+    rows: list[Row] = []
+    command.measure(3, Part("work", broken), CPU, rows.append)
+    assert [(row.work, row.met) for row in rows] == [("fine", None), ("work", False)]
     assert rows[1].note == "FAILED: RuntimeError: no such peer"
+
+
+def test_parts_that_wait_come_after_those_of_all_rows() -> None:
+    def part(work: str, later: bool = False) -> Part:
+        return Part(work, lambda device: iter(()), later)
+
+    offered = {1: [part("a"), part("A", later=True), part("b")], 2: [part("c")], 3: [part("C", later=True)]}
+    plan = [(number, part.work) for number, part in command.plan(offered, [3, 1, 2])]
+    assert plan == [(1, "a"), (1, "b"), (2, "c"), (3, "C"), (1, "A")]
+
+
+def test_a_part_whose_time_is_over_is_left_out_by_name() -> None:
+    rows: list[Row] = []
+    part = Part("work", lambda device: pytest.fail("it was begun"))
+    command.measure(3, part, CPU, rows.append, deadline=-math.inf)
+    (row,) = rows
+    assert (row.number, row.work, row.met, row.figures) == (3, "work", None, {})
+    assert row.note.startswith("left out")
+
+
+def test_a_part_is_broken_off_when_its_time_is_over_and_keeps_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def endless(device: torch.device) -> Iterator[Row]:
+        yield Row(3, "fine", "s", {"ours": 1.0})
+        while True:
+            with suppress(Exception):  # as libraries do
+                time.sleep(1)
+
+    rows: list[Row] = []
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    command.measure(3, Part("work", endless), CPU, rows.append, deadline=0.2)
+    assert [(row.work, row.met) for row in rows] == [("fine", None), ("work", None)]
+    assert rows[1].note.startswith("left out")
+
+
+def test_a_run_writes_each_line_at_once_and_names_what_it_leaves_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+
+    def slow(device: torch.device) -> Iterator[Row]:
+        yield Row(1, "first", "s", {"ours": 1.0})
+        assert json.loads((tmp_path / "cpu.json").read_text())["rows"][0]["work"] == "first"
+        clock[0] += 61
+
+    def quick(device: torch.device) -> Iterator[Row]:
+        yield Row(2, "second", "s", {"ours": 1.0})
+
+    offered = {1: [Part("slow", slow)], 2: [Part("quick", quick)]}
+    monkeypatch.setattr(command, "discover", lambda gpu: (offered, []))
+    monkeypatch.setattr(command, "machine", lambda device: {"cores": 2})
+    monkeypatch.setattr(command, "others", lambda: 0.0)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--minutes", "1", "--out", str(tmp_path)])
+    assert command.main() == 0
+    first, second = (tmp_path / "cpu.md").read_text().splitlines()[-2:]
+    assert first.startswith("| 1 | first | ours 1 s")
+    assert second.startswith("| 2 | quick |")
+    assert "left out: the time was over" in second
+    assert "quick: left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(benchmarks.__path__)])
@@ -154,8 +223,8 @@ def test_the_exponent_is_the_slope_of_the_logarithms() -> None:
 
 def test_rows_of_a_busy_machine_say_so(tmp_path: Path) -> None:
     results = Results(tmp_path, "cpu", {})
-    results.replace(1, [Row(1, "calm", "s", {"ours": 1.0})], others=0.1)
-    results.replace(2, [Row(2, "busy", "s", {"ours": 1.0})], others=1.5)
+    results.add(Row(1, "calm", "s", {"ours": 1.0}), others=0.1)
+    results.add(Row(2, "busy", "s", {"ours": 1.0}), others=1.5)
     calm, busy = (tmp_path / "cpu.md").read_text().splitlines()[-2:]
     assert "others" not in calm
     assert "(others kept 1.5 cores busy)" in busy
