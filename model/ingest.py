@@ -20,6 +20,7 @@ import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby, islice
@@ -30,7 +31,7 @@ from typing import Any, BinaryIO
 from model import sources
 from model.config import DataConfig
 from model.errors import UserError
-from model.parallel import cores, parallel_map
+from model.parallel import cores, parallel_map, single_threaded
 from model.plumbing import storage
 from model.plumbing.manifests import File, Manifest, SetWriter, find
 from model.plumbing.progress import Progress
@@ -187,9 +188,11 @@ def _chunks(
                 return
             number += 1
 
-    results = parallel_map(partial(_work, config=config), batches(), threads=cores() <= THREADS_ENOUGH)
-    for number, group in groupby(results, key=itemgetter(0)):
-        yield number, (outcome for _, outcomes in group for outcome in outcomes)
+    threads = cores() <= THREADS_ENOUGH
+    with single_threaded() if threads else nullcontext():
+        results = parallel_map(partial(_work, config=config), batches(), threads=threads)
+        for number, group in groupby(results, key=itemgetter(0)):
+            yield number, (outcome for _, outcomes in group for outcome in outcomes)
 
 
 def _work(task: tuple[int, list[Record]], config: DataConfig) -> tuple[int, list[Picture | Bad]]:

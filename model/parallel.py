@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from typing import TypeVar
 
@@ -36,7 +37,7 @@ def parallel_map(
     if threads:
         pool = ThreadPoolExecutor(workers)
     else:
-        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_alone)
     source = iter(items)
     window: deque[Future[Result]] = deque()
     try:
@@ -47,3 +48,23 @@ def parallel_map(
             yield result
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _alone() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded: every core has a process of its own
+
+
+@contextmanager
+def single_threaded() -> Iterator[int]:
+    """Within the block torch computes with one thread for each thread that calls it; gives how many it had.
+
+    Workers that each compute a part of their own are quicker than a team that meets at every layer.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)

@@ -1,16 +1,17 @@
 """The tokenize job: image shards to token shards, each rank its own, resumable shard by shard.
 
-Pictures are decoded on all cores while the frozen tokenizer encodes the batch before. Of each picture `views`
-are encoded: view 0 as it is, the others flipped, shifted and zoomed by chances that follow from the seed and
-the shard's name, so a shard's bytes do not depend on which worker makes it, or when. Of captions only the
-token ids are kept: the text tower runs in the training step (figures in `docs/EXPERIMENTS.md`).
+With a GPU, all cores decode pictures while the frozen tokenizer encodes the batch before; without one, each
+core decodes and encodes batches of its own. Of each picture `views` are encoded: view 0 as it is, the others
+flipped, shifted and zoomed by chances that follow from the seed and the shard's name, so a shard's bytes do
+not depend on which worker makes it, or when. Of captions only the token ids are kept: the text tower runs in
+the training step (figures in `docs/EXPERIMENTS.md`).
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from model.config import Augment
 from model.errors import UserError
 from model.images import draw_views, to_tensor, warp
-from model.parallel import parallel_map
+from model.parallel import parallel_map, single_threaded
 from model.plumbing import storage
 from model.plumbing.distributed import derive_seed, setup
 from model.plumbing.jobs import JobSpec, run_worker
@@ -128,7 +129,6 @@ def chances(shard: str, count: int, augment: Augment, seed: int) -> torch.Tensor
     return views
 
 
-@torch.inference_mode()
 def encode_shard(
     entries: list[TarEntry],
     views: torch.Tensor,
@@ -137,19 +137,33 @@ def encode_shard(
     device: torch.device,
     tick: Callable[[int], None],
 ) -> np.ndarray:
-    """Codes (N, V, T) of a shard's pictures; `tick` is told of every batch encoded."""
+    """Codes (N, V, T) of a shard's pictures; `tick` is told of every view encoded."""
     per_batch = max(1, BATCH_PIXELS[device.type] // (side * side))
-    batches = [entries[first : first + per_batch] for first in range(0, len(entries), per_batch)]
+    parts = [slice(first, first + per_batch) for first in range(0, len(entries), per_batch)]
+
+    def decode(part: slice) -> torch.Tensor:
+        return decode_entries(entries[part])
+
+    def encode(pixels: torch.Tensor, part: slice) -> np.ndarray:
+        with torch.inference_mode():  # of this thread alone
+            plain = to_tensor(pixels.to(device, non_blocking=True))
+            found = [
+                tokenizer.encode(warp(plain, views[part, view]) if view else plain)
+                for view in range(views.shape[1])
+            ]
+            return torch.stack(found, dim=1).flatten(2).cpu().numpy()
+
+    def results() -> Iterator[np.ndarray]:
+        if device.type == "cpu":
+            with single_threaded() as cores:
+                yield from parallel_map(lambda part: encode(decode(part), part), parts, cores, threads=True)
+        else:
+            yield from map(encode, parallel_map(decode, parts, threads=True), parts)
+
     codes = np.empty((len(entries), views.shape[1], (side // tokenizer.factor) ** 2), np.int64)
-    first = 0
-    for pixels in parallel_map(decode_entries, batches, threads=True):
-        plain = to_tensor(pixels.to(device, non_blocking=True))
-        part = slice(first, first + len(plain))
-        for view in range(views.shape[1]):
-            images = warp(plain, views[part, view]) if view else plain
-            codes[part, view] = tokenizer.encode(images).flatten(1).cpu().numpy()
-            tick(len(plain))
-        first += len(plain)
+    for part, found in zip(parts, results(), strict=True):
+        codes[part] = found
+        tick(found.shape[0] * found.shape[1])
     return codes
 
 
