@@ -63,6 +63,7 @@ class Window:
 
     epoch: int
     position: int  # of the first, counted from the start of training
+    shards: np.ndarray  # numbers of its shards, ascending
     shard: np.ndarray  # (n,) number of the shard
     row: np.ndarray  # (n,) number within the shard
     chance: np.ndarray  # (n, 2) in [0, 1): which view, which caption
@@ -81,7 +82,7 @@ def shuffled(sizes: Sequence[int], seed: int, start: int = 0, window: int = WIND
                 order = rng.permutation(size)
                 shard = np.repeat(shards, counts[shards])[order]
                 row = np.concatenate([np.arange(counts[s]) for s in shards])[order]
-                yield Window(epoch, position, shard, row, rng.random((size, 2)))
+                yield Window(epoch, position, shards, shard, row, rng.random((size, 2)))
             position += size
         epoch += 1
 
@@ -508,14 +509,14 @@ class TokenReader:
         rest: Stretch | None = None
 
         def fetched(window: Window) -> dict[int, Future[TokenShard]]:
-            missing = (number for number in np.unique(window.shard).tolist() if number not in shards)
+            missing = (number for number in window.shards.tolist() if number not in shards)
             return {number: downloads.submit(self._open, number) for number in missing}
 
         window = next(windows)
         coming = fetched(window)
         while True:
             shards |= {number: shard.result() for number, shard in coming.items()}
-            shards = {number: shards[number] for number in np.unique(window.shard).tolist()}
+            shards = {number: shards[number] for number in window.shards.tolist()}
             following = next(windows)
             coming = fetched(following)
             captions = Captions.of(list(shards.values()))
