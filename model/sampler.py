@@ -310,7 +310,8 @@ class _StaticProgram(_Program):
             logits = gpt.decode(rows, context, cache=cache).float()  # (R, 1, K)
             if guided:
                 with_text, without = logits.chunk(2)
-                logits = torch.lerp(without, with_text, scales[position])  # (B, 1, K)
+                scale = scales.index_select(0, position.view(1))  # `scales[position]` breaks PyTorch 2.11
+                logits = torch.lerp(without, with_text, scale)  # (B, 1, K)
             drawn = draw(logits, config, seeds, position, keys)  # (B, 1)
             codes.index_copy_(1, position.view(1), drawn)
             inputs.copy_(drawn)
