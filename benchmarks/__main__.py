@@ -1,4 +1,4 @@
-"""`python -m benchmarks [--rows 1,4,7] [--gpu] [--minutes N] [--out FOLDER]`: measure, print, tabulate."""
+"""`python -m benchmarks [--rows 1,4,7] [--gpu] [--minutes N] [--rest]`: measure, print, tabulate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import benchmarks
-from benchmarks.harness import Part, Results, Row, machine, others
+from benchmarks.harness import LEFT_OUT, Part, Results, Row, machine, others
 
 FOLDER = Path(__file__).parent / "results"
 GPU_ORDER = (1, 3, 2, 4, 7, 5, 8, 6, 12)  # what matters most comes first: the time may not do for all
@@ -93,7 +93,7 @@ def measure(
             for row in part.measure(device):
                 keep(row)
     except TimeOver:
-        keep(Row(number, part.work, "", {}, note="left out: the time was over (--minutes)"))
+        keep(Row(number, part.work, "", {}, note=f"{LEFT_OUT}the time was over (--minutes)"))
     except Exception as error:
         traceback.print_exc()
         reason = f"FAILED: {type(error).__name__}: {error}"
@@ -107,6 +107,7 @@ def main() -> int:
     parser.add_argument(
         "--minutes", type=float, default=0, help="what is not done by then is left out; 0: no limit"
     )
+    parser.add_argument("--rest", action="store_true", help="only what the table says was left out")
     parser.add_argument("--gpu", action="store_true", help="the GPU half")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the table")
     arguments = parser.parse_args()
@@ -122,15 +123,20 @@ def main() -> int:
     device = torch.device("cuda" if arguments.gpu else "cpu")
     facts = machine(device)
     print(facts, flush=True)
-    results = Results(arguments.out, device.type, facts)
+    results = Results(arguments.out, device.type, facts, arguments.rest)
+    parts = plan(offered, wanted)
+    if arguments.rest:
+        parts = [(number, part) for number, part in parts if (number, part.work) in results.left_out()]
+        if not parts:
+            parser.error(f"--rest: {arguments.out} has no table that says that something was left out")
     failed = bool(missing) and not arguments.rows
-    for number, part in plan(offered, wanted):
+    for number, part in parts:
         start, busy = time.monotonic(), others()
         print(f"row {number}: {part.work}", flush=True)
 
-        def keep(row: Row, busy: float = busy) -> None:
+        def keep(row: Row, busy: float = busy, part: Part = part) -> None:
             nonlocal failed
-            results.add(row, busy)
+            results.add(row, busy, part.work)
             failed |= row.note.startswith("FAILED")
             said = f"{row.figures} {row.unit}; {row.goal or 'no goal'}: {row.met}"
             print(f"  {row.work}: {said if row.figures else row.note}", flush=True)

@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+LEFT_OUT = "left out: "  # begins the note of a part that a run had no time for
 FLOOR = "floor"  # the name under which goals and figures speak of the machine's limit
 IDLE = 0.2  # cores that a quiet machine may use
 
@@ -313,21 +314,31 @@ def _processor() -> str:
 
 
 class Results:
-    """The table in a folder, as JSON and Markdown; rows that are measured again replace those of before."""
+    """The table in a folder, as JSON and Markdown; rows that are measured again replace those of before.
 
-    def __init__(self, folder: Path, name: str, facts: Mapping[str, Any]) -> None:
+    With `rest` they complete them: only lines of parts that had been left out are replaced.
+    """
+
+    def __init__(self, folder: Path, name: str, facts: Mapping[str, Any], rest: bool = False) -> None:
         self._json, self._markdown = folder / f"{name}.json", folder / f"{name}.md"
         self._facts = dict(facts)
         self._begun: set[int] = set()  # numbers that this run has lines of
         self._rows: list[dict[str, Any]] = []
         if self._json.exists():
             self._rows = json.loads(self._json.read_text())["rows"]
+        if rest:
+            self._begun = {row["number"] for row in self._rows}
 
-    def add(self, row: Row, others: float = 0.0) -> None:
+    def left_out(self) -> list[tuple[int, str]]:
+        """Number and name of the parts that the runs so far had no time for."""
+        return [(row["number"], row["work"]) for row in self._rows if row["note"].startswith(LEFT_OUT)]
+
+    def add(self, row: Row, others: float = 0.0, part: str = "") -> None:
         """Write both files with one more line; the first of a number drops what was there of it before.
 
         Args:
             others: cores that others kept busy before it was measured; a busy machine is marked.
+            part: what it is a line of; a line that says that this was left out is replaced.
         """
         stamp = {
             "measured": datetime.date.today().isoformat(),
@@ -337,6 +348,11 @@ class Results:
         if row.number not in self._begun:
             self._begun.add(row.number)
             self._rows = [old for old in self._rows if old["number"] != row.number]
+        self._rows = [
+            old
+            for old in self._rows
+            if (old["number"], old["work"]) != (row.number, part) or not old["note"].startswith(LEFT_OUT)
+        ]
         self._rows.append(dataclasses.asdict(row) | stamp)
         self._rows.sort(key=lambda row: row["number"])
         self._json.parent.mkdir(parents=True, exist_ok=True)

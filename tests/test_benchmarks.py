@@ -167,6 +167,14 @@ def test_a_run_writes_each_line_at_once_and_names_what_it_leaves_out(
     assert second.startswith("| 2 | quick |")
     assert "left out: the time was over" in second
     assert "quick: left out" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--rest", "--out", str(tmp_path)])
+    assert command.main() == 0
+    first, second = (tmp_path / "cpu.md").read_text().splitlines()[-2:]
+    assert first.startswith("| 1 | first | ours 1 s")
+    assert second.startswith("| 2 | second | ours 1 s")
+    assert "slow" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command.main()  # nothing is left
 
 
 @pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(benchmarks.__path__)])
