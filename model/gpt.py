@@ -387,7 +387,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
         with torch.autocast("cpu", enabled=False):
             q, k, v = q.float(), k.float(), v.float()
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    if q.is_cpu and q.shape[2] == 1 and torch.compiler.is_compiling():
+        return _attend_one(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of one query (B, H, 1, d) in a form that inductor fuses on a CPU: one pass over the keys, one
+    over the values. PyTorch's kernel, made for many queries, takes a fifth to a half longer."""
+    scores = (q.float() * k.float()).sum(-1) / math.sqrt(q.shape[-1])  # (B, H, N)
+    if mask is not None:
+        mask = mask.squeeze(-2)
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    return (scores.softmax(-1)[..., None] * v.float()).sum(-2, keepdim=True).to(v.dtype)
 
 
 def rotate(qk: Tensor, rope: Tensor) -> Tensor:
