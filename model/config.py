@@ -99,7 +99,7 @@ class DataConfig(Section):
     background: tuple[int, int, int] = (255, 255, 255)  # under transparency and padding, RGB 0–255
     min_side: Positive = 16  # smaller pictures are quarantined, pixels
     max_pixels: Positive = 64_000_000  # larger pictures are quarantined before they are decoded
-    max_bad_share: Share = 0.05  # more quarantined pictures than this fail the run
+    max_bad_share: Share = 0.05  # more quarantined pictures than this share of all fail the run
     validation_share: Share = 0.05  # share of pictures held out, by hash of their content
     shard_images: Positive = 4096  # pictures per shard
     augment: Augment = Augment()

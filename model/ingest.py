@@ -77,6 +77,7 @@ def _ingest(config: DataConfig, writer: SetWriter, scratch: Path) -> Manifest:
     journal = storage.join(writer.uri, "journal")
     finished = storage.list_uris(journal)
     shards: dict[str, int] = {}  # pictures in each tar
+    total = sources.count(config.source)
     with (scratch / QUARANTINE).open("w", encoding="utf-8") as quarantine:
 
         def account(chunk: Chunk) -> None:
@@ -85,7 +86,7 @@ def _ingest(config: DataConfig, writer: SetWriter, scratch: Path) -> Manifest:
             for entry in chunk.quarantined:
                 quarantine.write(json.dumps(entry, ensure_ascii=False) + "\n")
             quarantine.flush()
-            _check_share(config, counts, scratch / QUARANTINE)
+            _check_share(config, counts, total, scratch / QUARANTINE)
 
         for entry in finished:
             chunk = Chunk.from_json(storage.read_bytes(entry))
@@ -94,7 +95,6 @@ def _ingest(config: DataConfig, writer: SetWriter, scratch: Path) -> Manifest:
             seen.add(chunk.hashes)
             account(chunk)
 
-        total = sources.count(config.source)
         progress = Progress("ingest", total, "img", counted="picture", done=counts["read"])
         start = len(finished) * config.shard_images
         records = sources.iterate(config.source, config.image_size, start)
@@ -103,6 +103,7 @@ def _ingest(config: DataConfig, writer: SetWriter, scratch: Path) -> Manifest:
             storage.write_bytes(storage.join(journal, f"{number:06d}.json"), chunk.to_json())
             seen.add(chunk.hashes)
             account(chunk)
+        _check_share(config, counts, counts["read"], scratch / QUARANTINE)
     if not counts["train"]:
         raise Refused(f"data.source ({config.source.kind}) gave no picture to train on: {_tally(counts)}")
     progress.update(counts["read"])
@@ -339,9 +340,10 @@ class Seen:
 # ── what to say ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _check_share(config: DataConfig, counts: Counter[str], quarantine: Path) -> None:
+def _check_share(config: DataConfig, counts: Counter[str], total: int, quarantine: Path) -> None:
+    """Refuse as soon as more are bad than may be of all or, where `total` is 0 (unknown), of those read."""
     bad, read = counts["quarantined"], counts["read"]
-    if bad <= config.max_bad_share * read:
+    if bad <= config.max_bad_share * (total or read):
         return
     reasons: Counter[str] = Counter()
     examples: dict[str, str] = {}

@@ -339,6 +339,15 @@ def test_too_many_bad_pictures_fail_and_leave_nothing(store, here):
     assert ingest(folder(here, max_bad_share=0.2)).info["quarantined"] == 2
 
 
+def test_the_share_of_bad_pictures_is_that_of_all(store, here):
+    """A bad beginning does not fail a set that is good enough; what cannot be mended fails at once."""
+    write(here, {f"{n}.png": picture(n) if n > 1 else b"" for n in range(8)})
+    write(here, {f"{n}.txt": "x" for n in range(8)})
+    assert ingest(folder(here, shard_images=2, max_bad_share=0.25)).info["quarantined"] == 2
+    with pytest.raises(UserError, match=r"2 of the first 2 pictures are bad, more than max_bad_share 0\.2"):
+        ingest(folder(here, shard_images=2, max_bad_share=0.2, min_side=1))
+
+
 def test_no_good_picture_at_all(store, here):
     write(here, {"a.png": b"", "a.txt": "x"})
     with pytest.raises(UserError, match="gave no picture to train on: 1 read"):
