@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 MIB = 1 << 20
-PART = 16 * MIB  # bytes per part of a large upload or download
+PART = 16 * MIB  # bytes per part of an upload or download, at least
+LARGEST_PART = 64 * MIB  # of large ones: fewer requests, and what breaks off goes on where it broke
 THREADS = 8  # parts under way at once
 READ_AHEAD = MIB  # bytes that a stream buffers
 TEMPORARY = ".partial-"  # prefix of local files that are not complete yet; never listed
@@ -122,7 +123,8 @@ def upload_file(path: str | Path, uri: str) -> None:
     if is_s3(uri):
         bucket, key = split(uri)
         with _explained(uri):
-            client().upload_file(str(path), bucket, key, Config=_transfer())
+            config = _transfer(_part(os.path.getsize(path)))
+            client().upload_file(str(path), bucket, key, Config=config)
     else:
         with open(path, "rb") as source, _local_target(uri) as partial:
             shutil.copyfileobj(source, partial, 4 * MIB)
@@ -363,12 +365,17 @@ def _client(process: int, place: tuple[str, ...], patience: float, attempts: int
 
 
 @functools.cache
-def _transfer() -> TransferConfig:
+def _transfer(part: int) -> TransferConfig:
     from boto3.s3.transfer import TransferConfig
 
     return TransferConfig(
-        multipart_threshold=2 * PART, multipart_chunksize=PART, max_concurrency=THREADS, io_chunksize=MIB
+        multipart_threshold=2 * PART, multipart_chunksize=part, max_concurrency=THREADS, io_chunksize=MIB
     )
+
+
+def _part(size: int) -> int:
+    """Bytes per part of an object: two for each thread, within bounds."""
+    return min(max(PART, -(-size // (2 * THREADS))), LARGEST_PART)
 
 
 def _download(uri: str, target: Any) -> None:
@@ -379,10 +386,11 @@ def _download(uri: str, target: Any) -> None:
             target.flush()
             return
         size, etag = whole.end, whole.etag
+    step = _part(size)
 
     def fetch(start: int) -> None:
         chunk = memoryview(bytearray(MIB))
-        with _S3Stream(uri, etag, start, min(start + PART, size)) as part:
+        with _S3Stream(uri, etag, start, min(start + step, size)) as part:
             position = start
             while count := part.readinto(chunk):
                 os.pwrite(target.fileno(), chunk[:count], position)
@@ -390,7 +398,7 @@ def _download(uri: str, target: Any) -> None:
 
     with ThreadPoolExecutor(THREADS) as pool:
         try:
-            list(pool.map(fetch, range(0, size, PART)))
+            list(pool.map(fetch, range(0, size, step)))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
