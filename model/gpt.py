@@ -381,12 +381,16 @@ def load_gpt(folder: str | Path, device: str | torch.device = "cpu") -> GPT:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """Attention (B, H, n, d) over keys and values (B, H, N, d).
 
-    To train in bf16 on a CPU it is computed in fp32: the bf16 kernel's backward pass is 3 to 5 times as slow.
+    To train on a CPU, attention to all keys is made of products, and causal attention computed in fp32: there
+    the kernels' backward passes are slow, in bf16 by a factor of 3 to 5 (figures in `docs/EXPERIMENTS.md`).
     """
-    if q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad:
-        with torch.autocast("cpu", enabled=False):
-            q, k, v = q.float(), k.float(), v.float()
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    if q.is_cpu and q.requires_grad:
+        if not causal:
+            return _attend_by_products(q, k, v, mask)
+        if q.dtype == torch.bfloat16:
+            with torch.autocast("cpu", enabled=False):
+                q, k, v = q.float(), k.float(), v.float()
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     if q.is_cpu and q.shape[2] == 1 and torch.compiler.is_compiling():
         return _attend_one(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
@@ -396,10 +400,19 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of one query (B, H, 1, d) in a form that inductor fuses on a CPU: one pass over the keys, one
     over the values. PyTorch's kernel, made for many queries, takes a fifth to a half longer."""
     scores = (q.float() * k.float()).sum(-1) / math.sqrt(q.shape[-1])  # (B, H, N)
-    if mask is not None:
-        mask = mask.squeeze(-2)
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    return (scores.softmax(-1)[..., None] * v.float()).sum(-2, keepdim=True).to(v.dtype)
+    shares = _masked(scores, None if mask is None else mask.squeeze(-2)).softmax(-1)
+    return (shares[..., None] * v.float()).sum(-2, keepdim=True).to(v.dtype)
+
+
+def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, n, N)
+    return _masked(scores, mask).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
 
 
 def rotate(qk: Tensor, rope: Tensor) -> Tensor:
