@@ -48,7 +48,7 @@ from model.plumbing.manifests import Manifest
 
 WINDOW = 262_144  # pictures shuffled together when tokens are read
 IMAGE_WINDOW = 32_768  # the same when pictures are read, whose shards are some hundred times larger
-STRETCH = 4096  # pictures of a rank that are gathered together
+STRETCH = 2048  # pictures of a rank that are gathered together
 DOWNLOADS = 4  # shards fetched or verified side by side, a window ahead
 RESIDENT_BYTES = 1 << 31  # decoded pictures of a split that are held in memory at most; more are streamed
 CACHE_GIB = 64  # of downloaded shards kept on the local disk, where the environment says nothing else
@@ -554,16 +554,12 @@ class TokenReader:
         edges = np.searchsorted(place[by_shard], np.arange(len(numbers) + 1))
         codes = np.empty((len(part), self.tokens), next(iter(shards.values())).codes.dtype)
         for shard, begin, end in zip(shards.values(), edges, edges[1:], strict=False):
-            views = shard.codes.shape[1]
-            picture, view = row[by_shard[begin:end]], chance[by_shard[begin:end], 0]
-            flat = picture * views + (view * views).astype(np.int64)
-            shard.codes.reshape(-1, self.tokens).take(flat, axis=0, out=codes[begin:end], mode="clip")
-        back = np.empty_like(by_shard)
-        back[by_shard] = np.arange(len(back))
+            views, at = shard.codes.shape[1], by_shard[begin:end]
+            flat = row[at] * views + (chance[at, 0] * views).astype(np.int64)
+            codes[at] = shard.codes.reshape(-1, self.tokens).take(flat, axis=0, mode="clip")
         sizes = np.asarray(self.sizes)[numbers]
         in_window = (np.cumsum(sizes) - sizes)[place] + row
-        chosen = captions.choose(in_window, chance[:, 1], self.context_length)
-        return Stretch(codes.take(back, axis=0, mode="clip"), *chosen)
+        return Stretch(codes, *captions.choose(in_window, chance[:, 1], self.context_length))
 
     def _batch(self, stretch: Stretch, which: slice) -> TokenBatch:
         """Some pictures of a stretch, as training wants them.
