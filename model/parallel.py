@@ -16,8 +16,9 @@ Result = TypeVar("Result")
 
 
 def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores this process may use: its part of them where several ranks share the machine."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def parallel_map(
@@ -55,8 +56,8 @@ def _alone() -> None:
 
 
 @contextmanager
-def single_threaded() -> Iterator[int]:
-    """Within the block torch computes with one thread for each thread that calls it; gives how many it had.
+def single_threaded() -> Iterator[None]:
+    """Within the block torch computes with one thread for each thread that calls it.
 
     Workers that each compute a part of their own are quicker than a team that meets at every layer.
     """
@@ -65,6 +66,6 @@ def single_threaded() -> Iterator[int]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield threads
+        yield
     finally:
         torch.set_num_threads(threads)

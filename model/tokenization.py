@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -153,17 +154,18 @@ def encode_shard(
             ]
             return torch.stack(found, dim=1).flatten(2).cpu().numpy()
 
-    def results() -> Iterator[np.ndarray]:
+    def results() -> Generator[np.ndarray, None, None]:
         if device.type == "cpu":
-            with single_threaded() as cores:
-                yield from parallel_map(lambda part: encode(decode(part), part), parts, cores, threads=True)
+            with single_threaded():
+                yield from parallel_map(lambda part: encode(decode(part), part), parts, threads=True)
         else:
             yield from map(encode, parallel_map(decode, parts, threads=True), parts)
 
     codes = np.empty((len(entries), views.shape[1], (side // tokenizer.factor) ** 2), np.int64)
-    for part, found in zip(parts, results(), strict=True):
-        codes[part] = found
-        tick(found.shape[0] * found.shape[1])
+    with closing(results()) as every:
+        for part, found in zip(parts, every, strict=True):
+            codes[part] = found
+            tick(found.shape[0] * found.shape[1])
     return codes
 
 

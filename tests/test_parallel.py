@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from model.parallel import parallel_map, single_threaded
+from model.parallel import cores, parallel_map, single_threaded
 
 
 def late_if_even(number: int) -> int:
@@ -51,12 +51,20 @@ def test_an_error_comes_out_in_its_place() -> None:
         next(results)
 
 
+def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    alone = cores()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(alone))
+    assert cores() == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2 * alone))
+    assert cores() == 1
+
+
 def test_threads_that_start_in_a_single_threaded_block_compute_alone() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with single_threaded() as threads:
-            assert threads == 2
+        with single_threaded():
             assert set(parallel_map(torch_threads, range(8), workers=2, threads=True)) == {1}
         assert torch.get_num_threads() == 2
     finally:
@@ -64,5 +72,6 @@ def test_threads_that_start_in_a_single_threaded_block_compute_alone() -> None:
 
 
 @pytest.mark.slow
-def test_processes_compute_alone() -> None:
+def test_processes_compute_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert set(parallel_map(torch_threads, range(4), workers=2)) == {1}

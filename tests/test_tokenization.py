@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,15 @@ from instances import config, publish_models
 from model.errors import UserError
 from model.images import to_tensor
 from model.ingest import ingest
+from model.parallel import cores
 from model.plumbing import storage
 from model.plumbing.jobs import write_spec
 from model.plumbing.manifests import fetch
 from model.shards import TokenReader, load_images
 from model.text import tokenize as text_ids
-from model.tokenization import PARTS, token_name, tokenize
+from model.tokenization import BATCH_PIXELS, PARTS, token_name, tokenize
 from model.tokenizers import load_tokenizer
+from model.vqvae import VQVAE
 from model.work import job
 
 DATA = {
@@ -41,11 +44,26 @@ def spec(store, tmp_path):
     return job("tokens", "tokenize_data", run, "run", inputs), inputs
 
 
-def test_codes_and_captions_are_those_of_the_pictures(spec, tmp_path):
+def test_codes_and_captions_are_those_of_the_pictures(spec, tmp_path, monkeypatch):
+    """Encoded three pictures at a time, by threads that compute alone."""
+    monkeypatch.setitem(BATCH_PIXELS, "cpu", 3 * 16 * 16)
+    threads = set()
+    real = VQVAE.encode
+
+    def encode(self, images):
+        threads.add(threading.get_ident())
+        assert torch.is_inference_mode_enabled()
+        assert torch.get_num_threads() == 1
+        return real(self, images)
+
+    monkeypatch.setattr(VQVAE, "encode", encode)
     job, inputs = spec
     tokens = tokenize(job)
     assert tokens.info["vocabulary"] == 16
     assert tokens.info["grid"] == [4, 4]
+    assert threads
+    assert cores() == 1 or threading.main_thread().ident not in threads
+    monkeypatch.setattr(VQVAE, "encode", real)
     tokenizer = load_tokenizer(fetch(inputs["tokenizer"], tmp_path / "tokenizer"))
     for split in ("train", "validation", "composition"):
         pixels, captions = load_images(inputs["images"], split)

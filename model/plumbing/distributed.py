@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import hashlib
 import json
 import os
 import random
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 PATIENCE = datetime.timedelta(minutes=30)  # for a rank that validates or uploads alone
 
 
@@ -98,6 +101,7 @@ def setup() -> Distributed:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        _keep_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     if world > 1:
@@ -106,6 +110,14 @@ def setup() -> Distributed:
         on_gpu = device.type == "cuda" and torch.cuda.device_count() >= local_world
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
     return Distributed(rank, world, local_rank, device)
+
+
+def _keep_memory() -> None:
+    """Let glibc keep what is freed, or each layer's output is given back and the next one takes new pages."""
+    with suppress(OSError, AttributeError):  # another libc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, 2**30)
 
 
 # ── randomness ──────────────────────────────────────────────────────────────────────────────────────────
