@@ -19,8 +19,8 @@ import tarfile
 import tempfile
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby, islice
@@ -40,6 +40,7 @@ from model.sources import Record
 SPLITS = ("train", "validation", "composition")
 QUARANTINE = "quarantine.jsonl"
 BATCH = 32  # pictures per task of a worker
+LISTED = 1000  # bad pictures that a refusal names one by one
 LONGEST_CAPTION = 1000  # characters; text encoders read some 300
 THREADS_ENOUGH = 4  # cores; with more, Python's lock holds threads up and processes pay for their start
 
@@ -98,11 +99,12 @@ def _ingest(config: DataConfig, writer: SetWriter, scratch: Path) -> Manifest:
         progress = Progress("ingest", total, "img", counted="picture", done=counts["read"])
         start = len(finished) * config.shard_images
         records = sources.iterate(config.source, config.image_size, start)
-        for number, outcomes in _chunks(records, config, len(finished)):
-            chunk = _pack(outcomes, number, config, writer, seen, scratch, progress, counts["read"])
-            storage.write_bytes(storage.join(journal, f"{number:06d}.json"), chunk.to_json())
-            seen.add(chunk.hashes)
-            account(chunk)
+        with closing(_chunks(records, config, len(finished))) as chunks:
+            for number, outcomes in chunks:
+                chunk = _pack(outcomes, number, config, writer, seen, scratch, progress, counts["read"])
+                storage.write_bytes(storage.join(journal, f"{number:06d}.json"), chunk.to_json())
+                seen.add(chunk.hashes)
+                account(chunk)
         _check_share(config, counts, counts["read"], scratch / QUARANTINE)
     if not counts["train"]:
         raise Refused(f"data.source ({config.source.kind}) gave no picture to train on: {_tally(counts)}")
@@ -174,7 +176,7 @@ def _clean(caption: Any) -> str:
 
 def _chunks(
     records: Iterator[Record], config: DataConfig, first: int
-) -> Iterator[tuple[int, Iterator[Picture | Bad]]]:
+) -> Generator[tuple[int, Iterator[Picture | Bad]], None, None]:
     """Outcomes of each chunk of records, in order, worked out on all cores ahead of their use."""
 
     def batches() -> Iterator[tuple[int, list[Record]]]:
@@ -341,15 +343,17 @@ class Seen:
 
 
 def _check_share(config: DataConfig, counts: Counter[str], total: int, quarantine: Path) -> None:
-    """Refuse as soon as more are bad than may be of all or, where `total` is 0 (unknown), of those read."""
+    """Refuse as soon as more are bad than may be of all: of `total`, or of those read where it says less."""
     bad, read = counts["quarantined"], counts["read"]
-    if bad <= config.max_bad_share * (total or read):
+    if bad <= config.max_bad_share * max(total, read):
         return
     reasons: Counter[str] = Counter()
     examples: dict[str, str] = {}
     with quarantine.open(encoding="utf-8") as lines:
         for line in lines:
             entry = json.loads(line)
+            if reasons.total() < LISTED:
+                print(f"ingest  bad: {entry['source']}: {entry['reason']}", flush=True)
             reasons[entry["reason"]] += 1
             examples.setdefault(entry["reason"], entry["source"])
     shown = "; ".join(f"{n} x {reason} ({examples[reason]})" for reason, n in reasons.most_common(5))

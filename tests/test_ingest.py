@@ -461,6 +461,19 @@ def test_a_number_of_samples_that_cannot_be_read_is_unknown(store, here):
     assert ingest(wanted).info["read"] == 8
 
 
+def test_a_wrong_number_of_samples_misleads_nobody_but_the_progress_line(store, here):
+    wanted = shards(here)
+    (here / "000.tar").write_bytes(b"")  # one bad of 5 read
+    for announced in (1, 100):
+        for number in range(2):
+            (here / f"{number:03d}_stats.json").write_text(f'{{"successes": {announced}}}')
+        enough, scarce = (wanted.model_copy(update={"max_bad_share": share}) for share in (0.2, 0.19))
+        with pytest.raises(UserError, match=r"1 of the first 5 pictures are bad.*000\.tar"):
+            ingest(scarce)
+        assert ingest(enough).info["quarantined"] == 1
+        storage.delete_prefix(storage.join(str(store), "images"))
+
+
 def test_an_empty_tar_file_is_quarantined(store, here):
     wanted = shards(here)
     (here / "000.tar").write_bytes(b"")

@@ -120,7 +120,7 @@ def _filesystem(path: str) -> tuple[pafs.FileSystem, str]:
     if not path.startswith("s3://"):
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path))
     scheme, _, endpoint = os.environ.get("S3_ENDPOINT_URL", "").rpartition("://")
-    patience = float(os.environ.get("LATENT_GPT_S3_PATIENCE") or 15)  # seconds, as `storage` waits
+    patience = storage.default_patience()
     filesystem = pafs.S3FileSystem(
         endpoint_override=endpoint or None,
         scheme=scheme or "https",

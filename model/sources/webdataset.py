@@ -52,8 +52,8 @@ def _samples(uri: str) -> int:
     try:
         stats = json.loads(storage.read_bytes(f"{uri.removesuffix('.tar')}_stats.json"))
         return int(stats["successes"])
-    except (storage.NotFound, ValueError, KeyError, TypeError):
-        return 0  # another program's shards: the number is for the progress line alone
+    except (UserError, ValueError, KeyError, TypeError, OverflowError):
+        return 0  # another program's shards, or none of our business: pictures are judged without it
 
 
 def _uris(config: WebDatasetSource) -> list[str]:
