@@ -15,6 +15,7 @@ import pytest
 
 from model.errors import UserError
 from model.plumbing import storage
+from model.plumbing.storage import MIB
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
@@ -23,6 +24,15 @@ def root(request: pytest.FixtureRequest) -> str:
     if request.param == "local":
         return request.getfixturevalue("store")
     return request.getfixturevalue("services")["LATENT_GPT_STORE"]
+
+
+@pytest.mark.parametrize(
+    ("size", "part"),
+    [(0, 16), (256 * MIB, 16), (512 * MIB, 32), (2**30, 64), (2**40, 64)],
+)
+def test_parts_grow_with_the_object_within_bounds(size: int, part: int) -> None:
+    assert storage._part(size) == part * MIB
+    assert storage._part(256 * MIB + 1) == 16 * MIB + 1
 
 
 def test_join_and_split() -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 PART = 16 * MIB  # bytes per part of an upload or download, at least
-LARGEST_PART = 64 * MIB  # of large ones: fewer requests, and what breaks off goes on where it broke
+LARGEST_PART = 64 * MIB  # of large ones: fewer requests; a download that breaks off goes on where it broke
 THREADS = 8  # parts under way at once
 READ_AHEAD = MIB  # bytes that a stream buffers
 TEMPORARY = ".partial-"  # prefix of local files that are not complete yet; never listed
@@ -325,10 +325,15 @@ def client(patience: float | None = None, attempts: int = ATTEMPTS) -> S3Client:
         attempts: tries of one request.
     """
     if patience is None:
-        patience = float(os.environ.get("LATENT_GPT_S3_PATIENCE") or 10)
+        patience = default_patience()
     # Connections must not be shared with a forked child, and tests move from server to server.
     place = tuple(os.environ.get(name, "") for name in ("S3_ENDPOINT_URL", *CREDENTIALS))
     return _client(os.getpid(), place, patience, attempts)
+
+
+def default_patience() -> float:
+    """Seconds to wait for one answer of S3."""
+    return float(os.environ.get("LATENT_GPT_S3_PATIENCE") or 10)
 
 
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION")
