@@ -381,8 +381,9 @@ def load_gpt(folder: str | Path, device: str | torch.device = "cpu") -> GPT:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """Attention (B, H, n, d) over keys and values (B, H, N, d).
 
-    To train on a CPU, attention to all keys is made of products, and causal attention computed in fp32: there
-    the kernels' backward passes are slow, in bf16 by a factor of 3 to 5 (figures in `docs/EXPERIMENTS.md`).
+    To train on a CPU, cross-attention is made of products (in bf16 with scores in bf16, shares in fp32) and
+    causal attention computed in fp32: PyTorch's kernels take up to twice as long for the one, and in bf16
+    three to five times for the other's backward pass (figures in `docs/EXPERIMENTS.md`).
     """
     if q.is_cpu and q.requires_grad:
         if not causal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import math
@@ -21,7 +22,7 @@ import benchmarks
 from benchmarks import __main__ as command
 from benchmarks import harness
 from benchmarks.growth import exponent
-from benchmarks.harness import Comparison, Part, Ratio, Results, Row, compare
+from benchmarks.harness import LEFT_OUT, Comparison, Part, Ratio, Results, Row, compare
 from benchmarks.main_job import Timeline
 
 pytestmark = pytest.mark.slow  # too long for the inner loop
@@ -83,8 +84,8 @@ def test_the_table_keeps_rows_that_were_not_measured_again(tmp_path: Path) -> No
     rows = [comparison.row(n, f"work|{n}", amount=1, unit="u/s", goals={"peer": 3.0}) for n in (2, 1)]
     Results(tmp_path, "cpu", {"cores": 2}).add(rows[0])
     twice = Results(tmp_path, "cpu", {"cores": 2})
-    for _ in range(2):
-        twice.add(rows[1])
+    for row in (rows[1], dataclasses.replace(rows[1], work="another")):
+        twice.add(row)
     document = json.loads((tmp_path / "cpu.json").read_text())
     assert [row["number"] for row in document["rows"]] == [1, 1, 2]
     Results(tmp_path, "cpu", {"cores": 2}).add(rows[1])
@@ -95,6 +96,20 @@ def test_the_table_keeps_rows_that_were_not_measured_again(tmp_path: Path) -> No
     assert lines[0] == "cores 2"
     assert lines[-1].startswith("| 2 | work\\|2 | ours 1, peer 0.5 u/s | peer 2x (2 to 2) |")
     assert "**no**" in lines[-1]
+
+
+def test_the_rest_replaces_what_a_part_that_was_broken_off_had_measured(tmp_path: Path) -> None:
+    left_out = Row(1, "part", "", {}, note=f"{LEFT_OUT}the time was over")
+    first = Results(tmp_path, "cpu", {})
+    for row in (Row(1, "a", "s", {"ours": 1.0}), left_out):
+        first.add(row, part="part")
+    rest = Results(tmp_path, "cpu", {}, rest=True)
+    assert rest.left_out() == [(1, "part")]
+    for work in ("a", "b", "part"):
+        rest.add(Row(1, work, "s", {"ours": 2.0}), part="part")
+    rest.add(left_out, part="part")  # the alarm after the last line
+    lines = [(row["work"], row["figures"]) for row in json.loads((tmp_path / "cpu.json").read_text())["rows"]]
+    assert lines == [("a", {"ours": 2.0}), ("b", {"ours": 2.0}), ("part", {"ours": 2.0})]
 
 
 def test_a_row_that_breaks_is_a_failed_line_and_keeps_what_was_measured() -> None:

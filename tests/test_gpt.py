@@ -7,7 +7,7 @@ import torch
 
 from model.config import TrainingConfig, TransformerConfig
 from model.errors import UserError
-from model.gpt import GPT, build, load_gpt
+from model.gpt import GPT, _attend_one, attend, build, load_gpt
 
 TRAINING = TrainingConfig(steps=10, batch_size=4, warmup_steps=1)
 
@@ -186,3 +186,35 @@ def test_folder_round_trip_and_its_refusals(tmp_path) -> None:
     with pytest.raises(UserError, match="does not fit"):
         load_gpt(tmp_path)
     assert build(gpt.description()).parameter_count() == gpt.parameter_count()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ways_to_attend_agree(dtype: torch.dtype, masked: bool) -> None:
+    """In training by products, in compiled steps of one query by sums, elsewhere PyTorch's kernel."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8) for n in (5, 7, 7))
+    mask = None
+    if masked:
+        mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0], [1, 0, 1, 1, 1, 1, 0]], dtype=torch.bool)[
+            :, None, None, :
+        ]
+    exact = attend(q, k, v, mask)
+    grads = torch.autograd.grad(
+        torch.nn.functional.scaled_dot_product_attention(
+            *(leaves := [t.clone().requires_grad_() for t in (q, k, v)]), attn_mask=mask
+        ).sum(),
+        leaves,
+    )
+    near = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 3e-2, "rtol": 3e-2}
+    learning = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+    made = attend(*learning, mask)
+    assert made.dtype == dtype
+    torch.testing.assert_close(made.float(), exact, **near)
+    for ours, theirs in zip(torch.autograd.grad(made.sum(), learning), grads, strict=True):
+        torch.testing.assert_close(ours.float(), theirs, **near)
+    one = _attend_one(q[:, :, :1].to(dtype), k.to(dtype), v.to(dtype), mask)
+    torch.testing.assert_close(one.float(), exact[:, :, :1], **near)
+    if mask is not None:
+        added = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        torch.testing.assert_close(_attend_one(q[:, :, :1], k, v, added), exact[:, :, :1])

@@ -161,21 +161,23 @@ def test_an_unknown_model_is_refused(first: subprocess.CompletedProcess[str], st
     assert "no alias winner" in line
 
 
-def test_mlflow_holds_one_parent_with_a_child_per_trained_step(
-    first: subprocess.CompletedProcess[str], state: Path
-) -> None:
+def mlflow_runs(state: Path) -> list[list[str]]:
+    """Step, status, parent, id and experiment of every run, in the order of their starts.
+
+    Asked by a process of its own: the services must be those of this state folder.
+    """
     code = """
-import json, os, sys
+import json, sys
 from pathlib import Path
 from model.plumbing.services import services
 from model.plumbing.tracking import mlflow_client, STEP_TAG
 with services(Path(sys.argv[1])):
     client = mlflow_client()
-    phases = {"latent-gpt-custom-vqvae", "vqvae-training"}
-    names = {e.experiment_id: e.name for e in client.search_experiments() if e.name in phases}
+    names = {e.experiment_id: e.name for e in client.search_experiments() if e.name != "Default"}
     runs = client.search_runs(list(names), order_by=["attributes.start_time ASC"])
-    tags = [(names[run.info.experiment_id], run.info, run.data.tags) for run in runs]
-    print(json.dumps([[t[STEP_TAG], i.status, t.get("mlflow.parentRunId"), i.run_id, n] for n, i, t in tags]))
+    found = [(run.data.tags, run.info, names[run.info.experiment_id]) for run in runs]
+    parent = "mlflow.parentRunId"
+    print(json.dumps([[tags[STEP_TAG], i.status, tags.get(parent), i.run_id, n] for tags, i, n in found]))
 """
     done = subprocess.run(
         [sys.executable, "-c", code, str(state)],
@@ -185,7 +187,14 @@ with services(Path(sys.argv[1])):
         text=True,
         check=True,
     )
-    runs = json.loads(done.stdout.splitlines()[-1])
+    runs: list[list[str]] = json.loads(done.stdout.splitlines()[-1])
+    return runs
+
+
+def test_mlflow_holds_one_parent_with_a_child_per_trained_step(
+    first: subprocess.CompletedProcess[str], state: Path
+) -> None:
+    runs = mlflow_runs(state)
     parents = [run for run in runs if run[0] == "pipeline"]
     assert parents
     assert all(status == "FINISHED" for _, status, *_ in runs)
@@ -263,28 +272,8 @@ def test_the_other_phases_take_the_same_steps_into_their_own_experiments(
     (line,) = re.findall(r"^reused +(.*)$", alone.stdout, re.MULTILINE)
     assert set(line.split(", ")) == {"ingest", "tokenizer"}
 
-    code = """
-import json, sys
-from pathlib import Path
-from model.plumbing.services import services
-from model.plumbing.tracking import mlflow_client, STEP_TAG
-with services(Path(sys.argv[1])):
-    client = mlflow_client()
-    phases = ("latent-gpt-pretrained-vqvae", "vqvae-training", "latent-gpt-custom-vqvae")
-    found = {}
-    for name in phases:
-        runs = client.search_runs([client.get_experiment_by_name(name).experiment_id])
-        found[name] = [[run.data.tags[STEP_TAG], run.info.status] for run in runs]
-    print(json.dumps(found))
-"""
-    asked = subprocess.run(
-        [sys.executable, "-c", code, str(state)],
-        cwd=ROOT,
-        env=environment(state),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for name, runs in json.loads(asked.stdout.splitlines()[-1]).items():
-        assert ["pipeline", "FINISHED"] in runs, name
-        assert all(status == "FINISHED" for _, status in runs), name
+    runs = mlflow_runs(state)
+    assert all(status == "FINISHED" for _, status, *_ in runs)
+    assert {experiment for step, *_, experiment in runs if step == "pipeline"} == {
+        "latent-gpt-pretrained-vqvae", "vqvae-training", "latent-gpt-custom-vqvae",
+    }  # fmt: skip

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
-import os
 import shutil
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +23,7 @@ from model.plumbing.tracking import Tracker
 from model.text import load_judge, load_text_encoder
 from model.work import job, settings
 from tests.instances import config
+from tests.ranks import two_ranks
 
 
 def run_config(**training: object) -> RunConfig:
@@ -141,11 +139,7 @@ def test_equal_captions_are_right_answers_for_each_other() -> None:
     torch.testing.assert_close(ours, ClipLoss()(images, captions, scale))
 
 
-def _rank(rank: int, port: int, store: str, run: str, images: str) -> None:
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LATENT_GPT_STORE": store,
-    }  # fmt: skip
+def _train(run: str, images: str) -> None:
     config, made = RunConfig.model_validate_json(run), manifests.load(images)
     spec = job("clip", "clip_text", config, "test", {"images": made}, "text")
     writer = SetWriter("clip", settings("clip", config, "text"), {"images": made})
@@ -163,20 +157,8 @@ def test_two_processes_contrast_with_all_pictures_of_the_batch(store: str, tmp_p
     one = history(fit(run, images, "text"))
     other = tmp_path / "other"
     shutil.copytree(Path(store) / "images", other / "images")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     there = images.uri.replace(store, str(other))
-    context = multiprocessing.get_context("spawn")
-    ranks = [
-        context.Process(target=_rank, args=(rank, port, str(other), run.model_dump_json(), there))
-        for rank in (0, 1)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-        assert process.exitcode == 0
+    two_ranks(_train, str(other), run.model_dump_json(), there)
     (made,) = (other / "clip").iterdir()
     two = history(manifests.load(str(made)))
     assert np.allclose(two["train/loss"], one["train/loss"], atol=1e-3)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +23,7 @@ from model.shards import TokenShard
 from model.text import architecture, build_clip, tokenize
 from model.work import job, settings
 from tests.instances import config
+from tests.ranks import two_ranks
 
 COLOURS = ["red", "blue", "green", "black"]
 GOLDEN = [2.5437, 1.7783, 1.1387, 0.8703]  # train/loss of `run_config()`, mean of six steps each
@@ -190,11 +188,7 @@ def test_random_order_ends_when_it_should() -> None:
     assert same is codes
 
 
-def _rank(rank: int, port: int, store: str, run: str, sets: dict[str, str]) -> None:
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LATENT_GPT_STORE": store,
-    }  # fmt: skip
+def _train(run: str, sets: dict[str, str]) -> None:
     config = RunConfig.model_validate_json(run)
     inputs = {name: manifests.load(uri) for name, uri in sets.items()}
     spec: JobSpec = job("transformer", "train_gpt", config, "test", inputs)
@@ -218,20 +212,8 @@ def test_two_processes_train_as_one_does(store: str) -> None:
     for path in Path(made.uri).glob("*"):
         if path.is_file():
             path.unlink()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     uris = {name: manifest.uri for name, manifest in sets.items()}
-    context = multiprocessing.get_context("spawn")
-    ranks = [
-        context.Process(target=_rank, args=(rank, port, store, run.model_dump_json(), uris))
-        for rank in (0, 1)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-        assert process.exitcode == 0
+    two_ranks(_train, store, run.model_dump_json(), uris)
     two = history(manifests.load(made.uri))
     assert two.keys() == one.keys()
     for name in ("train/loss", "validation/nll", "validation/nll_unconditional"):
