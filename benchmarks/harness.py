@@ -348,10 +348,16 @@ class Results:
         if row.number not in self._begun:
             self._begun.add(row.number)
             self._rows = [old for old in self._rows if old["number"] != row.number]
+        left_out = row.note.startswith(LEFT_OUT)
+        same = [old for old in self._rows if (old["number"], old["work"]) == (row.number, row.work)]
+        if left_out and any(not old["note"].startswith(LEFT_OUT) for old in same):
+            return  # it was measured: the time was over right after it
+        asked = (row.number, part)
         self._rows = [
             old
             for old in self._rows
-            if (old["number"], old["work"]) != (row.number, part) or not old["note"].startswith(LEFT_OUT)
+            if old not in same
+            and ((old["number"], old["work"]) != asked or not old["note"].startswith(LEFT_OUT))
         ]
         self._rows.append(dataclasses.asdict(row) | stamp)
         self._rows.sort(key=lambda row: row["number"])
