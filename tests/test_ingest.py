@@ -452,11 +452,18 @@ def test_a_tar_cut_in_half_gives_its_first_half(store, here):
     assert made.info["read"] == len(texts) + len(reasons)
 
 
-def test_a_number_of_samples_that_cannot_be_read_is_unknown(store, here):
+def test_a_number_of_samples_that_cannot_be_read_is_unknown(store, here, monkeypatch):
     wanted = shards(here)
     (here / "000_stats.json").write_text('{"successes": 4}')
     for text in ("", "[]", '{"successes": null}', '{"count": 4}'):
         (here / "001_stats.json").write_text(text)
+        assert sources.count(wanted.source) == 0
+
+    def denied(uri: str) -> bytes:  # S3 says so of an absent key to those who may not list
+        raise UserError(f"{uri}: access denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "read_bytes", denied)
         assert sources.count(wanted.source) == 0
     assert ingest(wanted).info["read"] == 8
 
