@@ -81,7 +81,8 @@ class Peers:
 
 
 def _checkpoint(folder: Path, peers: Peers) -> Iterator[Row]:
-    """Each way has a key and a file of its own; every copy is compared with the original by SHA-256."""
+    """Each way uploads to a key of its own; all download one object, as a server lays out what came in other
+    parts differently. Every copy is compared with the original by SHA-256."""
     original = folder / "checkpoint.bin"
     _fill(original)
     digest = storage.file_sha256(original)
@@ -102,10 +103,10 @@ def _checkpoint(folder: Path, peers: Peers) -> Iterator[Row]:
         "obstore": lambda way: peers.obstore_upload(original, key(way)),
     }
     down: dict[str, Callable[[str], None]] = {
-        "ours": lambda way: storage.download_file(uri(way), copy(way)),
-        "boto3 defaults": lambda way: peers.boto3_download(key(way), copy(way)),
-        "s5cmd": lambda way: peers.s5cmd(uri(way), str(copy(way))),
-        "obstore": lambda way: peers.obstore_download(key(way), copy(way)),
+        "ours": lambda way: storage.download_file(uri("ours"), copy(way)),
+        "boto3 defaults": lambda way: peers.boto3_download(key("ours"), copy(way)),
+        "s5cmd": lambda way: peers.s5cmd(uri("ours"), str(copy(way))),
+        "obstore": lambda way: peers.obstore_download(key("ours"), copy(way)),
         "ours, SHA-256 verified": lambda way: storage.download_file(uri("ours"), copy(way), digest),
     }
 
