@@ -183,14 +183,7 @@ class ShardCache:
 
 
 def _cache_bytes() -> int:
-    given = os.environ.get("LATENT_GPT_CACHE_GIB") or str(CACHE_GIB)
-    try:
-        size = float(given)
-    except ValueError:
-        size = 0
-    if not 0 < size < math.inf:
-        raise UserError(f"LATENT_GPT_CACHE_GIB is '{given}'; it must be a number of GiB above 0, e.g. 64")
-    return int(size * 2**30)
+    return int(storage.number_from_environment("LATENT_GPT_CACHE_GIB", CACHE_GIB, "GiB") * 2**30)
 
 
 @contextmanager

@@ -26,6 +26,14 @@ def root(request: pytest.FixtureRequest) -> str:
     return request.getfixturevalue("services")["LATENT_GPT_STORE"]
 
 
+@pytest.mark.parametrize("wrong", ["soon", "0", "-1", "nan", "inf"])
+def test_a_patience_that_is_no_number_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    monkeypatch.setenv("LATENT_GPT_S3_PATIENCE", wrong)
+    message = f"LATENT_GPT_S3_PATIENCE is '{wrong}'; it must be a number of seconds above 0, e.g. 10"
+    with pytest.raises(UserError, match=message):
+        storage.read_bytes("s3://bucket/key")
+
+
 @pytest.mark.parametrize(
     ("size", "part"),
     [(0, 16), (256 * MIB, 16), (512 * MIB, 32), (2**30, 64), (2**40, 64)],

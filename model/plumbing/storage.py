@@ -14,6 +14,7 @@ import errno
 import functools
 import hashlib
 import io
+import math
 import os
 import shutil
 import tempfile
@@ -332,8 +333,24 @@ def client(patience: float | None = None, attempts: int = ATTEMPTS) -> S3Client:
 
 
 def default_patience() -> float:
-    """Seconds to wait for one answer of S3."""
-    return float(os.environ.get("LATENT_GPT_S3_PATIENCE") or 10)
+    """Seconds to wait for one answer of S3. Raises UserError where the environment says something else."""
+    return number_from_environment("LATENT_GPT_S3_PATIENCE", 10, "seconds")
+
+
+def number_from_environment(name: str, default: float, unit: str) -> float:
+    """What the environment says, or the default.
+
+    Raises:
+        UserError: it is no number above 0.
+    """
+    given = os.environ.get(name) or str(default)
+    try:
+        number = float(given)
+    except ValueError:
+        number = 0
+    if not 0 < number < math.inf:
+        raise UserError(f"{name} is '{given}'; it must be a number of {unit} above 0, e.g. {default:g}")
+    return number
 
 
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION")
