@@ -15,6 +15,7 @@ from pathlib import Path
 from components.step import JobFailed, alone, say
 from model.config import JobConfig
 from model.errors import UserError
+from model.parallel import cores
 from model.plumbing import manifests
 from model.plumbing.jobs import JobSpec, write_spec
 from model.plumbing.manifests import Manifest
@@ -77,7 +78,7 @@ def run_torchrun(spec: JobSpec, jobs: JobConfig, logs: Path) -> None:
         log_line_prefix_template=" ",
         signals_to_handle="SIGTERM,SIGINT",
     )
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    threads = max(1, cores() // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ["PYTHONUNBUFFERED"] = "1"  # a line must arrive when it is written, not when a buffer is full
     try:
