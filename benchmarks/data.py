@@ -13,7 +13,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -211,13 +211,13 @@ def _stages(
     folder: Path, root: Path, run: RunConfig, tokenizer: Tokenizer, device: torch.device
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds per picture of each stage of the way from files to token shards, and the rates."""
-    os.environ["LATENT_GPT_STORE"] = str(root / "stages")
-    with ExitStack() as stack:
-        if device.type == "cpu":  # the GPU machine has no S3
-            from model.plumbing.services import services
+    if device.type == "cuda":  # the GPU machine has no S3
+        os.environ["LATENT_GPT_STORE"] = str(root / "stages")
+        return _stage_by_stage(folder, root, run, tokenizer, device)
+    from model.plumbing.services import services
 
-            os.environ.pop("LATENT_GPT_STORE")
-            stack.enter_context(services(root / "state"))
+    os.environ.pop("LATENT_GPT_STORE")
+    with services(root / "state"):
         return _stage_by_stage(folder, root, run, tokenizer, device)
 
 
