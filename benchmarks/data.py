@@ -28,14 +28,14 @@ from benchmarks.tokenizer import plain_codes
 from model.config import DataConfig, FolderSource, RunConfig, ShapesSource, VQVAEConfig, parse_config
 from model.images import decode, encode, to_tensor
 from model.ingest import ingest
-from model.parallel import cores, parallel_map, single_threaded
+from model.plumbing.parallel import cores, parallel_map, single_threaded
 from model.plumbing.checkpoints import save_model
-from model.plumbing.manifests import Manifest, SetWriter, fetch
+from model.plumbing.assets import Manifest, SetWriter, fetch
 from model.shards import ShardCache, TokenReader, TokenShard, decode_entries, tar_index
 from model.tokenization import BATCH_PIXELS, tokenize
 from model.tokenizers import Tokenizer, load_tokenizer
 from model.vqvae import VQVAE
-from model.work import job
+from model.plumbing.steps import job
 
 SIDE = 256  # pixels
 WIDTH, HEIGHT = 320, 288  # of the files of row 6
@@ -625,7 +625,7 @@ def reader_memory(
     """Highest resident memory of a process that reads 200 batches of sets of so many pictures."""
     program = (
         "import sys; from itertools import islice; from benchmarks.harness import highest_memory;"
-        " from model.plumbing.manifests import load;"
+        " from model.plumbing.assets import load;"
         " from model.shards import TokenReader;"
         " list(1 for _ in islice(TokenReader(load(sys.argv[1]), 'train', 256).batches(), 200));"
         " print(highest_memory())"

@@ -19,7 +19,7 @@ import torch
 from benchmarks.data import BATCH, TOKENS, drain, token_set
 from benchmarks.harness import Part, Row, compare
 from model.plumbing import storage
-from model.plumbing.manifests import Manifest
+from model.plumbing.assets import Manifest
 from model.plumbing.services import services
 from model.shards import ShardCache, TokenReader
 

@@ -15,7 +15,7 @@ def clip(
     with step(f"clip_{role}", run):
         from components.launcher import launch
         from model.config import parse_config
-        from model.work import job
+        from model.plumbing.steps import job
 
         settings = parse_config(config)
         spec = job("clip", f"clip_{role}", settings, run, {"images": read(images)}, role)

@@ -28,7 +28,7 @@ def evaluate(
         from components.launcher import launch
         from model.config import parse_config
         from model.plumbing import storage
-        from model.work import job
+        from model.plumbing.steps import job
 
         inputs = {
             "images": read(images),

@@ -15,10 +15,10 @@ from pathlib import Path
 from components.step import JobFailed, alone, say
 from model.config import JobConfig
 from model.errors import UserError
-from model.parallel import cores
-from model.plumbing import manifests
+from model.plumbing.parallel import cores
+from model.plumbing import assets
 from model.plumbing.jobs import JobSpec, write_spec
-from model.plumbing.manifests import Manifest
+from model.plumbing.assets import Manifest
 
 LAST_LINES = 15  # of a failed rank's log, repeated where the failure is reported
 
@@ -32,18 +32,18 @@ def launch(spec: JobSpec, jobs: JobConfig) -> Manifest:
         UserError: what a worker found wrong with its input, in the worker's own line.
         JobFailed: any other end without a complete set.
     """
-    if made := manifests.find(spec.output):
+    if made := assets.find(spec.output):
         say(spec.name, f"reused {made.uri}")
         return made
     if os.environ.get("KUBERNETES_SERVICE_HOST"):
         raise UserError("training jobs on Kubernetes (PyTorchJob) are not built yet; run outside the cluster")
     with alone(spec.name, spec.output):
-        if made := manifests.find(spec.output):
+        if made := assets.find(spec.output):
             say(spec.name, f"reused {made.uri}")
             return made
         logs = Path(os.environ.get("LATENT_GPT_LOGS") or tempfile.mkdtemp(prefix="latent-gpt-")) / spec.name
         run_torchrun(spec, jobs, logs)
-        manifest = manifests.find(spec.output)
+        manifest = assets.find(spec.output)
     if manifest is None:
         raise JobFailed(f"all processes ended well, but {spec.output} has no manifest")
     return manifest

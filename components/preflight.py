@@ -21,7 +21,7 @@ def preflight(config: RunConfig) -> list[str]:
     """
     from model import sources
     from model.plumbing import storage, tracking
-    from model.work import settings
+    from model.plumbing.steps import settings
 
     check_disk(Path(tempfile.gettempdir()))
     found = [f"source    {sources.fingerprint(config.data.source)}"]

@@ -11,7 +11,7 @@ from components.step import say
 from model.config import RunConfig
 from model.plumbing import registry
 from model.plumbing.jobs import TrackingIds
-from model.plumbing.manifests import Manifest
+from model.plumbing.assets import Manifest
 
 
 class Registered(BaseModel):

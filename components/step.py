@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from model.errors import UserError
 
 if TYPE_CHECKING:
-    from model.plumbing.manifests import Manifest
+    from model.plumbing.assets import Manifest
 
 IMAGE = os.environ.get("LATENT_GPT_IMAGE", "latent-gpt:dev")  # of every step; by digest on a cluster
 
@@ -103,6 +103,6 @@ def write(manifest: Manifest, artifact: Any) -> None:
 
 def read(artifact: Any) -> Manifest:
     """The set that a KFP artifact stands for."""
-    from model.plumbing.manifests import Manifest
+    from model.plumbing.assets import Manifest
 
     return Manifest.model_validate_json(Path(artifact.path).read_text())

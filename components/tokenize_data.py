@@ -20,7 +20,7 @@ def tokenize_data(
     with step("tokenize_data", run):
         from components.launcher import launch
         from model.config import parse_config
-        from model.work import job
+        from model.plumbing.steps import job
 
         settings = parse_config(config)
         inputs = {"images": read(images), "tokenizer": read(tokenizer), "text": read(clip)}

@@ -14,7 +14,7 @@ def tokenizer(config: str, run: str, images: dsl.Input[dsl.Dataset], model: dsl.
         from components.launcher import launch
         from model.config import parse_config
         from model.plumbing.tracking import finish_pipeline_run
-        from model.work import job
+        from model.plumbing.steps import job
 
         settings = parse_config(config)
         spec = job("tokenizer", "tokenizer", settings, run, {"images": read(images)})

@@ -19,7 +19,7 @@ def train_gpt(
     with step("train_gpt", run):
         from components.launcher import launch
         from model.config import parse_config
-        from model.work import job
+        from model.plumbing.steps import job
 
         settings = parse_config(config)
         inputs = {"tokens": read(tokens), "text": read(clip)}

@@ -29,19 +29,19 @@ from torch import Tensor
 
 from model import metrics, oracle, pictures, report
 from model.config import RunConfig, config_hash
-from model.curves import HISTORY
+from model.plumbing.curves import HISTORY
 from model.errors import UserError
 from model.generate import Generator, write_bundle
 from model.images import to_tensor
-from model.plumbing import manifests, storage
+from model.plumbing import assets, storage
 from model.plumbing.jobs import JobSpec, run_worker
-from model.plumbing.manifests import Manifest, SetWriter
+from model.plumbing.assets import Manifest, SetWriter
 from model.plumbing.progress import Progress
 from model.plumbing.tracking import Tracker
 from model.shards import load_images
 from model.sources.shapes import Scene, parse
 from model.text import Judge, load_judge
-from model.work import settings
+from model.plumbing.steps import settings
 
 SPLITS = ("validation", "train", "composition")  # captions held out, captions seen, combinations held out
 READ, READ_BYTES = 10_000, 2**30  # pictures of a split looked at, at most
@@ -103,7 +103,7 @@ class Verdict:
 
 def main(spec: JobSpec) -> Manifest:
     """The evaluation set of a job: metrics, pictures and report; found again where it is there already."""
-    sets = {name: manifests.load(uri) for name, uri in spec.inputs.items()}
+    sets = {name: assets.load(uri) for name, uri in spec.inputs.items()}
     with Tracker(spec.tracking) as tracker:
         made = evaluate(spec.config, sets, spec.name)
         tracker.metrics(0, **{name: value for name, value in made.info.items() if name not in NOT_METRICS})
@@ -123,7 +123,7 @@ def evaluate(config: RunConfig, sets: dict[str, Manifest], name: str = "evaluate
         UserError: where a set is damaged, or the sets do not belong together.
     """
     writer = SetWriter("evaluation", settings("evaluation", config), sets)
-    if found := manifests.find(writer.uri):
+    if found := assets.find(writer.uri):
         return found
     with tempfile.TemporaryDirectory() as scratch:
         generator = Generator.load(write_bundle(sets, config.sampling, Path(scratch) / "bundle"))
@@ -172,7 +172,7 @@ def remeasure(config: RunConfig, sets: dict[str, Manifest], bundle: str | Path) 
     """
     benchmark = load_benchmark(config, sets)
     with tempfile.TemporaryDirectory() as scratch:
-        manifests.fetch(sets["judge"], scratch)
+        assets.fetch(sets["judge"], scratch)
         generator = Generator.load(bundle)
         judge = load_judge(scratch, generator.device)
     measured = Measured()

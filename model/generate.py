@@ -25,8 +25,8 @@ from model.config import SamplingConfig
 from model.errors import UserError
 from model.gpt import GPT, load_gpt
 from model.images import to_pixels
-from model.plumbing import manifests
-from model.plumbing.manifests import Manifest
+from model.plumbing import assets
+from model.plumbing.assets import Manifest
 from model.sampler import OnToken, Rerank, Sampler
 from model.text import Judge, TextEncoder, load_judge, load_text_encoder
 from model.tokenizers import Tokenizer, load_tokenizer
@@ -54,7 +54,7 @@ def write_bundle(sets: Mapping[str, Manifest], sampling: SamplingConfig, folder:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         made = Path(scratch) / "bundle"
         for part in PARTS:
-            manifests.fetch(sets[part], made / part, FILES)
+            assets.fetch(sets[part], made / part, FILES)
         (made / SAMPLING).write_text(sampling.model_dump_json(indent=2))
         lineage = {name: {"uri": one.uri, "sha256": one.sha256} for name, one in sorted(sets.items())}
         (made / LINEAGE).write_text(json.dumps(lineage, indent=2))

@@ -31,9 +31,9 @@ from typing import Any, BinaryIO
 from model import sources
 from model.config import DataConfig
 from model.errors import UserError
-from model.parallel import cores, parallel_map, single_threaded
+from model.plumbing.parallel import cores, parallel_map, single_threaded
 from model.plumbing import storage
-from model.plumbing.manifests import File, Manifest, SetWriter, find
+from model.plumbing.assets import File, Manifest, SetWriter, find
 from model.plumbing.progress import Progress
 from model.sources import Record
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from model import metrics, pictures
 from model.config import RunConfig
 from model.pictures import Curves, Pairs
-from model.plumbing.manifests import Manifest
+from model.plumbing.assets import Manifest
 from model.plumbing.progress import quantity
 
 TILE = 96  # side of a picture on the page, pixels

@@ -42,9 +42,9 @@ import torch
 from PIL import Image
 
 from model.errors import UserError
-from model.parallel import parallel_map
+from model.plumbing.parallel import parallel_map
 from model.plumbing import storage
-from model.plumbing.manifests import Manifest
+from model.plumbing.assets import Manifest
 
 WINDOW = 262_144  # pictures shuffled together when tokens are read
 IMAGE_WINDOW = 32_768  # the same when pictures are read, whose shards are some hundred times larger

@@ -21,16 +21,16 @@ import torch
 from model.config import Augment
 from model.errors import UserError
 from model.images import draw_views, to_tensor, warp
-from model.parallel import parallel_map, single_threaded
+from model.plumbing.parallel import parallel_map, single_threaded
 from model.plumbing import storage
 from model.plumbing.distributed import derive_seed, setup
 from model.plumbing.jobs import JobSpec, run_worker
-from model.plumbing.manifests import File, Manifest, SetWriter, fetch, find, load
+from model.plumbing.assets import File, Manifest, SetWriter, fetch, find, load
 from model.plumbing.progress import Progress
 from model.shards import ShardCache, TarEntry, TokenShard, decode_entries, tar_index
 from model.text import tokenize as text_ids
 from model.tokenizers import Tokenizer, load_tokenizer
-from model.work import settings
+from model.plumbing.steps import settings
 
 # Pixels encoded at once: on CPU so few that activations stay in its cache, and in memory that malloc keeps.
 BATCH_PIXELS = {"cpu": 1 << 17, "cuda": 1 << 23}

@@ -26,7 +26,7 @@ from model.config import PretrainedTokenizerConfig, VQVAEConfig
 from model.errors import UserError
 from model.plumbing import storage
 from model.plumbing.checkpoints import CONFIG, WEIGHTS, load_model, save_model
-from model.plumbing.manifests import Manifest, SetWriter
+from model.plumbing.assets import Manifest, SetWriter
 from model.quantize import nearest_codes
 from model.vqvae import VQVAE, check_sides
 

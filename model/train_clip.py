@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.config import TrainedCLIPConfig
-from model.curves import HISTORY, Curves
+from model.plumbing.curves import HISTORY, Curves
 from model.errors import UserError
 from model.images import augment, to_tensor
 from model.metrics import retrieval_accuracy
 from model.optim import Ema, adamw, learning_rate, set_learning_rate
-from model.plumbing import manifests
+from model.plumbing import assets
 from model.plumbing.checkpoints import (
     CONFIG,
     WEIGHTS,
@@ -45,12 +45,12 @@ from model.plumbing.checkpoints import (
 )
 from model.plumbing.distributed import Distributed, derive_seed, seed_all, setup
 from model.plumbing.jobs import JobSpec, run_worker
-from model.plumbing.manifests import Manifest, SetWriter
+from model.plumbing.assets import Manifest, SetWriter
 from model.plumbing.progress import Progress
 from model.plumbing.tracking import Tracker
 from model.shards import ImageBatch, image_batches, load_images
 from model.text import CLIPModel, Judge, architecture, build_clip, import_pretrained, tokenize
-from model.work import settings
+from model.plumbing.steps import settings
 
 VALIDATION_PICTURES = 1024  # of the retrieval test, at most
 
@@ -61,7 +61,7 @@ def main(spec: JobSpec) -> Manifest | None:
     if role not in ("text", "judge"):
         raise UserError(f"options.role is '{role}'; it must be text or judge")
     config = spec.config.clip
-    inputs = {name: manifests.load(uri) for name, uri in spec.inputs.items()}
+    inputs = {name: assets.load(uri) for name, uri in spec.inputs.items()}
     writer = SetWriter("clip", settings("clip", spec.config, role), inputs)
     with setup() as processes:
         if config.kind == "pretrained":

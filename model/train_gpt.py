@@ -25,12 +25,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid  # type: ignore[import-untyped]
 
 from model.config import SamplingConfig, TransformerConfig
-from model.curves import HISTORY, Curves
+from model.plumbing.curves import HISTORY, Curves
 from model.gpt import GPT
 from model.images import to_image
 from model.metrics import token_nll
 from model.optim import Ema, adamw, learning_rate, muon, set_learning_rate
-from model.plumbing import manifests
+from model.plumbing import assets
 from model.plumbing.checkpoints import (
     CONFIG,
     WEIGHTS,
@@ -43,14 +43,14 @@ from model.plumbing.checkpoints import (
 )
 from model.plumbing.distributed import Distributed, seed_all, setup
 from model.plumbing.jobs import JobSpec, run_worker
-from model.plumbing.manifests import Manifest, SetWriter
+from model.plumbing.assets import Manifest, SetWriter
 from model.plumbing.progress import Progress
 from model.plumbing.tracking import Tracker
 from model.sampler import sample
 from model.shards import TokenReader
 from model.text import TextEncoder, load_text_encoder
 from model.tokenizers import load_tokenizer
-from model.work import settings
+from model.plumbing.steps import settings
 
 VALIDATION_PICTURES = 4096  # measured at each validation, at most
 GRID_PICTURES = 8  # drawn from held-out captions and shown in MLflow at each validation
@@ -59,7 +59,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, by 
 
 def main(spec: JobSpec) -> Manifest | None:
     """Make the transformer set at `spec.output`; its manifest on the main process, None on the others."""
-    inputs = {name: manifests.load(uri) for name, uri in spec.inputs.items()}
+    inputs = {name: assets.load(uri) for name, uri in spec.inputs.items()}
     config = spec.config.transformer
     assert config is not None
     writer = SetWriter("transformer", settings("transformer", spec.config), inputs)
@@ -259,7 +259,7 @@ def _reorder(codes: Tensor, config: TransformerConfig, step: int) -> tuple[Tenso
 
 def _frozen_text(clip: Manifest, device: torch.device) -> TextEncoder:
     with tempfile.TemporaryDirectory() as scratch:
-        return load_text_encoder(manifests.fetch(clip, scratch), device)
+        return load_text_encoder(assets.fetch(clip, scratch), device)
 
 
 @torch.no_grad()
@@ -272,7 +272,7 @@ def _show_samples(gpt: GPT, text: TextEncoder, tokens: Manifest, tracker: Tracke
     drawn = sample(gpt, *text.encode(batch.ids), SamplingConfig(), seeds=range(len(batch.ids)))
     gpt.train()
     with tempfile.TemporaryDirectory() as scratch:
-        tokenizer = load_tokenizer(manifests.fetch(manifests.load(tokens.inputs["tokenizer"].uri), scratch))
+        tokenizer = load_tokenizer(assets.fetch(assets.load(tokens.inputs["tokenizer"].uri), scratch))
     both = torch.cat([batch.codes, drawn.cpu()]).view(-1, *gpt.grid)
     grid = make_grid(tokenizer.decode(both), nrow=len(batch.codes))
     tracker.image(f"samples/step-{step:07d}.png", to_image(grid))

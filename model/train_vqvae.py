@@ -22,12 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid  # type: ignore[import-untyped]
 
 from model.config import VQVAEConfig
-from model.curves import HISTORY, Curves
+from model.plumbing.curves import HISTORY, Curves
 from model.images import augment, to_pixels, to_tensor
 from model.losses import Adversary, ReconstructionLoss
 from model.metrics import psnr
 from model.optim import Ema, adamw, learning_rate, set_learning_rate
-from model.plumbing import manifests
+from model.plumbing import assets
 from model.plumbing.checkpoints import (
     CONFIG,
     WEIGHTS,
@@ -40,13 +40,13 @@ from model.plumbing.checkpoints import (
 )
 from model.plumbing.distributed import Distributed, derive_seed, seed_all, setup
 from model.plumbing.jobs import JobSpec, run_worker
-from model.plumbing.manifests import Manifest, SetWriter
+from model.plumbing.assets import Manifest, SetWriter
 from model.plumbing.progress import Progress
 from model.plumbing.tracking import Tracker
 from model.shards import ImageBatch, image_batches, load_images
 from model.tokenizers import import_pretrained
 from model.vqvae import VQVAE
-from model.work import settings
+from model.plumbing.steps import settings
 
 KMEANS_VECTORS = 16  # latents per code from which the codebook is initialised
 VALIDATION_PICTURES = 2048  # measured at each validation, at most
@@ -56,7 +56,7 @@ GRID_PICTURES, GRID_COLUMNS = 16, 8  # pairs of original and reconstruction show
 
 def main(spec: JobSpec) -> Manifest | None:
     """Make the tokenizer set at `spec.output`; its manifest on the main process, None on the others."""
-    inputs = {name: manifests.load(uri) for name, uri in spec.inputs.items()}
+    inputs = {name: assets.load(uri) for name, uri in spec.inputs.items()}
     config = spec.config.tokenizer
     writer = SetWriter("tokenizer", settings("tokenizer", spec.config), inputs)
     with (

@@ -10,7 +10,7 @@ import torch
 from model.config import RunConfig, TrainedCLIPConfig, VQVAEConfig, parse_config
 from model.gpt import GPT
 from model.plumbing.checkpoints import save_model
-from model.plumbing.manifests import Manifest, SetWriter
+from model.plumbing.assets import Manifest, SetWriter
 from model.text import architecture, build_clip
 from model.vqvae import VQVAE
 

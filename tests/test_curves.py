@@ -2,7 +2,7 @@
 
 import json
 
-from model.curves import POINTS, Curves
+from model.plumbing.curves import POINTS, Curves
 
 
 class Recorder:

@@ -16,8 +16,8 @@ from model.errors import UserError
 from model.evaluate import Verdict, compare, evaluate, load_benchmark, remeasure
 from model.generate import Generator, write_bundle
 from model.ingest import ingest
-from model.plumbing import manifests, storage
-from model.plumbing.manifests import Manifest
+from model.plumbing import assets, storage
+from model.plumbing.assets import Manifest
 
 
 @pytest.fixture(scope="module")
@@ -157,14 +157,14 @@ def test_as_a_job_with_real_services(services: dict[str, str], run: RunConfig, t
     from mlflow import MlflowClient
 
     from model.plumbing.jobs import JobSpec, TrackingIds
-    from model.work import job
+    from model.plumbing.steps import job
 
     images = ingest(run.data)
     sets = {"images": images, **publish_models(tmp_path / "models", run, images)}
     spec: JobSpec = job("evaluation", "evaluate", run, "run-1", sets)
     assert spec.tracking == TrackingIds(experiment=run.experiment, run="run-1", step="evaluate")
     made = evaluation.main(spec)
-    assert made == manifests.load(spec.output)
+    assert made == assets.load(spec.output)
     client = MlflowClient(services["MLFLOW_TRACKING_URI"])
     experiment = client.get_experiment_by_name(run.experiment)
     assert experiment

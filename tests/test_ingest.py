@@ -33,7 +33,7 @@ from model.config import (
 from model.errors import UserError
 from model.ingest import QUARANTINE, clean_captions, ingest
 from model.plumbing import storage
-from model.plumbing.manifests import Manifest
+from model.plumbing.assets import Manifest
 from model.shards import load_images
 
 ROOT = Path(__file__).parents[1]
@@ -187,7 +187,7 @@ def test_lossy_stays_lossy_and_lossless_exact(store, here):
 def test_processes_threads_and_none_make_the_same_bytes(store, monkeypatch):
     made = []
     for workers, many_cores in ((1, 1), (2, 1), (2, 16)):  # here, threads, processes
-        monkeypatch.setattr("model.parallel.cores", lambda workers=workers: workers)
+        monkeypatch.setattr("model.plumbing.parallel.cores", lambda workers=workers: workers)
         monkeypatch.setattr("model.ingest.cores", lambda many_cores=many_cores: many_cores)
         made.append(ingest(shapes()))
         storage.delete_prefix(made[0].uri)

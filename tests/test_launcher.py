@@ -13,7 +13,7 @@ from components.launcher import launch
 from components.step import JobFailed
 from model.config import JobConfig, load_config
 from model.errors import UserError
-from model.plumbing import manifests
+from model.plumbing import assets
 from model.plumbing.jobs import JobSpec, TrackingIds
 
 pytestmark = pytest.mark.slow
@@ -22,7 +22,7 @@ JOB = """
 import os, sys, time
 from model.errors import UserError
 from model.plumbing.jobs import JobSpec, run_worker
-from model.plumbing.manifests import SetWriter
+from model.plumbing.assets import SetWriter
 
 def main(spec: JobSpec) -> None:
     rank, end = int(os.environ["RANK"]), spec.options["end"]
@@ -61,7 +61,7 @@ def spec(folder: Path, end: str) -> JobSpec:
         module="toy_job",
         config=load_config("smoke"),
         inputs={},
-        output=manifests.set_uri("tokenizer", {"toy": 1}, {}),
+        output=assets.set_uri("tokenizer", {"toy": 1}, {}),
         tracking=TrackingIds(experiment="e", run="r", step="toy"),
         options={"end": end, "folder": str(folder)},
     )

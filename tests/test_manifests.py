@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from model.errors import UserError
-from model.plumbing import manifests, storage
-from model.plumbing.manifests import File, Manifest, SetWriter
+from model.plumbing import assets, storage
+from model.plumbing.assets import File, Manifest, SetWriter
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
@@ -32,21 +32,21 @@ def test_a_set_is_found_only_when_it_is_complete(root: str) -> None:
     writer = SetWriter("images", {"size": 64}, {})
     writer.add_bytes("train-00000.tar", b"data")
     assert writer.uri.startswith(root)
-    assert manifests.find(writer.uri) is None
+    assert assets.find(writer.uri) is None
     with pytest.raises(storage.NotFound, match=r"is not a complete set: it has no manifest.json"):
-        manifests.load(writer.uri)
+        assets.load(writer.uri)
     made = writer.finish({"pictures": 3})
-    assert manifests.find(writer.uri) == made
-    assert manifests.load(writer.uri) == made
+    assert assets.find(writer.uri) == made
+    assert assets.load(writer.uri) == made
 
 
 def test_the_same_work_gives_the_same_bytes(root: str) -> None:
     first = write()
-    data = storage.read_bytes(storage.join(first.uri, manifests.NAME))
+    data = storage.read_bytes(storage.join(first.uri, assets.NAME))
     assert write() == first  # the race for the manifest is lost to an identical one
     storage.delete_prefix(first.uri)
     assert write() == first
-    assert storage.read_bytes(storage.join(first.uri, manifests.NAME)) == data
+    assert storage.read_bytes(storage.join(first.uri, assets.NAME)) == data
 
 
 def test_other_work_has_another_place(store: str) -> None:
@@ -57,7 +57,7 @@ def test_other_work_has_another_place(store: str) -> None:
         other.uri,
         write({"size": 64}, child=image).uri,
         write({"size": 64}, child=other).uri,
-        manifests.set_uri("tokens", {"size": 64}, {}),
+        assets.set_uri("tokens", {"size": 64}, {}),
     }
     assert len(uris) == 5
 
@@ -71,7 +71,7 @@ def test_hashes_do_not_depend_on_the_place(tmp_path: Path, monkeypatch: pytest.M
     assert made[0].sha256 == made[1].sha256
     assert made[0].key == made[1].key
     (tmp_path / "one").rename(tmp_path / "moved")
-    moved = manifests.find(made[0].uri.replace("/one/", "/moved/"))
+    moved = assets.find(made[0].uri.replace("/one/", "/moved/"))
     assert moved
     assert "/moved/" in moved.uri
     assert moved.sha256 == made[0].sha256
@@ -81,7 +81,7 @@ def test_another_result_does_not_replace_the_first(root: str) -> None:
     first = write()
     with pytest.raises(UserError, match="was finished by another run"):
         write(data=b"tada")
-    assert manifests.load(first.uri) == first
+    assert assets.load(first.uri) == first
 
 
 def test_finishing_deletes_the_checkpoints(root: str) -> None:
@@ -94,25 +94,25 @@ def test_finishing_deletes_the_checkpoints(root: str) -> None:
 
 def test_fetch_verifies_and_keeps_what_is_right(root: str, tmp_path: Path) -> None:
     made = write()
-    folder = manifests.fetch(made, tmp_path / "set")
+    folder = assets.fetch(made, tmp_path / "set")
     assert (folder / "b/train-00000.tar").read_bytes() == b"data"
     assert (folder / "a.jsonl").read_bytes() == b""
     storage.delete(storage.join(made.uri, "a.jsonl"))
     (folder / "b/train-00000.tar").write_bytes(b"atad")
-    manifests.fetch(made, folder)  # a.jsonl is not needed again, the other is wrong and replaced
+    assets.fetch(made, folder)  # a.jsonl is not needed again, the other is wrong and replaced
     assert (folder / "b/train-00000.tar").read_bytes() == b"data"
-    assert not (manifests.fetch(made, tmp_path / "part", ["b/train-00000.tar"]) / "a.jsonl").exists()
+    assert not (assets.fetch(made, tmp_path / "part", ["b/train-00000.tar"]) / "a.jsonl").exists()
     with pytest.raises(UserError, match=r"has no file c; it has a.jsonl, b/train-00000.tar"):
-        manifests.fetch(made, tmp_path / "part", ["c"])
+        assets.fetch(made, tmp_path / "part", ["c"])
 
 
 def test_a_flipped_bit_names_the_file(root: str, tmp_path: Path) -> None:
     made = write()
     uri = storage.join(made.uri, "b/train-00000.tar")
     storage.write_bytes(uri, b"dat`")
-    assert manifests.find(made.uri) == made  # the size is right: only reading shows it
+    assert assets.find(made.uri) == made  # the size is right: only reading shows it
     with pytest.raises(storage.Damaged, match=rf"{uri} is damaged: its SHA-256 is"):
-        manifests.fetch(made, tmp_path / "set")
+        assets.fetch(made, tmp_path / "set")
     assert not (tmp_path / "set/b/train-00000.tar").exists()
 
 
@@ -121,27 +121,27 @@ def test_a_missing_or_cut_file_is_named(root: str) -> None:
     uri = storage.join(made.uri, "b/train-00000.tar")
     storage.write_bytes(uri, b"da")
     with pytest.raises(UserError, match=rf"{uri} has 2 bytes, its manifest says 4 bytes; delete"):
-        manifests.find(made.uri)
+        assets.find(made.uri)
     storage.delete(uri)
     with pytest.raises(UserError, match=rf"{uri} is missing"):
-        manifests.find(made.uri)
+        assets.find(made.uri)
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"{}", b'{"schema_version": 1}'])
 def test_a_damaged_manifest_is_named(store: str, damage: bytes) -> None:
     made = write()
-    storage.write_bytes(storage.join(made.uri, manifests.NAME), damage)
+    storage.write_bytes(storage.join(made.uri, assets.NAME), damage)
     with pytest.raises(UserError, match=r"manifest.json is damaged .*delete .* so that it is made again"):
-        manifests.load(made.uri)
+        assets.load(made.uri)
 
 
 def test_a_newer_schema_is_refused(store: str) -> None:
     made = write()
-    uri = storage.join(made.uri, manifests.NAME)
+    uri = storage.join(made.uri, assets.NAME)
     values = json.loads(storage.read_bytes(uri)) | {"schema_version": 2}
     storage.write_bytes(uri, json.dumps(values).encode())
     with pytest.raises(UserError, match="has schema 2; this version reads up to 1: update"):
-        manifests.load(made.uri)
+        assets.load(made.uri)
 
 
 @pytest.mark.parametrize("name", ["", "/etc/passwd", "../x", "a/../../x", "a//b", "."])

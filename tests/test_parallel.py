@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from model.parallel import cores, parallel_map, single_threaded
+from model.plumbing.parallel import cores, parallel_map, single_threaded
 
 
 def late_if_even(number: int) -> int:

@@ -13,7 +13,7 @@ import pytest
 from model.errors import UserError
 from model.plumbing import registry, storage
 from model.plumbing.jobs import TrackingIds
-from model.plumbing.manifests import SetWriter
+from model.plumbing.assets import SetWriter
 
 PYFUNC = """
 import mlflow

@@ -16,7 +16,7 @@ from PIL import Image
 from model import pictures, report
 from model.images import to_pixels
 from model.pictures import Pairs
-from model.plumbing.manifests import File, Input, Manifest
+from model.plumbing.assets import File, Input, Manifest
 from model.report import Grid, Page
 
 SPLITS = {"train": 24, "validation": 20, "composition": 8}

@@ -12,7 +12,7 @@ from model.config import DataConfig, ShapesSource
 from model.errors import UserError
 from model.images import to_tensor
 from model.ingest import ingest
-from model.plumbing.manifests import SetWriter
+from model.plumbing.assets import SetWriter
 from model.shards import ShardCache, TokenReader, TokenShard, image_batches, load_images, share_of, shuffled
 
 TOKENS, CONTEXT = 6, 5

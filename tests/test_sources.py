@@ -141,7 +141,7 @@ def test_openmoji_groups_choose_and_limit_cuts():
 
 
 def test_openmoji_renders_colour_on_transparent(monkeypatch):
-    monkeypatch.setattr("model.parallel.cores", lambda: 1)
+    monkeypatch.setattr("model.plumbing.parallel.cores", lambda: 1)
     records = {r.captions[0]: r for r in iterate(OpenMojiSource(groups=["food-fruit"]), 32)}
     apple = Image.open(io.BytesIO(records["red apple"].image))
     assert (apple.format, apple.size, apple.mode) == ("PNG", (64, 64), "RGBA")

@@ -15,16 +15,16 @@ from instances import config, publish_models
 from model.errors import UserError
 from model.images import to_tensor
 from model.ingest import ingest
-from model.parallel import cores
+from model.plumbing.parallel import cores
 from model.plumbing import storage
 from model.plumbing.jobs import write_spec
-from model.plumbing.manifests import fetch
+from model.plumbing.assets import fetch
 from model.shards import TokenReader, load_images
 from model.text import tokenize as text_ids
 from model.tokenization import BATCH_PIXELS, PARTS, token_name, tokenize
 from model.tokenizers import load_tokenizer
 from model.vqvae import VQVAE
-from model.work import job
+from model.plumbing.steps import job
 
 DATA = {
     "source": {"kind": "shapes", "count": 64},
@@ -160,7 +160,7 @@ def test_two_workers_make_the_same_set_as_one(spec):
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run([*command, uri], env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    from model.plumbing.manifests import load
+    from model.plumbing.assets import load
 
     together = load(job.output)
     assert together.files == alone.files

@@ -15,13 +15,13 @@ from model import train_clip
 from model.config import PretrainedCLIPConfig, RunConfig, TrainedCLIPConfig
 from model.errors import UserError
 from model.ingest import ingest
-from model.plumbing import manifests
+from model.plumbing import assets
 from model.plumbing.checkpoints import Checkpointer
 from model.plumbing.distributed import setup
-from model.plumbing.manifests import Manifest, SetWriter
+from model.plumbing.assets import Manifest, SetWriter
 from model.plumbing.tracking import Tracker
 from model.text import load_judge, load_text_encoder
-from model.work import job, settings
+from model.plumbing.steps import job, settings
 from tests.instances import config
 from tests.ranks import two_ranks
 
@@ -140,7 +140,7 @@ def test_equal_captions_are_right_answers_for_each_other() -> None:
 
 
 def _train(run: str, images: str) -> None:
-    config, made = RunConfig.model_validate_json(run), manifests.load(images)
+    config, made = RunConfig.model_validate_json(run), assets.load(images)
     spec = job("clip", "clip_text", config, "test", {"images": made}, "text")
     writer = SetWriter("clip", settings("clip", config, "text"), {"images": made})
     assert isinstance(config.clip, TrainedCLIPConfig)
@@ -160,7 +160,7 @@ def test_two_processes_contrast_with_all_pictures_of_the_batch(store: str, tmp_p
     there = images.uri.replace(store, str(other))
     two_ranks(_train, str(other), run.model_dump_json(), there)
     (made,) = (other / "clip").iterdir()
-    two = history(manifests.load(str(made)))
+    two = history(assets.load(str(made)))
     assert np.allclose(two["train/loss"], one["train/loss"], atol=1e-3)
     assert np.allclose(two["validation/retrieval"], one["validation/retrieval"], atol=0.1)
 

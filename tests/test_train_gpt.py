@@ -13,15 +13,15 @@ from safetensors.torch import save
 from model import train_gpt
 from model.config import RunConfig
 from model.gpt import load_gpt
-from model.plumbing import manifests
+from model.plumbing import assets
 from model.plumbing.checkpoints import Checkpointer
 from model.plumbing.distributed import setup
 from model.plumbing.jobs import JobSpec
-from model.plumbing.manifests import Manifest, SetWriter
+from model.plumbing.assets import Manifest, SetWriter
 from model.plumbing.tracking import Tracker
 from model.shards import TokenShard
 from model.text import architecture, build_clip, tokenize
-from model.work import job, settings
+from model.plumbing.steps import job, settings
 from tests.instances import config
 from tests.ranks import two_ranks
 
@@ -190,7 +190,7 @@ def test_random_order_ends_when_it_should() -> None:
 
 def _train(run: str, sets: dict[str, str]) -> None:
     config = RunConfig.model_validate_json(run)
-    inputs = {name: manifests.load(uri) for name, uri in sets.items()}
+    inputs = {name: assets.load(uri) for name, uri in sets.items()}
     spec: JobSpec = job("transformer", "train_gpt", config, "test", inputs)
     writer = SetWriter("transformer", settings("transformer", config), inputs)
     assert config.transformer
@@ -214,7 +214,7 @@ def test_two_processes_train_as_one_does(store: str) -> None:
             path.unlink()
     uris = {name: manifest.uri for name, manifest in sets.items()}
     two_ranks(_train, store, run.model_dump_json(), uris)
-    two = history(manifests.load(made.uri))
+    two = history(assets.load(made.uri))
     assert two.keys() == one.keys()
     for name in ("train/loss", "validation/nll", "validation/nll_unconditional"):
         assert np.allclose(two[name], one[name], atol=1e-4), name

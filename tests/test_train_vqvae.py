@@ -13,15 +13,15 @@ from model import train_vqvae
 from model.config import RunConfig, load_config
 from model.images import to_pixels, to_tensor
 from model.ingest import ingest
-from model.plumbing import manifests, storage
+from model.plumbing import assets, storage
 from model.plumbing.checkpoints import save_model
 from model.plumbing.distributed import Distributed
 from model.plumbing.jobs import JobSpec
-from model.plumbing.manifests import Manifest, SetWriter
+from model.plumbing.assets import Manifest, SetWriter
 from model.plumbing.tracking import RUN_TAG, STEP_TAG, Tracker
 from model.tokenizers import load_tokenizer
 from model.vqvae import VQVAE
-from model.work import job, settings
+from model.plumbing.steps import job, settings
 
 ALONE = Distributed(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
 
@@ -36,7 +36,7 @@ def spec_of(run: RunConfig) -> JobSpec:
 
 def train(spec: JobSpec) -> Manifest:
     """The job in this process, on one CPU, without a tracking server."""
-    inputs = {"images": manifests.load(spec.inputs["images"])}
+    inputs = {"images": assets.load(spec.inputs["images"])}
     writer = SetWriter("tokenizer", settings("tokenizer", spec.config), inputs)
     tracker = Tracker(spec.tracking, enabled=False)
     made = train_vqvae.train(spec, spec.config.tokenizer, inputs["images"], writer, ALONE, tracker)
@@ -85,7 +85,7 @@ def test_a_killed_job_ends_as_if_nothing_had_happened(
         )
         with pytest.raises(pytest.fail.Exception):
             train(spec)
-    assert manifests.find(spec.output) is None
+    assert assets.find(spec.output) is None
     resumed = train(spec)
     assert history(resumed) == history(whole)
     assert resumed.files == whole.files  # every weight, by SHA-256
@@ -101,8 +101,8 @@ def test_the_set_is_the_best_validation_and_loads_as_a_tokenizer(store: str, tmp
     assert 0 < made.info["codebook_use"] <= 1
     assert not storage.list_sizes(storage.join(made.uri, "checkpoints"))
 
-    tokenizer = load_tokenizer(manifests.fetch(made, tmp_path / "tokenizer"))
-    held_out, _ = train_vqvae.load_images(manifests.load(made.inputs["images"].uri), "validation")
+    tokenizer = load_tokenizer(assets.fetch(made, tmp_path / "tokenizer"))
+    held_out, _ = train_vqvae.load_images(assets.load(made.inputs["images"].uri), "validation")
     measured = train_vqvae.validate(tokenizer, held_out, ALONE)
     assert math.isclose(measured["psnr"], made.info["psnr"], abs_tol=1e-4)
 
@@ -113,7 +113,7 @@ def test_finite_scalars_go_the_same_way(store: str, tmp_path: Path) -> None:
     losses = [value for _, value in history(made)["train/loss"]]
     assert losses[-1] < 0.8 * losses[0]
     assert made.info["vocabulary"] == 16
-    tokenizer = load_tokenizer(manifests.fetch(made, tmp_path / "tokenizer"))
+    tokenizer = load_tokenizer(assets.fetch(made, tmp_path / "tokenizer"))
     codes = tokenizer.encode(torch.rand(2, 3, 16, 16) * 2 - 1)
     assert codes.shape == (2, 4, 4)
     assert tokenizer.decode(codes).shape == (2, 3, 16, 16)
@@ -159,7 +159,7 @@ def test_two_processes_train_one_tokenizer(services: dict[str, str], tmp_path: P
     spec = spec_of(run)
     made = launch(spec, run.jobs)
     assert made.kind == "tokenizer"
-    tokenizer = load_tokenizer(manifests.fetch(made, tmp_path / "tokenizer"))
+    tokenizer = load_tokenizer(assets.fetch(made, tmp_path / "tokenizer"))
     assert tokenizer.vocabulary == 16
     assert [step for step, _ in history(made)["validation/psnr"]] == [3, 6]
 
@@ -184,6 +184,6 @@ def test_the_same_job_imports_a_pretrained_tokenizer(services: dict[str, str], t
         "smoke", [f"tokenizer={{kind: pretrained, family: latent-gpt, ref: {tmp_path / 'reference'}}}"]
     )
     made = launch(spec_of(run), run.jobs)
-    tokenizer = load_tokenizer(manifests.fetch(made, tmp_path / "fetched"))
+    tokenizer = load_tokenizer(assets.fetch(made, tmp_path / "fetched"))
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     assert torch.equal(tokenizer.encode(images), net.encode(images))

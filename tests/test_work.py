@@ -8,8 +8,8 @@ import pytest
 
 from model.config import load_config
 from model.errors import UserError
-from model.plumbing.manifests import Kind
-from model.work import MODULES, job, settings
+from model.plumbing.assets import Kind
+from model.plumbing.steps import MODULES, job, settings
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_every_kind_has_its_module() -> None:
 
 
 def test_finding_out_that_there_is_nothing_to_do_needs_no_torch() -> None:
-    code = "import model.work, components.launcher, sys; sys.exit('torch' in sys.modules)"
+    code = "import model.plumbing.steps, components.launcher, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from model.config import config_hash
 from model.errors import UserError
-from model.plumbing import manifests, storage
+from model.plumbing import assets, storage
 from model.plumbing.jobs import TrackingIds
 from model.plumbing.tracking import Tracker, explained, mlflow_client
 
@@ -203,13 +203,13 @@ def _resolve_version(ref: str, cache: Path) -> Path:
 
 
 def _resolve_s3(ref: str, cache: Path) -> Path:
-    if manifest := manifests.find(ref):
-        return manifests.fetch(manifest, cache / "sets" / manifest.kind / manifest.sha256[:16])
+    if manifest := assets.find(ref):
+        return assets.fetch(manifest, cache / "sets" / manifest.kind / manifest.sha256[:16])
     try:
         sums: dict[str, str] = json.loads(storage.read_bytes(storage.join(ref, CHECKSUMS)))
     except storage.NotFound:
         raise storage.NotFound(
-            f"{ref} is no model: it has neither {manifests.NAME} nor {CHECKSUMS}"
+            f"{ref} is no model: it has neither {assets.NAME} nor {CHECKSUMS}"
         ) from None
     sealed = config_hash(sums)
     target = cache / "models" / sealed
@@ -219,7 +219,7 @@ def _resolve_s3(ref: str, cache: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=storage.TEMPORARY) as temporary:
         bundle = Path(temporary) / "bundle"
         for name, sha256 in sums.items():
-            manifests.File(name=name, size=0, sha256=sha256)  # refuses names that lead elsewhere
+            assets.File(name=name, size=0, sha256=sha256)  # refuses names that lead elsewhere
             storage.download_file(storage.join(ref, name), bundle / name, sha256)
         storage.write_bytes(str(bundle / CHECKSUMS), json.dumps(sums, indent=2, sort_keys=True).encode())
         return _keep(bundle, target)

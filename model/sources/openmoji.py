@@ -19,7 +19,7 @@ import resvg_py
 
 from model.config import OpenMojiSource
 from model.errors import UserError
-from model.parallel import parallel_map
+from model.plumbing.parallel import parallel_map
 from model.sources import Record
 
 TONES = {

@@ -17,7 +17,7 @@ from model.config import VQVAE_EXPERIMENT, RunConfig
 from model.errors import UserError
 from model.plumbing import storage
 from model.plumbing.jobs import JobSpec, TrackingIds
-from model.plumbing.manifests import Kind, Manifest, set_uri
+from model.plumbing.assets import Kind, Manifest, set_uri
 
 MODULES: dict[Kind, str] = {  # what makes a set of each kind, where a job does
     "clip": "model.train_clip",
