@@ -26,12 +26,12 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.harness import FLOOR, Part, Row, compare, copy_bandwidth
 from benchmarks.tokenizer import plain_codes
 from model.config import DataConfig, FolderSource, RunConfig, ShapesSource, VQVAEConfig, parse_config
-from model.images import decode, encode, to_tensor
-from model.ingest import ingest
+from model.data.images import decode, encode, to_tensor
+from model.data.ingest import ingest
 from model.plumbing.parallel import cores, parallel_map, single_threaded
 from model.plumbing.checkpoints import save_model
 from model.plumbing.assets import Manifest, SetWriter, fetch
-from model.shards import ShardCache, TokenReader, TokenShard, decode_entries, tar_index
+from model.data.shards import ShardCache, TokenReader, TokenShard, decode_entries, tar_index
 from model.tokenization import BATCH_PIXELS, tokenize
 from model.tokenizers import Tokenizer, load_tokenizer
 from model.vqvae import VQVAE
@@ -405,7 +405,7 @@ def ingest_memory(device: torch.device, counts: tuple[int, ...] = (10_000, 100_0
     program = (
         "import sys; from benchmarks.harness import highest_memory;"
         " from model.config import DataConfig, ParquetSource;"
-        " from model.ingest import ingest;"
+        " from model.data.ingest import ingest;"
         " ingest(DataConfig(source=ParquetSource(path=sys.argv[1]), image_size=16));"
         " print(highest_memory())"
     )
@@ -626,7 +626,7 @@ def reader_memory(
     program = (
         "import sys; from itertools import islice; from benchmarks.harness import highest_memory;"
         " from model.plumbing.assets import load;"
-        " from model.shards import TokenReader;"
+        " from model.data.shards import TokenReader;"
         " list(1 for _ in islice(TokenReader(load(sys.argv[1]), 'train', 256).batches(), 200));"
         " print(highest_memory())"
     )

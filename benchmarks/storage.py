@@ -21,7 +21,7 @@ from benchmarks.harness import Part, Row, compare
 from model.plumbing import storage
 from model.plumbing.assets import Manifest
 from model.plumbing.services import services
-from model.shards import ShardCache, TokenReader
+from model.data.shards import ShardCache, TokenReader
 
 SIZE = 10**9  # bytes of the checkpoint
 PICTURES = 131_072  # whose tokens are read

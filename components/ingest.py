@@ -12,7 +12,7 @@ def ingest(config: str, run: str, images: dsl.Output[dsl.Dataset]) -> None:
 
     with step("ingest", run):
         from model.config import parse_config
-        from model.ingest import ingest
+        from model.data.ingest import ingest
 
         data = parse_config(config).data
         with alone("ingest", data.model_dump_json()):

@@ -19,7 +19,7 @@ def preflight(config: RunConfig) -> list[str]:
     Raises:
         UserError: the first thing that is wrong, and what would be right.
     """
-    from model import sources
+    from model.data import sources
     from model.plumbing import storage, tracking
     from model.plumbing.steps import settings
 

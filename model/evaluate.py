@@ -32,14 +32,14 @@ from model.config import RunConfig, config_hash
 from model.plumbing.curves import HISTORY
 from model.errors import UserError
 from model.generate import Generator, write_bundle
-from model.images import to_tensor
+from model.data.images import to_tensor
 from model.plumbing import assets, storage
 from model.plumbing.jobs import JobSpec, run_worker
 from model.plumbing.assets import Manifest, SetWriter
 from model.plumbing.progress import Progress
 from model.plumbing.tracking import Tracker
-from model.shards import load_images
-from model.sources.shapes import Scene, parse
+from model.data.shards import load_images
+from model.data.sources.shapes import Scene, parse
 from model.text import Judge, load_judge
 from model.plumbing.steps import settings
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from model.config import SamplingConfig
 from model.errors import UserError
 from model.gpt import GPT, load_gpt
-from model.images import to_pixels
+from model.data.images import to_pixels
 from model.plumbing import assets
 from model.plumbing.assets import Manifest
 from model.sampler import OnToken, Rerank, Sampler

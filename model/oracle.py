@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.sources.shapes import BACKGROUND, COLOURS, SHAPES, SIZES, Scene, Thing
+from model.data.sources.shapes import BACKGROUND, COLOURS, SHAPES, SIZES, Scene, Thing
 
 MIN_EXPLAINED = (
     0.75  # share of the squared difference to white around a thing that the named thing must explain
@@ -151,7 +151,7 @@ def _around(ink: Tensor, centre: Tensor, window: int) -> tuple[Tensor, Tensor]:
 def coverage(shape: str, places: Tensor, radius: float, side: int) -> Tensor:
     """Share of each pixel that a shape covers, (…, side, side), around `places` (…, 2), x and y in pixels.
 
-    The same outlines as `model.sources.shapes` draws, antialiased by distance to the edge.
+    The same outlines as `model.data.sources.shapes` draws, antialiased by distance to the edge.
     """
     pixel = torch.arange(side) + 0.5
     dx = (pixel - places[..., :1]).abs()[..., None, :]  # (…, 1, side)

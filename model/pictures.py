@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from model.images import to_pixels
+from model.data.images import to_pixels
 
 SHOWN_SIDE = 96  # small pictures are enlarged by whole factors to at least this side, pixels
 LOSSLESS_SIDE = 128  # larger pictures are stored as JPEG, or a report would weigh tens of megabytes

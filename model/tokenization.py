@@ -20,14 +20,14 @@ import torch
 
 from model.config import Augment
 from model.errors import UserError
-from model.images import draw_views, to_tensor, warp
+from model.data.images import draw_views, to_tensor, warp
 from model.plumbing.parallel import parallel_map, single_threaded
 from model.plumbing import storage
 from model.plumbing.distributed import derive_seed, setup
 from model.plumbing.jobs import JobSpec, run_worker
 from model.plumbing.assets import File, Manifest, SetWriter, fetch, find, load
 from model.plumbing.progress import Progress
-from model.shards import ShardCache, TarEntry, TokenShard, decode_entries, tar_index
+from model.data.shards import ShardCache, TarEntry, TokenShard, decode_entries, tar_index
 from model.text import tokenize as text_ids
 from model.tokenizers import Tokenizer, load_tokenizer
 from model.plumbing.steps import settings

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from model.config import TrainedCLIPConfig
 from model.plumbing.curves import HISTORY, Curves
 from model.errors import UserError
-from model.images import augment, to_tensor
+from model.data.images import augment, to_tensor
 from model.metrics import retrieval_accuracy
 from model.optim import Ema, adamw, learning_rate, set_learning_rate
 from model.plumbing import assets
@@ -48,7 +48,7 @@ from model.plumbing.jobs import JobSpec, run_worker
 from model.plumbing.assets import Manifest, SetWriter
 from model.plumbing.progress import Progress
 from model.plumbing.tracking import Tracker
-from model.shards import ImageBatch, image_batches, load_images
+from model.data.shards import ImageBatch, image_batches, load_images
 from model.text import CLIPModel, Judge, architecture, build_clip, import_pretrained, tokenize
 from model.plumbing.steps import settings
 

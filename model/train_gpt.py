@@ -27,7 +27,7 @@ from torchvision.utils import make_grid  # type: ignore[import-untyped]
 from model.config import SamplingConfig, TransformerConfig
 from model.plumbing.curves import HISTORY, Curves
 from model.gpt import GPT
-from model.images import to_image
+from model.data.images import to_image
 from model.metrics import token_nll
 from model.optim import Ema, adamw, learning_rate, muon, set_learning_rate
 from model.plumbing import assets
@@ -47,7 +47,7 @@ from model.plumbing.assets import Manifest, SetWriter
 from model.plumbing.progress import Progress
 from model.plumbing.tracking import Tracker
 from model.sampler import sample
-from model.shards import TokenReader
+from model.data.shards import TokenReader
 from model.text import TextEncoder, load_text_encoder
 from model.tokenizers import load_tokenizer
 from model.plumbing.steps import settings

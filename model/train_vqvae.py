@@ -23,7 +23,7 @@ from torchvision.utils import make_grid  # type: ignore[import-untyped]
 
 from model.config import VQVAEConfig
 from model.plumbing.curves import HISTORY, Curves
-from model.images import augment, to_pixels, to_tensor
+from model.data.images import augment, to_pixels, to_tensor
 from model.losses import Adversary, ReconstructionLoss
 from model.metrics import psnr
 from model.optim import Ema, adamw, learning_rate, set_learning_rate
@@ -43,7 +43,7 @@ from model.plumbing.jobs import JobSpec, run_worker
 from model.plumbing.assets import Manifest, SetWriter
 from model.plumbing.progress import Progress
 from model.plumbing.tracking import Tracker
-from model.shards import ImageBatch, image_batches, load_images
+from model.data.shards import ImageBatch, image_batches, load_images
 from model.tokenizers import import_pretrained
 from model.vqvae import VQVAE
 from model.plumbing.steps import settings

@@ -15,7 +15,7 @@ from model.config import RunConfig
 from model.errors import UserError
 from model.evaluate import Verdict, compare, evaluate, load_benchmark, remeasure
 from model.generate import Generator, write_bundle
-from model.ingest import ingest
+from model.data.ingest import ingest
 from model.plumbing import assets, storage
 from model.plumbing.assets import Manifest
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from model.config import Augment, DataConfig, OpenMojiSource
-from model.images import BadImage, augment, decode, draw_views, encode, is_jpeg, to_pixels, to_tensor, warp
+from model.data.images import BadImage, augment, decode, draw_views, encode, is_jpeg, to_pixels, to_tensor, warp
 
 
 def config(**values) -> DataConfig:

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 from test_images import bomb
 
-from model import sources
+from model.data import sources
 from model.config import (
     DataConfig,
     FolderSource,
@@ -31,10 +31,10 @@ from model.config import (
     WebDatasetSource,
 )
 from model.errors import UserError
-from model.ingest import QUARANTINE, clean_captions, ingest
+from model.data.ingest import QUARANTINE, clean_captions, ingest
 from model.plumbing import storage
 from model.plumbing.assets import Manifest
-from model.shards import load_images
+from model.data.shards import load_images
 
 ROOT = Path(__file__).parents[1]
 
@@ -115,7 +115,7 @@ def test_pixels_are_the_source_s(store):
 
 def test_composition_of_the_source_is_its_own_split(store):
     made = ingest(shapes())
-    from model.sources.shapes import parse
+    from model.data.sources.shapes import parse
 
     for split, expected in (("train", False), ("validation", False), ("composition", True)):
         if any(name.startswith(split) for name in made.info["shards"]):
@@ -141,7 +141,7 @@ def test_repeated_it_is_found_and_another_config_is_another_set(store, monkeypat
     first = ingest(shapes())
     assert ingest(shapes(image_size=32)).uri != first.uri
     assert ingest(shapes(augment={"views": 4, "flip": True})).uri == first.uri
-    monkeypatch.setattr("model.sources.iterate", None)
+    monkeypatch.setattr("model.data.sources.iterate", None)
     assert ingest(shapes()) == first
 
 
@@ -149,7 +149,7 @@ def test_a_set_that_is_found_costs_no_import_of_torch(store):
     wanted = shapes(source=ShapesSource(count=10))
     made = ingest(wanted)
     program = (
-        "import sys; from model.config import DataConfig; from model.ingest import ingest;"
+        "import sys; from model.config import DataConfig; from model.data.ingest import ingest;"
         " ingest(DataConfig.model_validate_json(sys.argv[1])); assert 'torch' not in sys.modules"
     )
     command = [sys.executable, "-c", program, wanted.model_dump_json()]
@@ -188,7 +188,7 @@ def test_processes_threads_and_none_make_the_same_bytes(store, monkeypatch):
     made = []
     for workers, many_cores in ((1, 1), (2, 1), (2, 16)):  # here, threads, processes
         monkeypatch.setattr("model.plumbing.parallel.cores", lambda workers=workers: workers)
-        monkeypatch.setattr("model.ingest.cores", lambda many_cores=many_cores: many_cores)
+        monkeypatch.setattr("model.data.ingest.cores", lambda many_cores=many_cores: many_cores)
         made.append(ingest(shapes()))
         storage.delete_prefix(made[0].uri)
     assert made[0] == made[1] == made[2]
@@ -227,7 +227,7 @@ def test_killed_after_any_chunk_it_ends_with_the_same_bytes(store, here, monkeyp
     everything = {uri: storage.read_bytes(uri) for uri in storage.list_uris(whole.uri)}
     storage.delete_prefix(whole.uri)
 
-    import model.ingest as module
+    import model.data.ingest as module
 
     real, packed = module._pack, []
 
@@ -254,7 +254,7 @@ def test_sigkill_at_any_instant(store):
     everything = {uri: storage.read_bytes(uri) for uri in storage.list_uris(whole.uri)}
     storage.delete_prefix(whole.uri)
     program = (
-        "import sys; from model.config import DataConfig; from model.ingest import ingest;"
+        "import sys; from model.config import DataConfig; from model.data.ingest import ingest;"
         " ingest(DataConfig.model_validate_json(sys.argv[1]))"
     )
     kills = 0
@@ -619,7 +619,7 @@ def test_s3_that_goes_away_in_the_middle_keeps_what_is_done(services, monkeypatc
     wanted = shapes(validation_share=0.2)
     whole = ingest(wanted)
     storage.delete_prefix(whole.uri)
-    import model.ingest as module
+    import model.data.ingest as module
 
     real, packed = module._pack, []
 

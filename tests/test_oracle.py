@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from model import oracle
-from model.sources.shapes import Scene, Thing, random_scene
+from model.data.sources.shapes import Scene, Thing, random_scene
 
 
 def pictures(count: int, side: int, things: int, seed: int = 0) -> tuple[torch.Tensor, list[Scene]]:

@@ -14,7 +14,7 @@ from instances import config
 from PIL import Image
 
 from model import pictures, report
-from model.images import to_pixels
+from model.data.images import to_pixels
 from model.pictures import Pairs
 from model.plumbing.assets import File, Input, Manifest
 from model.report import Grid, Page

@@ -10,10 +10,10 @@ import torch
 
 from model.config import DataConfig, ShapesSource
 from model.errors import UserError
-from model.images import to_tensor
-from model.ingest import ingest
+from model.data.images import to_tensor
+from model.data.ingest import ingest
 from model.plumbing.assets import SetWriter
-from model.shards import ShardCache, TokenReader, TokenShard, image_batches, load_images, share_of, shuffled
+from model.data.shards import ShardCache, TokenReader, TokenShard, image_batches, load_images, share_of, shuffled
 
 TOKENS, CONTEXT = 6, 5
 
@@ -90,7 +90,7 @@ def test_load_images(images):
 
 @pytest.mark.parametrize("resident", [0, 1 << 30])
 def test_image_batches_are_the_same_streamed_and_resident(images, monkeypatch, resident):
-    monkeypatch.setattr("model.shards.RESIDENT_BYTES", resident)
+    monkeypatch.setattr("model.data.shards.RESIDENT_BYTES", resident)
     pixels, captions = load_images(images, "train")
     known = {picture.numpy().tobytes(): texts for picture, texts in zip(pixels, captions, strict=True)}
     count = images.info["train"]
@@ -108,7 +108,7 @@ def test_image_batches_are_the_same_streamed_and_resident(images, monkeypatch, r
 
 
 def test_resident_and_streamed_agree(images, monkeypatch):
-    monkeypatch.setattr("model.shards.RESIDENT_BYTES", 0)
+    monkeypatch.setattr("model.data.shards.RESIDENT_BYTES", 0)
     streamed = list(islice(image_batches(images, "train", 8, seed=3), 12))
     monkeypatch.undo()
     for a, b in zip(streamed, image_batches(images, "train", 8, seed=3), strict=False):
@@ -165,8 +165,8 @@ def test_token_epoch_captions_and_views(tmp_path, monkeypatch):
 @pytest.mark.parametrize("batch_size", [4, 6, 40])
 def test_token_resume_with_other_ranks(tmp_path, monkeypatch, window, batch_size):
     manifest = token_set(tmp_path, monkeypatch=monkeypatch)
-    monkeypatch.setattr("model.shards.WINDOW", window)
-    monkeypatch.setattr("model.shards.shuffled.__defaults__", (0, window))
+    monkeypatch.setattr("model.data.shards.WINDOW", window)
+    monkeypatch.setattr("model.data.shards.shuffled.__defaults__", (0, window))
     whole = list(islice(TokenReader(manifest, "train", batch_size, seed=7).batches(), 30))
     for step, world in ((0, 1), (0, 2), (3, 2), (11, 2), (25, 1)):
         ranks = [

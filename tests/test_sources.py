@@ -12,7 +12,7 @@ from PIL import Image
 
 from model.config import OpenMojiSource, ShapesSource
 from model.errors import UserError
-from model.sources import fingerprint, iterate, openmoji, shapes
+from model.data.sources import fingerprint, iterate, openmoji, shapes
 
 
 def picture(data: bytes) -> np.ndarray:

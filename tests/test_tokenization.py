@@ -13,13 +13,13 @@ import torch
 from instances import config, publish_models
 
 from model.errors import UserError
-from model.images import to_tensor
-from model.ingest import ingest
+from model.data.images import to_tensor
+from model.data.ingest import ingest
 from model.plumbing.parallel import cores
 from model.plumbing import storage
 from model.plumbing.jobs import write_spec
 from model.plumbing.assets import fetch
-from model.shards import TokenReader, load_images
+from model.data.shards import TokenReader, load_images
 from model.text import tokenize as text_ids
 from model.tokenization import BATCH_PIXELS, PARTS, token_name, tokenize
 from model.tokenizers import load_tokenizer

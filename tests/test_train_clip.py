@@ -14,7 +14,7 @@ import torch
 from model import train_clip
 from model.config import PretrainedCLIPConfig, RunConfig, TrainedCLIPConfig
 from model.errors import UserError
-from model.ingest import ingest
+from model.data.ingest import ingest
 from model.plumbing import assets
 from model.plumbing.checkpoints import Checkpointer
 from model.plumbing.distributed import setup

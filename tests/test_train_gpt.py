@@ -19,7 +19,7 @@ from model.plumbing.distributed import setup
 from model.plumbing.jobs import JobSpec
 from model.plumbing.assets import Manifest, SetWriter
 from model.plumbing.tracking import Tracker
-from model.shards import TokenShard
+from model.data.shards import TokenShard
 from model.text import architecture, build_clip, tokenize
 from model.plumbing.steps import job, settings
 from tests.instances import config

@@ -11,8 +11,8 @@ import torch
 from components.launcher import launch
 from model import train_vqvae
 from model.config import RunConfig, load_config
-from model.images import to_pixels, to_tensor
-from model.ingest import ingest
+from model.data.images import to_pixels, to_tensor
+from model.data.ingest import ingest
 from model.plumbing import assets, storage
 from model.plumbing.checkpoints import save_model
 from model.plumbing.distributed import Distributed

@@ -4,7 +4,7 @@ A source module has two functions. `iterate(config, side, start)` yields every p
 order and without holding the set in memory; the first `start` are passed over, without reading them where the
 format allows. `fingerprint(config)` says in a few bytes what it will yield, so that a set made from the same
 source is found again, and refuses a source that is not there. Pictures are passed on as the bytes that were
-found, and only `model.images` judges them; sources that draw theirs draw them for a wanted `side`. Where
+found, and only `model.data.images` judges them; sources that draw theirs draw them for a wanted `side`. Where
 no picture has to be read to know, `count(config)` says how many records there are.
 """
 
@@ -26,7 +26,7 @@ class Record:
 
     key: str  # its name in the source, for people: code points, file name, row
     image: bytes  # JPEG, PNG or WEBP, not yet decoded
-    captions: list[str] = field(default_factory=list)  # as found; `model.ingest` cleans them
+    captions: list[str] = field(default_factory=list)  # as found; `model.data.ingest` cleans them
     composition: bool = False  # a combination that training must not see
     problem: str = ""  # why the source could not even read it; such a record is quarantined
 
@@ -58,4 +58,4 @@ def count(config: Source) -> int:
 
 
 def _module(config: Source) -> ModuleType:
-    return import_module(f"model.sources.{config.kind}")
+    return import_module(f"model.data.sources.{config.kind}")

@@ -20,7 +20,7 @@ import resvg_py
 from model.config import OpenMojiSource
 from model.errors import UserError
 from model.plumbing.parallel import parallel_map
-from model.sources import Record
+from model.data.sources import Record
 
 TONES = {
     "\U0001f3fb": "light",
@@ -98,7 +98,7 @@ def without_tones(character: str) -> str:
 def groups() -> dict[str, frozenset[str]]:
     """Members (without skin tone and variation selectors) of each Unicode group and subgroup."""
     members: dict[str, set[str]] = {}
-    for line in (files("model.sources") / "openmoji_groups.tsv").read_text().splitlines():
+    for line in (files("model.data.sources") / "openmoji_groups.tsv").read_text().splitlines():
         if not line.startswith("#"):
             group, subgroup, codes = line.split("\t")
             characters = {_character(code).replace("\ufe0f", "") for code in codes.split()}

@@ -28,14 +28,14 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from model import sources
+from model.data import sources
 from model.config import DataConfig
 from model.errors import UserError
 from model.plumbing.parallel import cores, parallel_map, single_threaded
 from model.plumbing import storage
 from model.plumbing.assets import File, Manifest, SetWriter, find
 from model.plumbing.progress import Progress
-from model.sources import Record
+from model.data.sources import Record
 
 SPLITS = ("train", "validation", "composition")
 QUARANTINE = "quarantine.jsonl"
@@ -145,7 +145,7 @@ def normalise(records: list[Record], config: DataConfig) -> list[Picture | Bad]:
 
 
 def _normalise(record: Record, config: DataConfig) -> Picture | Bad:
-    from model.images import BadImage, decode, encode, is_jpeg  # torch: a set that is found needs none
+    from model.data.images import BadImage, decode, encode, is_jpeg  # torch: a set that is found needs none
 
     if record.problem:
         return Bad(record.key, record.problem)

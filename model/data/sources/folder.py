@@ -22,7 +22,7 @@ from typing import Any
 
 from model.config import FolderSource
 from model.errors import UserError
-from model.sources import SUFFIXES, Record
+from model.data.sources import SUFFIXES, Record
 
 FILE_FIELDS = ("file_name", "file", "image")
 CAPTION_FIELDS = ("caption", "text", "captions")

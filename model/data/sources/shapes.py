@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from model.config import ShapesSource
-from model.sources import Record
+from model.data.sources import Record
 
 COLOURS: dict[str, tuple[int, int, int]] = {  # RGB
     "red": (220, 40, 40),

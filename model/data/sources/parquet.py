@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from model.config import ParquetSource
 from model.errors import UserError
 from model.plumbing import storage
-from model.sources import Record
+from model.data.sources import Record
 
 BATCH = 64  # rows read at a time
 SIDE_BY_SIDE = 16  # files looked at together
