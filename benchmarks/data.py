@@ -33,8 +33,8 @@ from model.plumbing.checkpoints import save_model
 from model.plumbing.assets import Manifest, SetWriter, fetch
 from model.data.shards import ShardCache, TokenReader, TokenShard, decode_entries, tar_index
 from model.tokenization import BATCH_PIXELS, tokenize
-from model.tokenizers import Tokenizer, load_tokenizer
-from model.vqvae import VQVAE
+from model.nets.tokenizers import Tokenizer, load_tokenizer
+from model.nets.vqvae import VQVAE
 from model.plumbing.steps import job
 
 SIDE = 256  # pixels

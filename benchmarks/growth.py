@@ -14,10 +14,10 @@ import torch.nn.functional as F
 
 from benchmarks.harness import Part, Row, compare
 from model.config import DataConfig, ShapesSource, TrainingConfig, TransformerConfig, VQVAEConfig
-from model.gpt import GPT
+from model.nets.gpt import GPT
 from model.optim import adamw
-from model.quantize import nearest_codes
-from model.vqvae import VQVAE
+from model.nets.quantize import nearest_codes
+from model.nets.vqvae import VQVAE
 
 NOISE = 0.1  # by which a fitted exponent may lie above theory: four sizes, timed on a machine in use
 TRAINING = TrainingConfig(steps=1000, batch_size=8)

@@ -16,9 +16,9 @@ from benchmarks.harness import FLOOR, Part, Ratio, Row, compare, copy_bandwidth,
 from model.config import TrainingConfig, VQVAEConfig
 from model.losses import ReconstructionLoss
 from model.optim import adamw
-from model.quantize import nearest_codes
+from model.nets.quantize import nearest_codes
 from model.tokenization import BATCH_PIXELS
-from model.vqvae import VQVAE
+from model.nets.vqvae import VQVAE
 
 SIDE = 256  # pixels
 WIDTH = {"cpu": 32, "cuda": 128}

@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import metrics, oracle, pictures, report
+from model.nets import metrics
+from model import oracle, pictures, report
 from model.config import RunConfig, config_hash
 from model.plumbing.curves import HISTORY
 from model.errors import UserError
@@ -40,7 +41,7 @@ from model.plumbing.progress import Progress
 from model.plumbing.tracking import Tracker
 from model.data.shards import load_images
 from model.data.sources.shapes import Scene, parse
-from model.text import Judge, load_judge
+from model.nets.clip import Judge, load_judge
 from model.plumbing.steps import settings
 
 SPLITS = ("validation", "train", "composition")  # captions held out, captions seen, combinations held out

@@ -23,13 +23,13 @@ from torch import Tensor
 
 from model.config import SamplingConfig
 from model.errors import UserError
-from model.gpt import GPT, load_gpt
+from model.nets.gpt import GPT, load_gpt
 from model.data.images import to_pixels
 from model.plumbing import assets
 from model.plumbing.assets import Manifest
-from model.sampler import OnToken, Rerank, Sampler
-from model.text import Judge, TextEncoder, load_judge, load_text_encoder
-from model.tokenizers import Tokenizer, load_tokenizer
+from model.nets.sampler import OnToken, Rerank, Sampler
+from model.nets.clip import Judge, TextEncoder, load_judge, load_text_encoder
+from model.nets.tokenizers import Tokenizer, load_tokenizer
 
 PARTS = ("tokenizer", "text", "transformer", "judge")
 FILES = ("config.json", "model.safetensors")
@@ -79,7 +79,7 @@ class Generator:
             tokenizer, text, gpt: on one device, in evaluation mode.
             judge: chooses where `best_of` asks for several draws.
             sampling: settings of draws that bring none.
-            compile: see `model.sampler.Sampler`.
+            compile: see `model.nets.sampler.Sampler`.
         """
         if gpt.vocabulary != tokenizer.vocabulary or gpt.text_width != text.width:
             raise UserError(

@@ -25,10 +25,10 @@ from model.config import (
     VQVAEConfig,
 )
 from model.errors import UserError
-from model.gpt import GPT
+from model.nets.gpt import GPT
 from model.losses import Lpips, PatchDiscriminator, ReconstructionLoss
-from model.text import architecture, build_clip, pretrained_architecture
-from model.vqvae import VQVAE
+from model.nets.clip import architecture, build_clip, pretrained_architecture
+from model.nets.vqvae import VQVAE
 
 # Dense peak of one device in FLOP/s (vendors' data sheets; for the CPU what two server cores reached) and
 # its memory in bytes.

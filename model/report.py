@@ -14,7 +14,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from model import metrics, pictures
+from model.nets import metrics
+from model import pictures
 from model.config import RunConfig
 from model.pictures import Curves, Pairs
 from model.plumbing.assets import Manifest

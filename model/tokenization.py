@@ -28,8 +28,8 @@ from model.plumbing.jobs import JobSpec, run_worker
 from model.plumbing.assets import File, Manifest, SetWriter, fetch, find, load
 from model.plumbing.progress import Progress
 from model.data.shards import ShardCache, TarEntry, TokenShard, decode_entries, tar_index
-from model.text import tokenize as text_ids
-from model.tokenizers import Tokenizer, load_tokenizer
+from model.nets.clip import tokenize as text_ids
+from model.nets.tokenizers import Tokenizer, load_tokenizer
 from model.plumbing.steps import settings
 
 # Pixels encoded at once: on CPU so few that activations stay in its cache, and in memory that malloc keeps.

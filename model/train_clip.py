@@ -30,7 +30,7 @@ from model.config import TrainedCLIPConfig
 from model.plumbing.curves import HISTORY, Curves
 from model.errors import UserError
 from model.data.images import augment, to_tensor
-from model.metrics import retrieval_accuracy
+from model.nets.metrics import retrieval_accuracy
 from model.optim import Ema, adamw, learning_rate, set_learning_rate
 from model.plumbing import assets
 from model.plumbing.checkpoints import (
@@ -49,7 +49,7 @@ from model.plumbing.assets import Manifest, SetWriter
 from model.plumbing.progress import Progress
 from model.plumbing.tracking import Tracker
 from model.data.shards import ImageBatch, image_batches, load_images
-from model.text import CLIPModel, Judge, architecture, build_clip, import_pretrained, tokenize
+from model.nets.clip import CLIPModel, Judge, architecture, build_clip, import_pretrained, tokenize
 from model.plumbing.steps import settings
 
 VALIDATION_PICTURES = 1024  # of the retrieval test, at most

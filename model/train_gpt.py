@@ -26,9 +26,9 @@ from torchvision.utils import make_grid  # type: ignore[import-untyped]
 
 from model.config import SamplingConfig, TransformerConfig
 from model.plumbing.curves import HISTORY, Curves
-from model.gpt import GPT
+from model.nets.gpt import GPT
 from model.data.images import to_image
-from model.metrics import token_nll
+from model.nets.metrics import token_nll
 from model.optim import Ema, adamw, learning_rate, muon, set_learning_rate
 from model.plumbing import assets
 from model.plumbing.checkpoints import (
@@ -46,10 +46,10 @@ from model.plumbing.jobs import JobSpec, run_worker
 from model.plumbing.assets import Manifest, SetWriter
 from model.plumbing.progress import Progress
 from model.plumbing.tracking import Tracker
-from model.sampler import sample
+from model.nets.sampler import sample
 from model.data.shards import TokenReader
-from model.text import TextEncoder, load_text_encoder
-from model.tokenizers import load_tokenizer
+from model.nets.clip import TextEncoder, load_text_encoder
+from model.nets.tokenizers import load_tokenizer
 from model.plumbing.steps import settings
 
 VALIDATION_PICTURES = 4096  # measured at each validation, at most

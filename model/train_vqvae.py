@@ -25,7 +25,7 @@ from model.config import VQVAEConfig
 from model.plumbing.curves import HISTORY, Curves
 from model.data.images import augment, to_pixels, to_tensor
 from model.losses import Adversary, ReconstructionLoss
-from model.metrics import psnr
+from model.nets.metrics import psnr
 from model.optim import Ema, adamw, learning_rate, set_learning_rate
 from model.plumbing import assets
 from model.plumbing.checkpoints import (
@@ -44,8 +44,8 @@ from model.plumbing.assets import Manifest, SetWriter
 from model.plumbing.progress import Progress
 from model.plumbing.tracking import Tracker
 from model.data.shards import ImageBatch, image_batches, load_images
-from model.tokenizers import import_pretrained
-from model.vqvae import VQVAE
+from model.nets.tokenizers import import_pretrained
+from model.nets.vqvae import VQVAE
 from model.plumbing.steps import settings
 
 KMEANS_VECTORS = 16  # latents per code from which the codebook is initialised

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model import metrics
+from model.nets import metrics
 
 
 def test_psnr_of_a_known_error() -> None:

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vector_quantize_pytorch import FSQ
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
-from model import quantize
+from model.nets import quantize
 from model.config import TrainingConfig, VQVAEConfig
-from model.quantize import (
+from model.nets.quantize import (
     FiniteScalarQuantizer,
     VectorQuantizer,
     build_quantizer,
@@ -194,7 +194,7 @@ def test_kmeans_finds_separate_clusters() -> None:
 
 WORKER = """
 import sys, torch, torch.distributed as dist
-from model.quantize import VectorQuantizer
+from model.nets.quantize import VectorQuantizer
 rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from model.config import SamplingConfig, TrainingConfig, TransformerConfig
-from model.gpt import GPT, Cache
-from model.sampler import Sampler, candidate_seed, guidance, gumbel, noise_keys, sample
+from model.nets.gpt import GPT, Cache
+from model.nets.sampler import Sampler, candidate_seed, guidance, gumbel, noise_keys, sample
 
 TRAINING = TrainingConfig(steps=10, batch_size=4, warmup_steps=1)
 GREEDY = SamplingConfig(temperature=0, cfg_scale=1)

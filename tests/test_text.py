@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from model.config import PretrainedCLIPConfig, TrainedCLIPConfig, TrainingConfig
 from model.errors import UserError
-from model.text import (
+from model.nets.clip import (
     END,
     START,
     TextEncoder,

@@ -20,10 +20,10 @@ from model.plumbing import storage
 from model.plumbing.jobs import write_spec
 from model.plumbing.assets import fetch
 from model.data.shards import TokenReader, load_images
-from model.text import tokenize as text_ids
+from model.nets.clip import tokenize as text_ids
 from model.tokenization import BATCH_PIXELS, PARTS, token_name, tokenize
-from model.tokenizers import load_tokenizer
-from model.vqvae import VQVAE
+from model.nets.tokenizers import load_tokenizer
+from model.nets.vqvae import VQVAE
 from model.plumbing.steps import job
 
 DATA = {

@@ -15,8 +15,8 @@ from model.config import PretrainedTokenizerConfig, TrainingConfig, VQVAEConfig
 from model.errors import UserError
 from model.plumbing import assets, storage
 from model.plumbing.checkpoints import save_model
-from model.tokenizers import import_pretrained, load_tokenizer
-from model.vqvae import VQVAE
+from model.nets.tokenizers import import_pretrained, load_tokenizer
+from model.nets.vqvae import VQVAE
 
 CODES = 256
 

@@ -20,7 +20,7 @@ from model.plumbing.checkpoints import Checkpointer
 from model.plumbing.distributed import setup
 from model.plumbing.assets import Manifest, SetWriter
 from model.plumbing.tracking import Tracker
-from model.text import load_judge, load_text_encoder
+from model.nets.clip import load_judge, load_text_encoder
 from model.plumbing.steps import job, settings
 from tests.instances import config
 from tests.ranks import two_ranks
@@ -179,7 +179,7 @@ def test_a_pretrained_model_is_imported_as_a_set(
     import open_clip
     from safetensors.torch import save_file
 
-    from model.text import build_clip
+    from model.nets.clip import build_clip
 
     small = {
         "embed_dim": 16,

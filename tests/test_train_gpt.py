@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from model import train_gpt
 from model.config import RunConfig
-from model.gpt import load_gpt
+from model.nets.gpt import load_gpt
 from model.plumbing import assets
 from model.plumbing.checkpoints import Checkpointer
 from model.plumbing.distributed import setup
@@ -20,7 +20,7 @@ from model.plumbing.jobs import JobSpec
 from model.plumbing.assets import Manifest, SetWriter
 from model.plumbing.tracking import Tracker
 from model.data.shards import TokenShard
-from model.text import architecture, build_clip, tokenize
+from model.nets.clip import architecture, build_clip, tokenize
 from model.plumbing.steps import job, settings
 from tests.instances import config
 from tests.ranks import two_ranks

@@ -19,8 +19,8 @@ from model.plumbing.distributed import Distributed
 from model.plumbing.jobs import JobSpec
 from model.plumbing.assets import Manifest, SetWriter
 from model.plumbing.tracking import RUN_TAG, STEP_TAG, Tracker
-from model.tokenizers import load_tokenizer
-from model.vqvae import VQVAE
+from model.nets.tokenizers import load_tokenizer
+from model.nets.vqvae import VQVAE
 from model.plumbing.steps import job, settings
 
 ALONE = Distributed(rank=0, world=1, local_rank=0, device=torch.device("cpu"))

@@ -5,7 +5,7 @@ import torch
 
 from model.config import TrainingConfig, VQVAEConfig
 from model.errors import UserError
-from model.vqvae import VQVAE
+from model.nets.vqvae import VQVAE
 
 
 def config(**values: object) -> VQVAEConfig:

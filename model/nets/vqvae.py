@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from model.config import VQVAEConfig
 from model.errors import UserError
-from model.quantize import build_quantizer
+from model.nets.quantize import build_quantizer
 
 GROUP = 16  # channels that share a mean and a variance
 

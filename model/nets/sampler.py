@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from model.config import SamplingConfig
-from model.gpt import GPT, Cache, Context
+from model.nets.gpt import GPT, Cache, Context
 
 OnToken = Callable[[int, Tensor], None]  # (position, codes (B,) of that position)
 Rerank = Callable[[Tensor], Tensor]  # codes (B, n, T) -> scores (B, n), higher is better

@@ -27,8 +27,8 @@ from model.errors import UserError
 from model.plumbing import storage
 from model.plumbing.checkpoints import CONFIG, WEIGHTS, load_model, save_model
 from model.plumbing.assets import Manifest, SetWriter
-from model.quantize import nearest_codes
-from model.vqvae import VQVAE, check_sides
+from model.nets.quantize import nearest_codes
+from model.nets.vqvae import VQVAE, check_sides
 
 
 class Tokenizer(Protocol):
