@@ -32,7 +32,7 @@ from model.plumbing.parallel import cores, parallel_map, single_threaded
 from model.plumbing.checkpoints import save_model
 from model.plumbing.assets import Manifest, SetWriter, fetch
 from model.data.shards import ShardCache, TokenReader, TokenShard, decode_entries, tar_index
-from model.tokenization import BATCH_PIXELS, tokenize
+from model.training.tokenize import BATCH_PIXELS, tokenize
 from model.nets.tokenizers import Tokenizer, load_tokenizer
 from model.nets.vqvae import VQVAE
 from model.plumbing.steps import job

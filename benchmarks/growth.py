@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from benchmarks.harness import Part, Row, compare
 from model.config import DataConfig, ShapesSource, TrainingConfig, TransformerConfig, VQVAEConfig
 from model.nets.gpt import GPT
-from model.optim import adamw
+from model.training.optim import adamw
 from model.nets.quantize import nearest_codes
 from model.nets.vqvae import VQVAE
 

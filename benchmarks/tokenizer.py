@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import FLOOR, Part, Ratio, Row, compare, copy_bandwidth, gemm_rate, judge, peak_memory
 from model.config import TrainingConfig, VQVAEConfig
-from model.losses import ReconstructionLoss
-from model.optim import adamw
+from model.training.losses import ReconstructionLoss
+from model.training.optim import adamw
 from model.nets.quantize import nearest_codes
-from model.tokenization import BATCH_PIXELS
+from model.training.tokenize import BATCH_PIXELS
 from model.nets.vqvae import VQVAE
 
 SIDE = 256  # pixels

@@ -26,7 +26,7 @@ from model.config import (
 )
 from model.errors import UserError
 from model.nets.gpt import GPT
-from model.losses import Lpips, PatchDiscriminator, ReconstructionLoss
+from model.training.losses import Lpips, PatchDiscriminator, ReconstructionLoss
 from model.nets.clip import architecture, build_clip, pretrained_architecture
 from model.nets.vqvae import VQVAE
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def spec(store: str) -> JobSpec:
     return JobSpec(
-        module="model.train_gpt",
+        module="model.training.transformer",
         config=load_config("smoke"),
         inputs={"tokens": f"{store}/tokens/0123"},
         output=f"{store}/transformer/4567",

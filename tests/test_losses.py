@@ -10,7 +10,7 @@ from torchvision.models import vgg16
 
 from model.config import TokenizerLoss, TrainingConfig
 from model.errors import UserError
-from model.losses import (
+from model.training.losses import (
     Adversary,
     Lpips,
     MultiScaleGradient,

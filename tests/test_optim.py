@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from model.config import TrainingConfig
-from model.optim import Ema, adamw, learning_rate, muon, parameter_groups, set_learning_rate
+from model.training.optim import Ema, adamw, learning_rate, muon, parameter_groups, set_learning_rate
 from model.plumbing.checkpoints import Checkpointer, optimizer_state, restore_optimizer
 
 

@@ -21,7 +21,7 @@ from model.plumbing.jobs import write_spec
 from model.plumbing.assets import fetch
 from model.data.shards import TokenReader, load_images
 from model.nets.clip import tokenize as text_ids
-from model.tokenization import BATCH_PIXELS, PARTS, token_name, tokenize
+from model.training.tokenize import BATCH_PIXELS, PARTS, token_name, tokenize
 from model.nets.tokenizers import load_tokenizer
 from model.nets.vqvae import VQVAE
 from model.plumbing.steps import job
@@ -88,7 +88,7 @@ def test_other_views_are_other_pictures(spec):
 def test_repeated_it_is_found(spec, monkeypatch):
     job, _ = spec
     first = tokenize(job)
-    monkeypatch.setattr("model.tokenization.load_tokenizer", None)  # nothing is loaded again
+    monkeypatch.setattr("model.training.tokenize.load_tokenizer", None)  # nothing is loaded again
     assert tokenize(job) == first
 
 
@@ -98,7 +98,7 @@ def test_killed_between_shards_it_resumes_to_the_same_bytes(spec, monkeypatch):
     assert not storage.list_uris(storage.join(job.output, PARTS))
     storage.delete_prefix(job.output)
 
-    import model.tokenization as module
+    import model.training.tokenize as module
 
     real, made = module.encode_shard, []
 
@@ -154,7 +154,7 @@ def test_two_workers_make_the_same_set_as_one(spec):
         "torch.distributed.run",
         "--nproc-per-node=2",
         "-m",
-        "model.tokenization",
+        "model.training.tokenize",
     ]
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root)}

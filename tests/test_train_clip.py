@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import train_clip
+from model.training import clip
 from model.config import PretrainedCLIPConfig, RunConfig, TrainedCLIPConfig
 from model.errors import UserError
 from model.data.ingest import ingest
@@ -47,7 +47,7 @@ def fit(run: RunConfig, images: Manifest, role: str) -> Manifest:
     assert isinstance(run.clip, TrainedCLIPConfig)
     with setup() as processes:
         tracker = Tracker(spec.tracking, None, False)
-        made = train_clip.train(spec, run.clip, role, images, writer, processes, tracker)
+        made = clip.train(spec, run.clip, role, images, writer, processes, tracker)
     assert made
     assert made.uri == spec.output
     return made
@@ -78,7 +78,7 @@ def test_only_the_judge_sees_held_out_splits(store: str, monkeypatch: pytest.Mon
     run = run_config(steps=12, checkpoint_every=100)
     images = ingest(run.data)
     seen: dict[str, set[str]] = {"text": set(), "judge": set()}
-    real = train_clip.image_batches
+    real = clip.image_batches
     for role, splits in seen.items():
 
         def spy(images: Manifest, split: str, *args: object, splits: set[str] = splits):
@@ -86,7 +86,7 @@ def test_only_the_judge_sees_held_out_splits(store: str, monkeypatch: pytest.Mon
                 splits.add(split)
                 yield batch
 
-        monkeypatch.setattr(train_clip, "image_batches", spy)
+        monkeypatch.setattr(clip, "image_batches", spy)
         fit(run, images, role)
     every = {name.split("-")[0] for name in images.info["shards"]}
     assert seen["text"] == {"train"}
@@ -125,17 +125,17 @@ def test_equal_captions_are_right_answers_for_each_other() -> None:
     ids = torch.tensor([[5, 1], [5, 1], [6, 1], [7, 1]])
     scale = torch.tensor(50.0)
     pictures[1] = pictures[0]
-    tied = train_clip.contrastive_loss(pictures, texts, ids, scale)
-    apart = train_clip.contrastive_loss(pictures, texts, torch.arange(4)[:, None], scale)
+    tied = clip.contrastive_loss(pictures, texts, ids, scale)
+    apart = clip.contrastive_loss(pictures, texts, torch.arange(4)[:, None], scale)
     assert float(tied) == pytest.approx(0.5 * math.log(2), abs=1e-2)  # two rows of four split in half
     assert float(apart) == pytest.approx(float(tied), abs=1e-2)
-    wrong = train_clip.contrastive_loss(pictures, texts.roll(1, 0), ids, scale)
+    wrong = clip.contrastive_loss(pictures, texts.roll(1, 0), ids, scale)
     assert wrong > 5
     # With distinct captions it is open_clip's loss.
     from open_clip.loss import ClipLoss
 
     images, captions = torch.nn.functional.normalize(torch.randn(2, 6, 8), dim=-1)
-    ours = train_clip.contrastive_loss(images, captions, torch.arange(6)[:, None], scale)
+    ours = clip.contrastive_loss(images, captions, torch.arange(6)[:, None], scale)
     torch.testing.assert_close(ours, ClipLoss()(images, captions, scale))
 
 
@@ -146,7 +146,7 @@ def _train(run: str, images: str) -> None:
     assert isinstance(config.clip, TrainedCLIPConfig)
     with setup() as processes:
         tracker = Tracker(spec.tracking, None, False)
-        train_clip.train(spec, config.clip, "text", made, writer, processes, tracker)
+        clip.train(spec, config.clip, "text", made, writer, processes, tracker)
 
 
 @pytest.mark.slow
@@ -170,7 +170,7 @@ def test_an_unknown_role_is_refused(store: str) -> None:
     images = ingest(run.data)
     spec = job("clip", "clip", run, "test", {"images": images}, "text")
     with pytest.raises(UserError, match=r"options\.role"):
-        train_clip.main(spec.model_copy(update={"options": {"role": "jury"}}))
+        clip.main(spec.model_copy(update={"options": {"role": "jury"}}))
 
 
 def test_a_pretrained_model_is_imported_as_a_set(
@@ -192,7 +192,7 @@ def test_a_pretrained_model_is_imported_as_a_set(
     run = run_config().model_copy(update={"clip": clip})
     images = ingest(run.data)
     spec = job("clip", "clip", run, "test", {"images": images}, "text")
-    made = train_clip.main(spec)
+    made = clip.main(spec)
     assert made
     assert made.uri == spec.output
     assert load_text_encoder(made.uri).width == 32

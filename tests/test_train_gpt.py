@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from model import train_gpt
+from model.training import transformer
 from model.config import RunConfig
 from model.nets.gpt import load_gpt
 from model.plumbing import assets
@@ -86,7 +86,7 @@ def fit(run: RunConfig, sets: dict[str, Manifest]) -> Manifest:
     writer = SetWriter("transformer", settings("transformer", run), sets)
     assert run.transformer
     with setup() as processes:
-        made = train_gpt.train(
+        made = transformer.train(
             spec, run.transformer, sets, writer, processes, Tracker(spec.tracking, None, False)
         )
     assert made
@@ -118,8 +118,8 @@ def test_it_learns_the_captions_and_keeps_its_losses(store: str) -> None:
     assert all(3e-4 < one < 3e-3 for one in beyond), beyond
     gpt = load_gpt(made.uri)
     assert gpt.parameter_count() == info["parameters"]
-    figures = train_gpt.validate(
-        gpt, train_gpt._frozen_text(sets["text"], torch.device("cpu")), sets["tokens"], "validation", setup()
+    figures = transformer.validate(
+        gpt, transformer._frozen_text(sets["text"], torch.device("cpu")), sets["tokens"], "validation", setup()
     )
     assert figures["nll"] == pytest.approx(info["validation_nll"], abs=1e-5)
     assert not list(Path(made.uri).glob("checkpoints/**/*.safetensors"))
@@ -130,7 +130,7 @@ def test_the_last_weights_are_kept_where_the_config_says_so(
 ) -> None:
     worsening = iter([1.0, 2.0, 3.0, 4.0])
     figures = {"nll_unconditional": 5.0, "nll_shuffled": 5.0}
-    monkeypatch.setattr(train_gpt, "validate", lambda *_: {"nll": next(worsening)} | figures)
+    monkeypatch.setattr(transformer, "validate", lambda *_: {"nll": next(worsening)} | figures)
     run = run_config()
     sets = publish(run)
     assert fit(run, sets).info["best_step"] == 12
@@ -178,12 +178,12 @@ def test_random_order_ends_when_it_should() -> None:
     transformer = run_config().transformer
     assert transformer
     codes = torch.arange(16).repeat(64, 1)
-    mixed, order = train_gpt._reorder(codes, transformer, step=0)
+    mixed, order = transformer._reorder(codes, transformer, step=0)
     assert order is not None
     assert torch.equal(mixed, order)  # a code is its own position here
     assert (order.sort(dim=1).values == codes).all()
     assert (order != codes).any(dim=1).all()
-    same, none = train_gpt._reorder(codes, transformer, step=6)  # 25 % of 24 steps
+    same, none = transformer._reorder(codes, transformer, step=6)  # 25 % of 24 steps
     assert none is None
     assert same is codes
 
@@ -196,7 +196,7 @@ def _train(run: str, sets: dict[str, str]) -> None:
     assert config.transformer
     with setup() as processes:
         tracker = Tracker(spec.tracking, None, False)
-        train_gpt.train(spec, config.transformer, inputs, writer, processes, tracker)
+        transformer.train(spec, config.transformer, inputs, writer, processes, tracker)
 
 
 @pytest.mark.slow

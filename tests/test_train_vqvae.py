@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from components.launcher import launch
-from model import train_vqvae
+from model.training import vqvae
 from model.config import RunConfig, load_config
 from model.data.images import to_pixels, to_tensor
 from model.data.ingest import ingest
@@ -39,7 +39,7 @@ def train(spec: JobSpec) -> Manifest:
     inputs = {"images": assets.load(spec.inputs["images"])}
     writer = SetWriter("tokenizer", settings("tokenizer", spec.config), inputs)
     tracker = Tracker(spec.tracking, enabled=False)
-    made = train_vqvae.train(spec, spec.config.tokenizer, inputs["images"], writer, ALONE, tracker)
+    made = vqvae.train(spec, spec.config.tokenizer, inputs["images"], writer, ALONE, tracker)
     assert made is not None
     assert made.uri == spec.output
     return made
@@ -76,7 +76,7 @@ def test_a_killed_job_ends_as_if_nothing_had_happened(
 
     monkeypatch.setenv("LATENT_GPT_STORE", str(tmp_path / "killed"))
     spec = spec_of(run)
-    rate = train_vqvae.learning_rate
+    rate = vqvae.learning_rate
     with monkeypatch.context() as patch:
         patch.setattr(
             train_vqvae,
@@ -102,8 +102,8 @@ def test_the_set_is_the_best_validation_and_loads_as_a_tokenizer(store: str, tmp
     assert not storage.list_sizes(storage.join(made.uri, "checkpoints"))
 
     tokenizer = load_tokenizer(assets.fetch(made, tmp_path / "tokenizer"))
-    held_out, _ = train_vqvae.load_images(assets.load(made.inputs["images"].uri), "validation")
-    measured = train_vqvae.validate(tokenizer, held_out, ALONE)
+    held_out, _ = vqvae.load_images(assets.load(made.inputs["images"].uri), "validation")
+    measured = vqvae.validate(tokenizer, held_out, ALONE)
     assert math.isclose(measured["psnr"], made.info["psnr"], abs_tol=1e-4)
 
 
@@ -132,8 +132,8 @@ def test_the_adversary_plays_along_from_its_step_on(store: str) -> None:
 
 def test_no_training_picture_is_held_out(store: str) -> None:
     images = ingest(config().data)
-    held_out, _ = train_vqvae.load_images(images, "validation")
-    seen, _ = train_vqvae.load_images(images, "train")
+    held_out, _ = vqvae.load_images(images, "validation")
+    seen, _ = vqvae.load_images(images, "train")
     assert not {picture.numpy().tobytes() for picture in held_out} & {
         picture.numpy().tobytes() for picture in seen
     }
@@ -142,7 +142,7 @@ def test_no_training_picture_is_held_out(store: str) -> None:
 def test_the_grid_shows_each_original_beside_its_reconstruction() -> None:
     net = VQVAE(config().tokenizer).eval()
     held_out = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
-    grid = torch.from_numpy(np.array(train_vqvae._pairs(net, held_out))).permute(2, 0, 1)
+    grid = torch.from_numpy(np.array(vqvae._pairs(net, held_out))).permute(2, 0, 1)
     assert grid.shape == (3, 2 + 2 * 18, 2 + 8 * 18)  # four pairs in a row, 2 pixels between tiles
     tiles = [grid[:, 20:36, left : left + 16] for left in (2, 20)]  # of the fifth picture, in the second row
     assert torch.equal(tiles[0], held_out[4])

@@ -37,7 +37,7 @@ def test_reader_and_judge_are_different_sets(monkeypatch: pytest.MonkeyPatch) ->
     config = load_config("smoke")
     text, judge = (job("clip", "clip", config, "r", {}, role) for role in ("text", "judge"))
     assert text.output != judge.output
-    assert (text.module, text.options) == ("model.train_clip", {"role": "text"})
+    assert (text.module, text.options) == ("model.training.clip", {"role": "text"})
 
 
 def test_a_pretrained_clip_reads_and_judges_as_one_set() -> None:

@@ -37,7 +37,7 @@ class JobSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    module: str  # e.g. "model.train_gpt"
+    module: str  # e.g. "model.training.transformer"
     config: RunConfig
     inputs: dict[str, str]  # name: URI of a complete set
     output: str  # URI of the set to be made

@@ -20,10 +20,10 @@ from model.plumbing.jobs import JobSpec, TrackingIds
 from model.plumbing.assets import Kind, Manifest, set_uri
 
 MODULES: dict[Kind, str] = {  # what makes a set of each kind, where a job does
-    "clip": "model.train_clip",
-    "tokenizer": "model.train_vqvae",
-    "tokens": "model.tokenization",
-    "transformer": "model.train_gpt",
+    "clip": "model.training.clip",
+    "tokenizer": "model.training.vqvae",
+    "tokens": "model.training.tokenize",
+    "transformer": "model.training.transformer",
     "evaluation": "model.evaluate",
 }
 NO_CONTENT = {"log_every", "checkpoint_every"}  # training settings that change no weight

@@ -1,6 +1,6 @@
 """The tokenizer's job: train the VQ-VAE that the config describes, or import the pretrained one it names.
 
-    python -m model.train_vqvae SPEC_URI        (by torchrun, one process per device)
+    python -m model.training.vqvae SPEC_URI        (by torchrun, one process per device)
 
 The set holds the averaged weights (`training.ema`) of the validation with the highest PSNR. A step draws its
 chances from (seed, rank, step) and its pictures from a position in the shuffled order, and a checkpoint holds
@@ -24,9 +24,9 @@ from torchvision.utils import make_grid  # type: ignore[import-untyped]
 from model.config import VQVAEConfig
 from model.plumbing.curves import HISTORY, Curves
 from model.data.images import augment, to_pixels, to_tensor
-from model.losses import Adversary, ReconstructionLoss
+from model.training.losses import Adversary, ReconstructionLoss
 from model.nets.metrics import psnr
-from model.optim import Ema, adamw, learning_rate, set_learning_rate
+from model.training.optim import Ema, adamw, learning_rate, set_learning_rate
 from model.plumbing import assets
 from model.plumbing.checkpoints import (
     CONFIG,

@@ -1,6 +1,6 @@
 """The transformer's job: learn p(image tokens | caption) from token shards, with the text tower frozen.
 
-    python -m model.train_gpt SPEC_URI        (by torchrun, one process per device)
+    python -m model.training.transformer SPEC_URI        (by torchrun, one process per device)
 
 The set holds the weights (averaged, with `training.ema`) of the validation with the lowest NLL on held-out
 pictures, as small sets overfit long before the last step. With `keep: last` it holds those of the last step:
@@ -29,7 +29,7 @@ from model.plumbing.curves import HISTORY, Curves
 from model.nets.gpt import GPT
 from model.data.images import to_image
 from model.nets.metrics import token_nll
-from model.optim import Ema, adamw, learning_rate, muon, set_learning_rate
+from model.training.optim import Ema, adamw, learning_rate, muon, set_learning_rate
 from model.plumbing import assets
 from model.plumbing.checkpoints import (
     CONFIG,

@@ -1,6 +1,6 @@
 """The CLIP job: train a compact open_clip model on the run's pictures and captions, or import a pretrained.
 
-    python -m model.train_clip SPEC_URI        (by torchrun, one process per device)
+    python -m model.training.clip SPEC_URI        (by torchrun, one process per device)
 
 Two roles (`options.role`), two models, so that none judges its own work:
 
@@ -31,7 +31,7 @@ from model.plumbing.curves import HISTORY, Curves
 from model.errors import UserError
 from model.data.images import augment, to_tensor
 from model.nets.metrics import retrieval_accuracy
-from model.optim import Ema, adamw, learning_rate, set_learning_rate
+from model.training.optim import Ema, adamw, learning_rate, set_learning_rate
 from model.plumbing import assets
 from model.plumbing.checkpoints import (
     CONFIG,

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.config import TokenizerLoss, TrainingConfig
 from model.errors import UserError
-from model.optim import adamw, set_learning_rate
+from model.training.optim import adamw, set_learning_rate
 from model.plumbing import storage
 
 GRADIENT_SCALES = 3  # full, half and quarter resolution

@@ -1,0 +1,1 @@
+"""What a job runs: python -m model.training.NAME SPEC."""
