@@ -65,7 +65,7 @@ def _judge(
         return True, "the first version"
     if champion == version:
         return False, "it was before"
-    from model.evaluate import compare, remeasure
+    from model.evaluation.evaluate import compare, remeasure
 
     folder = registry.resolve(f"models:/{registry.MODEL}/{champion}")
     verdict = compare(evaluation.info, remeasure(config, sets, folder))

@@ -10,10 +10,10 @@ import pytest
 import torch
 from instances import config, publish_models
 
-from model import evaluate as evaluation
+from model.evaluation import evaluate as evaluation
 from model.config import RunConfig
 from model.errors import UserError
-from model.evaluate import Verdict, compare, evaluate, load_benchmark, remeasure
+from model.evaluation.evaluate import Verdict, compare, evaluate, load_benchmark, remeasure
 from model.generate import Generator, write_bundle
 from model.data.ingest import ingest
 from model.plumbing import assets, storage

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import oracle
+from model.evaluation import oracle
 from model.data.sources.shapes import Scene, Thing, random_scene
 
 

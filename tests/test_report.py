@@ -13,11 +13,11 @@ import torch
 from instances import config
 from PIL import Image
 
-from model import pictures, report
+from model.evaluation import sheets, report
 from model.data.images import to_pixels
-from model.pictures import Pairs
+from model.evaluation.sheets import Pairs
 from model.plumbing.assets import File, Input, Manifest
-from model.report import Grid, Page
+from model.evaluation.report import Grid, Page
 
 SPLITS = {"train": 24, "validation": 20, "composition": 8}
 
@@ -151,18 +151,18 @@ def test_files_of_the_set(page: Page) -> None:
         "unconditional.png", "curves.png",
     }  # fmt: skip
     sheet = Image.open(io.BytesIO(made["samples-train.png"]))
-    assert sheet.size == (pictures.LABEL + 3 * (96 + pictures.GAP), pictures.GAP + 2 * (96 + pictures.GAP))
+    assert sheet.size == (sheets.LABEL + 3 * (96 + sheets.GAP), sheets.GAP + 2 * (96 + sheets.GAP))
     assert report.files(page) == made, "the same page gives the same bytes"
 
 
 def test_curves_of_one_quantity_share_a_panel(page: Page) -> None:
-    (panel, rate) = pictures.panels(page.histories["transformer"])
+    (panel, rate) = sheets.panels(page.histories["transformer"])
     assert panel == ("nll", {"train": [[1, 3.0], [2, 2.0]], "validation": [[2, 2.5]]})
     assert rate[0] == "learning_rate"
 
 
 def test_large_pictures_are_stored_as_jpeg() -> None:
-    assert pictures.tile(torch.zeros(3, 64, 64))[0] == "image/png"
-    mime, data = pictures.tile(torch.zeros(3, 256, 256))
+    assert sheets.tile(torch.zeros(3, 64, 64))[0] == "image/png"
+    mime, data = sheets.tile(torch.zeros(3, 256, 256))
     assert mime == "image/jpeg"
     assert Image.open(io.BytesIO(data)).size == (256, 256)

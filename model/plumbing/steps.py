@@ -24,7 +24,7 @@ MODULES: dict[Kind, str] = {  # what makes a set of each kind, where a job does
     "tokenizer": "model.training.vqvae",
     "tokens": "model.training.tokenize",
     "transformer": "model.training.transformer",
-    "evaluation": "model.evaluate",
+    "evaluation": "model.evaluation.evaluate",
 }
 NO_CONTENT = {"log_every", "checkpoint_every"}  # training settings that change no weight
 WEIGHTS = (".json", ".safetensors")  # what is read of a model made elsewhere

@@ -1,6 +1,6 @@
 """What a model is worth: metrics between their floors and ceilings, pictures to look at, one report.
 
-    python -m model.evaluate SPEC_URI
+    python -m model.evaluation.evaluate SPEC_URI
 
 Prompts, seeds and judge are pinned by config and data, so that two models are compared on equal terms:
 `evaluate` measures the model of a run, `remeasure` another one by the same measure, `compare` decides.
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.nets import metrics
-from model import oracle, pictures, report
+from model.evaluation import oracle, sheets, report
 from model.config import RunConfig, config_hash
 from model.plumbing.curves import HISTORY
 from model.errors import UserError
@@ -478,11 +478,11 @@ def _grids(
     return grids
 
 
-def _reconstructions(generator: Generator, benchmark: Benchmark) -> pictures.Pairs:
+def _reconstructions(generator: Generator, benchmark: Benchmark) -> sheets.Pairs:
     """Held-out pictures and what the tokenizer leaves of them."""
     chosen = benchmark.splits["validation" if "validation" in benchmark.splits else "train"]
     images = chosen.images[_spread(len(chosen.images), PAIRS)]
-    return pictures.Pairs(to_tensor(images), reconstruct(generator, images)[0])
+    return sheets.Pairs(to_tensor(images), reconstruct(generator, images)[0])
 
 
 def _histories(sets: dict[str, Manifest]) -> dict[str, dict[str, list[list[float]]]]:

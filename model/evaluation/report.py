@@ -15,9 +15,9 @@ import yaml
 from torch import Tensor
 
 from model.nets import metrics
-from model import pictures
+from model.evaluation import sheets
 from model.config import RunConfig
-from model.pictures import Curves, Pairs
+from model.evaluation.sheets import Curves, Pairs
 from model.plumbing.assets import Manifest
 from model.plumbing.progress import quantity
 
@@ -74,16 +74,16 @@ class Score:
 def files(page: Page) -> dict[str, bytes]:
     """`report.html` and the picture files of an evaluation set."""
     made = {
-        f"samples-{grid.kind}.png": pictures.sheet(grid.samples, grid.prompts)
+        f"samples-{grid.kind}.png": sheets.sheet(grid.samples, grid.prompts)
         for grid in page.grids
         if grid.kind != "closest"
     }
-    made["reconstructions.png"] = pictures.sheet(
+    made["reconstructions.png"] = sheets.sheet(
         torch.stack(list(page.reconstructions)), ["original", "after"]
     )
-    made["unconditional.png"] = pictures.sheet(page.unconditional.unflatten(0, (-1, 8)))
+    made["unconditional.png"] = sheets.sheet(page.unconditional.unflatten(0, (-1, 8)))
     if charts := _charts(page):
-        made["curves.png"] = pictures.plot(charts, "step")
+        made["curves.png"] = sheets.plot(charts, "step")
     made["report.html"] = render(page).encode()
     return made
 
@@ -106,8 +106,8 @@ def render(page: Page) -> str:
         scores=_scores(page.metrics),
         grids={grid.kind: grid for grid in page.grids},
         pairs=list(zip(*page.reconstructions, strict=True)),
-        charts=pictures.plot(charts, "step") if charts else None,
-        sweep=pictures.plot(sweep, "guidance scale", marked=True) if sweep else None,
+        charts=sheets.plot(charts, "step") if charts else None,
+        sweep=sheets.plot(sweep, "guidance scale", marked=True) if sweep else None,
         judge=judge_name(page.config, page.sets),
         shown=TILE,
         pixelated=side < TILE and TILE % side == 0,
@@ -166,7 +166,7 @@ def _charts(page: Page) -> list[tuple[str, Curves]]:
     return [
         (f"{name}: {title}", lines)
         for name, curves in page.histories.items()
-        for title, lines in pictures.panels(curves)
+        for title, lines in sheets.panels(curves)
         if title != "learning_rate"
     ]
 
@@ -192,7 +192,7 @@ def _software() -> str:
 
 
 def _embedded(picture: Tensor) -> str:
-    mime, data = pictures.tile(picture)
+    mime, data = sheets.tile(picture)
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
 

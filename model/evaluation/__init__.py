@@ -1,0 +1,1 @@
+"""What a model is worth, and the page that says so."""
