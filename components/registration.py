@@ -46,8 +46,8 @@ def register_model(
 
 
 def _register(config: RunConfig, run: str, sets: dict[str, Manifest], lineage: dict[str, str]) -> int:
-    from model.generate import write_bundle
-    from model.serving import log_model
+    from model.inference.generate import write_bundle
+    from model.inference.serving import log_model
 
     ids = TrackingIds(experiment=config.experiment, run=run, step="register")
     with tempfile.TemporaryDirectory() as scratch:

@@ -114,7 +114,7 @@ def generate(
         raise UserError(f"--out {out} must end in .png, .jpg or .webp")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: folder {out.parent} does not exist")
-    from model.generate import Generator, check_prompt
+    from model.inference.generate import Generator, check_prompt
     from model.plumbing import registry
 
     if not unconditional:

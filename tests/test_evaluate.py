@@ -14,7 +14,7 @@ from model.evaluation import evaluate as evaluation
 from model.config import RunConfig
 from model.errors import UserError
 from model.evaluation.evaluate import Verdict, compare, evaluate, load_benchmark, remeasure
-from model.generate import Generator, write_bundle
+from model.inference.generate import Generator, write_bundle
 from model.data.ingest import ingest
 from model.plumbing import assets, storage
 from model.plumbing.assets import Manifest

@@ -13,7 +13,7 @@ from PIL import Image
 
 from model.config import SamplingConfig
 from model.errors import UserError
-from model.generate import Generator, checked
+from model.inference.generate import Generator, checked
 from model.plumbing.checkpoints import load_model, save_model
 
 TWO = ["a small red circle above a large blue square", "a large green cross"]
@@ -60,7 +60,7 @@ def test_the_prompt_matters_unless_unconditional(generator: Generator) -> None:
 
 def test_more_pictures_than_a_batch(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = generator.draw(TWO * 2, [1, 2, 3, 4])
-    monkeypatch.setattr("model.generate.BATCH_CPU", 3)
+    monkeypatch.setattr("model.inference.generate.BATCH_CPU", 3)
     heard: list[int] = []
     torch.testing.assert_close(generator.draw(TWO * 2, [1, 2, 3, 4], on_batch=heard.append), whole)
     assert heard == [3, 4]

@@ -28,7 +28,7 @@ mlflow.models.set_model(Echo())
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    """A folder as `model/generate.py` writes it, with a little of everything."""
+    """A folder as `model/inference/generate.py` writes it, with a little of everything."""
     folder = tmp_path / "bundle"
     (folder / "transformer").mkdir(parents=True)
     (folder / "transformer/model.safetensors").write_bytes(os.urandom(100))
@@ -48,7 +48,7 @@ def ids() -> TrackingIds:
 
 
 def log_model(bundle: Path, name: str) -> Any:
-    """What `model/serving.py` does, without nets."""
+    """What `model/inference/serving.py` does, without nets."""
     import mlflow
 
     code = bundle.parent / "pyfunc.py"

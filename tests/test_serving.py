@@ -15,9 +15,9 @@ import pytest
 from instances import config, write_models
 from PIL import Image
 
-from model import serving
+from model.inference import serving
 from model.errors import UserError
-from model.generate import Generator
+from model.inference.generate import Generator
 
 PROMPT = "a small red circle above a large blue square"
 

@@ -32,7 +32,7 @@ from model.evaluation import oracle, sheets, report
 from model.config import RunConfig, config_hash
 from model.plumbing.curves import HISTORY
 from model.errors import UserError
-from model.generate import Generator, write_bundle
+from model.inference.generate import Generator, write_bundle
 from model.data.images import to_tensor
 from model.plumbing import assets, storage
 from model.plumbing.jobs import JobSpec, run_worker

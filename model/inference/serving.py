@@ -28,7 +28,7 @@ from model.errors import UserError
 if TYPE_CHECKING:
     from mlflow.models.model import ModelInfo
 
-    from model.generate import Generator
+    from model.inference.generate import Generator
 
 REQUIREMENTS = (
     "mlflow",
@@ -58,7 +58,7 @@ class TextToImage(PythonModel):
 
     def load_context(self, context: Any) -> None:
         """Load the bundle, on the GPU where there is one."""
-        from model.generate import Generator
+        from model.inference.generate import Generator
 
         self.generator = Generator.load(context.artifacts["bundle"])
 
@@ -84,7 +84,7 @@ class TextToImage(PythonModel):
             raise UserError(
                 f"num_images {count} for {len(prompts)} prompts; 1 to {MAX_IMAGES} pictures at once"
             )
-        from model.generate import checked
+        from model.inference.generate import checked
 
         changed = {name: value for name, value in given.items() if value != NOT_GIVEN}
         sampling = checked(self.generator.sampling.model_dump() | changed)
