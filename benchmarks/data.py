@@ -214,7 +214,7 @@ def _stages(
     if device.type == "cuda":  # the GPU machine has no S3
         os.environ["LATENT_GPT_STORE"] = str(root / "stages")
         return _stage_by_stage(folder, root, run, tokenizer, device)
-    from model.plumbing.services import services
+    from pipelines.embedded.services import services
 
     os.environ.pop("LATENT_GPT_STORE")
     with services(root / "state"):

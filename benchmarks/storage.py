@@ -20,7 +20,7 @@ from benchmarks.data import BATCH, TOKENS, drain, token_set
 from benchmarks.harness import Part, Row, compare
 from model.plumbing import storage
 from model.plumbing.assets import Manifest
-from model.plumbing.services import services
+from pipelines.embedded.services import services
 from model.data.shards import ShardCache, TokenReader
 
 SIZE = 10**9  # bytes of the checkpoint

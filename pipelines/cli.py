@@ -105,7 +105,7 @@ def plan(
 ) -> None:
     """Say what a preset needs: parameters, memory, steps, tokens, estimated hours."""
     from model.config import load_config
-    from model.plan import plan
+    from pipelines.plan import plan
 
     print(plan(load_config(preset, set_ or []), hardware).render())
 

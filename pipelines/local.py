@@ -65,7 +65,7 @@ def run(preset: str, overrides: tuple[str, ...]) -> None:
     if preset.endswith((".yaml", ".yml")):
         preset = str(Path(preset).resolve())
     from components.preflight import check_disk
-    from model.plumbing.services import services
+    from pipelines.embedded.services import services
 
     state = state_folder()
     check_disk(state)
@@ -137,7 +137,7 @@ def _services_for(model: str) -> Iterator[None]:
     if not model.startswith(("models:/", "s3://")):
         yield
         return
-    from model.plumbing.services import services
+    from pipelines.embedded.services import services
 
     with services(state_folder()):
         yield
@@ -145,7 +145,7 @@ def _services_for(model: str) -> Iterator[None]:
 
 def mlflow_ui() -> None:
     """Keep the services running until Ctrl-C, and say where MLflow is."""
-    from model.plumbing.services import services
+    from pipelines.embedded.services import services
 
     with _stopping_on_sigterm(), services(state_folder()) as environment:
         print(f"MLflow is at {environment['MLFLOW_TRACKING_URI']}; Ctrl-C stops it", flush=True)
@@ -156,7 +156,7 @@ def mlflow_ui() -> None:
 def rollback() -> None:
     """Swap champion and previous champion."""
     from model.plumbing import registry
-    from model.plumbing.services import services
+    from pipelines.embedded.services import services
 
     with _stopping_on_sigterm(), services(state_folder()):
         print(f"{registry.MODEL} version {registry.rollback()} is champion")
@@ -166,7 +166,7 @@ def check(preset: str, overrides: tuple[str, ...]) -> None:
     """Print what `preflight` finds, with the services of a run."""
     config = load_config(preset, overrides)
     from components.preflight import preflight
-    from model.plumbing.services import services
+    from pipelines.embedded.services import services
 
     with _stopping_on_sigterm(), services(state_folder()):
         print("\n".join(preflight(config)))

@@ -25,7 +25,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The real SeaweedFS and MLflow, once for all tests; yields their environment, and does not set it."""
-    from model.plumbing.services import services
+    from pipelines.embedded.services import services
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("S3_ENDPOINT_URL", "MLFLOW_TRACKING_URI", "LATENT_GPT_STORE"):

@@ -169,7 +169,7 @@ def mlflow_runs(state: Path) -> list[list[str]]:
     code = """
 import json, sys
 from pathlib import Path
-from model.plumbing.services import services
+from pipelines.embedded.services import services
 from model.plumbing.tracking import mlflow_client, STEP_TAG
 with services(Path(sys.argv[1])):
     client = mlflow_client()

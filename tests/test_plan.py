@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from model.config import PRESETS, load_config, preset_names
 from model.errors import UserError
 from model.nets.gpt import GPT
-from model.plan import HARDWARE, UTILISATION, plan
+from pipelines.plan import HARDWARE, UTILISATION, plan
 
 pytestmark = pytest.mark.slow  # too long for the inner loop
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from model.errors import UserError
-from model.plumbing import services as module
+from pipelines.embedded import services as module
 from model.plumbing import storage
-from model.plumbing.services import services as start
+from pipelines.embedded.services import services as start
 from model.plumbing.tracking import check_server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,7 +76,7 @@ def client(state: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
     started: list[subprocess.Popen[str]] = []
     code = (
         "import json, sys, time\n"
-        "from model.plumbing.services import services\n"
+        "from pipelines.embedded.services import services\n"
         "with services(sys.argv[1]) as environment:\n"
         "    print(json.dumps(environment), flush=True)\n"
         "    time.sleep(600)\n"

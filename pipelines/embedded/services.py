@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from model.errors import UserError
-from model.plumbing import keeper, storage
+from pipelines.embedded import keeper
+from model.plumbing import storage
 from model.plumbing.tracking import MLFLOW_SETTINGS, check_server
 
 SIGNING = ("jwt.signing", "jwt.signing.read", "jwt.filer_signing", "jwt.filer_signing.read")

@@ -1,0 +1,1 @@
+"""The services of a machine that has none: S3 and MLflow on loopback."""
