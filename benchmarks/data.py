@@ -26,16 +26,18 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.harness import FLOOR, Part, Row, compare, copy_bandwidth
 from benchmarks.tokenizer import plain_codes
 from model.config import DataConfig, FolderSource, RunConfig, ShapesSource, VQVAEConfig, parse_config
+from model.data.image_shards import decode_entries, tar_index
 from model.data.images import decode, encode, to_tensor
 from model.data.ingest import ingest
-from model.plumbing.parallel import cores, parallel_map, single_threaded
-from model.plumbing.checkpoints import save_model
-from model.plumbing.assets import Manifest, SetWriter, fetch
-from model.data.shards import ShardCache, TokenReader, TokenShard, decode_entries, tar_index
-from model.training.tokenize import BATCH_PIXELS, tokenize
+from model.data.token_shards import TokenReader, TokenShard
 from model.nets.tokenizers import Tokenizer, load_tokenizer
 from model.nets.vqvae import VQVAE
+from model.plumbing.assets import Manifest, SetWriter, fetch
+from model.plumbing.cache import ShardCache
+from model.plumbing.checkpoints import save_model
+from model.plumbing.parallel import cores, parallel_map, single_threaded
 from model.plumbing.steps import job
+from model.training.tokenize import BATCH_PIXELS, tokenize
 
 SIDE = 256  # pixels
 WIDTH, HEIGHT = 320, 288  # of the files of row 6
@@ -626,7 +628,7 @@ def reader_memory(
     program = (
         "import sys; from itertools import islice; from benchmarks.harness import highest_memory;"
         " from model.plumbing.assets import load;"
-        " from model.data.shards import TokenReader;"
+        " from model.data.token_shards import TokenReader;"
         " list(1 for _ in islice(TokenReader(load(sys.argv[1]), 'train', 256).batches(), 200));"
         " print(highest_memory())"
     )

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from benchmarks.harness import Part, Row, compare
 from model.config import DataConfig, ShapesSource, TrainingConfig, TransformerConfig, VQVAEConfig
 from model.nets.gpt import GPT
-from model.training.optim import adamw
 from model.nets.quantize import nearest_codes
 from model.nets.vqvae import VQVAE
+from model.training.optim import adamw
 
 NOISE = 0.1  # by which a fitted exponent may lie above theory: four sizes, timed on a machine in use
 TRAINING = TrainingConfig(steps=1000, batch_size=8)

@@ -17,8 +17,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor, LogitsPro
 from benchmarks.harness import FLOOR, Part, Row, compare, copy_bandwidth, gemm_rate
 from model.config import SamplingConfig, TrainingConfig, TransformerConfig
 from model.nets.gpt import GPT
-from model.training.optim import adamw
 from model.nets.sampler import Sampler
+from model.training.optim import adamw
 
 TEXT = 77  # states of a caption, unpadded
 SCALE = 2.0  # of guidance

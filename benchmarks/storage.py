@@ -18,10 +18,11 @@ import torch
 
 from benchmarks.data import BATCH, TOKENS, drain, token_set
 from benchmarks.harness import Part, Row, compare
+from model.data.token_shards import TokenReader
 from model.plumbing import storage
 from model.plumbing.assets import Manifest
+from model.plumbing.cache import ShardCache
 from pipelines.embedded.services import services
-from model.data.shards import ShardCache, TokenReader
 
 SIZE = 10**9  # bytes of the checkpoint
 PICTURES = 131_072  # whose tokens are read

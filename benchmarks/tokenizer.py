@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import FLOOR, Part, Ratio, Row, compare, copy_bandwidth, gemm_rate, judge, peak_memory
 from model.config import TrainingConfig, VQVAEConfig
+from model.nets.quantize import nearest_codes
+from model.nets.vqvae import VQVAE
 from model.training.losses import ReconstructionLoss
 from model.training.optim import adamw
-from model.nets.quantize import nearest_codes
 from model.training.tokenize import BATCH_PIXELS
-from model.nets.vqvae import VQVAE
 
 SIDE = 256  # pixels
 WIDTH = {"cpu": 32, "cuda": 128}

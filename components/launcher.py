@@ -15,10 +15,10 @@ from pathlib import Path
 from components.step import JobFailed, alone, say
 from model.config import JobConfig
 from model.errors import UserError
-from model.plumbing.parallel import cores
 from model.plumbing import assets
-from model.plumbing.jobs import JobSpec, write_spec
 from model.plumbing.assets import Manifest
+from model.plumbing.jobs import JobSpec, write_spec
+from model.plumbing.parallel import cores
 
 LAST_LINES = 15  # of a failed rank's log, repeated where the failure is reported
 

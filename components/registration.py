@@ -10,8 +10,8 @@ from pydantic import BaseModel
 from components.step import say
 from model.config import RunConfig
 from model.plumbing import registry
-from model.plumbing.jobs import TrackingIds
 from model.plumbing.assets import Manifest
+from model.plumbing.jobs import TrackingIds
 
 
 class Registered(BaseModel):

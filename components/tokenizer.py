@@ -13,8 +13,8 @@ def tokenizer(config: str, run: str, images: dsl.Input[dsl.Dataset], model: dsl.
     with step("tokenizer", run):
         from components.launcher import launch
         from model.config import parse_config
-        from model.plumbing.tracking import finish_pipeline_run
         from model.plumbing.steps import job
+        from model.plumbing.tracking import finish_pipeline_run
 
         settings = parse_config(config)
         spec = job("tokenizer", "tokenizer", settings, run, {"images": read(images)})

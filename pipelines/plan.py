@@ -25,10 +25,10 @@ from model.config import (
     VQVAEConfig,
 )
 from model.errors import UserError
-from model.nets.gpt import GPT
-from model.training.losses import Lpips, PatchDiscriminator, ReconstructionLoss
 from model.nets.clip import architecture, build_clip, pretrained_architecture
+from model.nets.gpt import GPT
 from model.nets.vqvae import VQVAE
+from model.training.losses import Lpips, PatchDiscriminator, ReconstructionLoss
 
 # Dense peak of one device in FLOP/s (vendors' data sheets; for the CPU what two server cores reached) and
 # its memory in bytes.

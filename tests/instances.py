@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from model.config import RunConfig, TrainedCLIPConfig, VQVAEConfig, parse_config
-from model.nets.gpt import GPT
-from model.plumbing.checkpoints import save_model
-from model.plumbing.assets import Manifest, SetWriter
 from model.nets.clip import architecture, build_clip
+from model.nets.gpt import GPT
 from model.nets.vqvae import VQVAE
+from model.plumbing.assets import Manifest, SetWriter
+from model.plumbing.checkpoints import save_model
 
 SIDE = 16
 TRAINING = {"steps": 3, "batch_size": 8, "warmup_steps": 1}

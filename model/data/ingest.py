@@ -28,14 +28,14 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from model.data import sources
 from model.config import DataConfig
+from model.data import sources
+from model.data.sources import Record
 from model.errors import UserError
-from model.plumbing.parallel import cores, parallel_map, single_threaded
 from model.plumbing import storage
 from model.plumbing.assets import File, Manifest, SetWriter, find
+from model.plumbing.parallel import cores, parallel_map, single_threaded
 from model.plumbing.progress import Progress
-from model.data.sources import Record
 
 SPLITS = ("train", "validation", "composition")
 QUARANTINE = "quarantine.jsonl"

@@ -27,22 +27,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.nets import metrics
-from model.evaluation import oracle, sheets, report
 from model.config import RunConfig, config_hash
-from model.plumbing.curves import HISTORY
-from model.errors import UserError
-from model.inference.generate import Generator, write_bundle
+from model.data.image_shards import load_images
 from model.data.images import to_tensor
-from model.plumbing import assets, storage
-from model.plumbing.jobs import JobSpec, run_worker
-from model.plumbing.assets import Manifest, SetWriter
-from model.plumbing.progress import Progress
-from model.plumbing.tracking import Tracker
-from model.data.shards import load_images
 from model.data.sources.shapes import Scene, parse
+from model.errors import UserError
+from model.evaluation import oracle, report, sheets
+from model.inference.generate import Generator, write_bundle
+from model.nets import metrics
 from model.nets.clip import Judge, load_judge
+from model.plumbing import assets, storage
+from model.plumbing.assets import Manifest, SetWriter
+from model.plumbing.curves import HISTORY
+from model.plumbing.jobs import JobSpec, run_worker
+from model.plumbing.progress import Progress
 from model.plumbing.steps import settings
+from model.plumbing.tracking import Tracker
 
 SPLITS = ("validation", "train", "composition")  # captions held out, captions seen, combinations held out
 READ, READ_BYTES = 10_000, 2**30  # pictures of a split looked at, at most

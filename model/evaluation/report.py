@@ -14,10 +14,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from model.nets import metrics
-from model.evaluation import sheets
 from model.config import RunConfig
+from model.evaluation import sheets
 from model.evaluation.sheets import Curves, Pairs
+from model.nets import metrics
 from model.plumbing.assets import Manifest
 from model.plumbing.progress import quantity
 
@@ -78,9 +78,7 @@ def files(page: Page) -> dict[str, bytes]:
         for grid in page.grids
         if grid.kind != "closest"
     }
-    made["reconstructions.png"] = sheets.sheet(
-        torch.stack(list(page.reconstructions)), ["original", "after"]
-    )
+    made["reconstructions.png"] = sheets.sheet(torch.stack(list(page.reconstructions)), ["original", "after"])
     made["unconditional.png"] = sheets.sheet(page.unconditional.unflatten(0, (-1, 8)))
     if charts := _charts(page):
         made["curves.png"] = sheets.plot(charts, "step")

@@ -22,14 +22,14 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from model.config import SamplingConfig
-from model.errors import UserError
-from model.nets.gpt import GPT, load_gpt
 from model.data.images import to_pixels
+from model.errors import UserError
+from model.nets.clip import Judge, TextEncoder, load_judge, load_text_encoder
+from model.nets.gpt import GPT, load_gpt
+from model.nets.sampler import OnToken, Rerank, Sampler
+from model.nets.tokenizers import Tokenizer, load_tokenizer
 from model.plumbing import assets
 from model.plumbing.assets import Manifest
-from model.nets.sampler import OnToken, Rerank, Sampler
-from model.nets.clip import Judge, TextEncoder, load_judge, load_text_encoder
-from model.nets.tokenizers import Tokenizer, load_tokenizer
 
 PARTS = ("tokenizer", "text", "transformer", "judge")
 FILES = ("config.json", "model.safetensors")

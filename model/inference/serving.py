@@ -125,10 +125,10 @@ def signature() -> ModelSignature:
 
 def log_model(bundle: Path, name: str) -> ModelInfo:
     """Log a bundle as a pyfunc in the active MLflow run, after drawing its input example once."""
-    package = Path(__file__).parent
+    package = Path(__file__).parent.parent  # `model`, as it is imported
     return mlflow.pyfunc.log_model(
         name=name,
-        python_model=str(package / "serving.py"),
+        python_model=str(Path(__file__)),
         artifacts={"bundle": str(bundle)},
         code_paths=[str(package)],
         signature=signature(),

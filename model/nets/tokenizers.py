@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from model.config import PretrainedTokenizerConfig, VQVAEConfig
 from model.errors import UserError
-from model.plumbing import storage
-from model.plumbing.checkpoints import CONFIG, WEIGHTS, load_model, save_model
-from model.plumbing.assets import Manifest, SetWriter
 from model.nets.quantize import nearest_codes
 from model.nets.vqvae import VQVAE, check_sides
+from model.plumbing import storage
+from model.plumbing.assets import Manifest, SetWriter
+from model.plumbing.checkpoints import CONFIG, WEIGHTS, load_model, save_model
 
 
 class Tokenizer(Protocol):

@@ -208,9 +208,7 @@ def _resolve_s3(ref: str, cache: Path) -> Path:
     try:
         sums: dict[str, str] = json.loads(storage.read_bytes(storage.join(ref, CHECKSUMS)))
     except storage.NotFound:
-        raise storage.NotFound(
-            f"{ref} is no model: it has neither {assets.NAME} nor {CHECKSUMS}"
-        ) from None
+        raise storage.NotFound(f"{ref} is no model: it has neither {assets.NAME} nor {CHECKSUMS}") from None
     sealed = config_hash(sums)
     target = cache / "models" / sealed
     if _is_whole(target, sealed):

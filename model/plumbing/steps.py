@@ -16,8 +16,8 @@ from pydantic import BaseModel
 from model.config import VQVAE_EXPERIMENT, RunConfig
 from model.errors import UserError
 from model.plumbing import storage
-from model.plumbing.jobs import JobSpec, TrackingIds
 from model.plumbing.assets import Kind, Manifest, set_uri
+from model.plumbing.jobs import JobSpec, TrackingIds
 
 MODULES: dict[Kind, str] = {  # what makes a set of each kind, where a job does
     "clip": "model.training.clip",

@@ -27,12 +27,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.config import TrainedCLIPConfig
-from model.plumbing.curves import HISTORY, Curves
-from model.errors import UserError
+from model.data.image_shards import ImageBatch, image_batches, load_images
 from model.data.images import augment, to_tensor
+from model.errors import UserError
+from model.nets.clip import CLIPModel, Judge, architecture, build_clip, import_pretrained, tokenize
 from model.nets.metrics import retrieval_accuracy
-from model.training.optim import Ema, adamw, learning_rate, set_learning_rate
 from model.plumbing import assets
+from model.plumbing.assets import Manifest, SetWriter
 from model.plumbing.checkpoints import (
     CONFIG,
     WEIGHTS,
@@ -43,14 +44,13 @@ from model.plumbing.checkpoints import (
     restore_optimizer,
     save_model,
 )
+from model.plumbing.curves import HISTORY, Curves
 from model.plumbing.distributed import Distributed, derive_seed, seed_all, setup
 from model.plumbing.jobs import JobSpec, run_worker
-from model.plumbing.assets import Manifest, SetWriter
 from model.plumbing.progress import Progress
-from model.plumbing.tracking import Tracker
-from model.data.shards import ImageBatch, image_batches, load_images
-from model.nets.clip import CLIPModel, Judge, architecture, build_clip, import_pretrained, tokenize
 from model.plumbing.steps import settings
+from model.plumbing.tracking import Tracker
+from model.training.optim import Ema, adamw, learning_rate, set_learning_rate
 
 VALIDATION_PICTURES = 1024  # of the retrieval test, at most
 

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.config import TokenizerLoss, TrainingConfig
 from model.errors import UserError
-from model.training.optim import adamw, set_learning_rate
 from model.plumbing import storage
+from model.training.optim import adamw, set_learning_rate
 
 GRADIENT_SCALES = 3  # full, half and quarter resolution
 

@@ -19,17 +19,19 @@ import numpy as np
 import torch
 
 from model.config import Augment
-from model.errors import UserError
+from model.data.image_shards import TarEntry, decode_entries, tar_index
 from model.data.images import draw_views, to_tensor, warp
-from model.plumbing.parallel import parallel_map, single_threaded
-from model.plumbing import storage
-from model.plumbing.distributed import derive_seed, setup
-from model.plumbing.jobs import JobSpec, run_worker
-from model.plumbing.assets import File, Manifest, SetWriter, fetch, find, load
-from model.plumbing.progress import Progress
-from model.data.shards import ShardCache, TarEntry, TokenShard, decode_entries, tar_index
+from model.data.token_shards import TokenShard
+from model.errors import UserError
 from model.nets.clip import tokenize as text_ids
 from model.nets.tokenizers import Tokenizer, load_tokenizer
+from model.plumbing import storage
+from model.plumbing.assets import File, Manifest, SetWriter, fetch, find, load
+from model.plumbing.cache import ShardCache
+from model.plumbing.distributed import derive_seed, setup
+from model.plumbing.jobs import JobSpec, run_worker
+from model.plumbing.parallel import parallel_map, single_threaded
+from model.plumbing.progress import Progress
 from model.plumbing.steps import settings
 
 # Pixels encoded at once: on CPU so few that activations stay in its cache, and in memory that malloc keeps.

@@ -25,12 +25,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid  # type: ignore[import-untyped]
 
 from model.config import SamplingConfig, TransformerConfig
-from model.plumbing.curves import HISTORY, Curves
-from model.nets.gpt import GPT
 from model.data.images import to_image
+from model.data.token_shards import TokenReader
+from model.nets.clip import TextEncoder, load_text_encoder
+from model.nets.gpt import GPT
 from model.nets.metrics import token_nll
-from model.training.optim import Ema, adamw, learning_rate, muon, set_learning_rate
+from model.nets.sampler import sample
+from model.nets.tokenizers import load_tokenizer
 from model.plumbing import assets
+from model.plumbing.assets import Manifest, SetWriter
 from model.plumbing.checkpoints import (
     CONFIG,
     WEIGHTS,
@@ -41,16 +44,13 @@ from model.plumbing.checkpoints import (
     restore_optimizer,
     save_model,
 )
+from model.plumbing.curves import HISTORY, Curves
 from model.plumbing.distributed import Distributed, seed_all, setup
 from model.plumbing.jobs import JobSpec, run_worker
-from model.plumbing.assets import Manifest, SetWriter
 from model.plumbing.progress import Progress
-from model.plumbing.tracking import Tracker
-from model.nets.sampler import sample
-from model.data.shards import TokenReader
-from model.nets.clip import TextEncoder, load_text_encoder
-from model.nets.tokenizers import load_tokenizer
 from model.plumbing.steps import settings
+from model.plumbing.tracking import Tracker
+from model.training.optim import Ema, adamw, learning_rate, muon, set_learning_rate
 
 VALIDATION_PICTURES = 4096  # measured at each validation, at most
 GRID_PICTURES = 8  # drawn from held-out captions and shown in MLflow at each validation

@@ -22,12 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid  # type: ignore[import-untyped]
 
 from model.config import VQVAEConfig
-from model.plumbing.curves import HISTORY, Curves
+from model.data.image_shards import ImageBatch, image_batches, load_images
 from model.data.images import augment, to_pixels, to_tensor
-from model.training.losses import Adversary, ReconstructionLoss
 from model.nets.metrics import psnr
-from model.training.optim import Ema, adamw, learning_rate, set_learning_rate
+from model.nets.tokenizers import import_pretrained
+from model.nets.vqvae import VQVAE
 from model.plumbing import assets
+from model.plumbing.assets import Manifest, SetWriter
 from model.plumbing.checkpoints import (
     CONFIG,
     WEIGHTS,
@@ -38,15 +39,14 @@ from model.plumbing.checkpoints import (
     restore_optimizer,
     save_model,
 )
+from model.plumbing.curves import HISTORY, Curves
 from model.plumbing.distributed import Distributed, derive_seed, seed_all, setup
 from model.plumbing.jobs import JobSpec, run_worker
-from model.plumbing.assets import Manifest, SetWriter
 from model.plumbing.progress import Progress
-from model.plumbing.tracking import Tracker
-from model.data.shards import ImageBatch, image_batches, load_images
-from model.nets.tokenizers import import_pretrained
-from model.nets.vqvae import VQVAE
 from model.plumbing.steps import settings
+from model.plumbing.tracking import Tracker
+from model.training.losses import Adversary, ReconstructionLoss
+from model.training.optim import Ema, adamw, learning_rate, set_learning_rate
 
 KMEANS_VECTORS = 16  # latents per code from which the codebook is initialised
 VALIDATION_PICTURES = 2048  # measured at each validation, at most

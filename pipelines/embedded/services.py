@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from model.errors import UserError
-from pipelines.embedded import keeper
 from model.plumbing import storage
 from model.plumbing.tracking import MLFLOW_SETTINGS, check_server
+from pipelines.embedded import keeper
 
 SIGNING = ("jwt.signing", "jwt.signing.read", "jwt.filer_signing", "jwt.filer_signing.read")
 BUCKET = "s3://latent-gpt"  # default store

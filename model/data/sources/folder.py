@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from model.config import FolderSource
-from model.errors import UserError
 from model.data.sources import SUFFIXES, Record
+from model.errors import UserError
 
 FILE_FIELDS = ("file_name", "file", "image")
 CAPTION_FIELDS = ("caption", "text", "captions")

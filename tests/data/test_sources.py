@@ -1,0 +1,153 @@
+"""Sources: what they yield, that it never changes by itself, and what they say about bad input."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from model.config import OpenMojiSource, ShapesSource
+from model.data.sources import fingerprint, iterate, openmoji, shapes
+from model.errors import UserError
+
+
+def picture(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+# ── shapes ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def every_scene() -> list[shapes.Scene]:
+    things = [shapes.Thing(*t) for t in itertools.product(shapes.SIZES, shapes.COLOURS, shapes.SHAPES)]
+    pairs = itertools.product(things[::5], things[::7], shapes.RELATIONS)
+    return [shapes.Scene((thing,)) for thing in things] + [shapes.Scene((a, b), r) for a, b, r in pairs]
+
+
+@pytest.mark.parametrize("template", shapes.TEMPLATES)
+def test_shapes_captions_parse_back(template):
+    for scene in every_scene():
+        assert shapes.parse(scene.caption(template)) == scene
+
+
+def test_shapes_parse_refuses_other_text():
+    with pytest.raises(ValueError, match="not a caption"):
+        shapes.parse("a large red circle beside a small blue square")
+
+
+def test_shapes_canonical_is_the_same_for_both_tellings():
+    for scene in every_scene():
+        assert scene.canonical() == scene.converse().canonical()
+        assert scene.composition == scene.converse().composition
+
+
+def test_shapes_relation_and_colours_are_in_the_picture():
+    rng = random.Random(0)
+    for _ in range(200):
+        scene = shapes.random_scene(rng)
+        a, b = scene.things
+        if a.colour == b.colour:
+            continue
+        pixels = scene.draw(64, rng)
+        spots = []
+        for thing in (a, b):
+            ys, xs = np.nonzero((pixels == shapes.COLOURS[thing.colour]).all(-1))
+            spots.append((xs.mean(), ys.mean(), len(xs)))
+        (ax, ay, _), (bx, by, _) = spots
+        assert {"left of": ax < bx, "right of": ax > bx, "above": ay < by, "below": ay > by}[scene.relation]
+        # nothing touches the border, so nothing is cut off
+        assert (np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]) == 255).all()
+
+
+def test_shapes_holds_out_pairs_but_no_part():
+    records = list(iterate(ShapesSource(count=3000), 16))
+    scenes = [(shapes.parse(r.captions[0]), r.composition) for r in records]
+    held = [s for s, out in scenes if out]
+    seen = [s for s, out in scenes if not out]
+    assert 0.10 < len(held) / len(scenes) < 0.15
+    pair = lambda s: tuple(sorted(t.index for t in s.things))  # noqa: E731
+    assert not {pair(s) for s in held} & {pair(s) for s in seen}
+    assert {t for s in seen for t in s.things} == {t for s in scenes for t in s[0].things}
+    assert len({t for s in seen for t in s.things}) == 2 * 6 * 4
+
+
+def test_shapes_tells_each_picture_from_both_sides():
+    for record in iterate(ShapesSource(count=50), 16):
+        first, second = (shapes.parse(caption) for caption in record.captions)
+        assert first == second.converse()
+
+
+def test_shapes_are_the_same_every_time_and_other_with_another_seed():
+    first, again, other = (list(iterate(ShapesSource(count=20, seed=s), 32)) for s in (1, 1, 2))
+    assert first == again
+    assert [r.image for r in first] != [r.image for r in other]
+    assert picture(first[0].image).shape == (32, 32, 3)
+    assert fingerprint(ShapesSource()) == fingerprint(ShapesSource(count=3))
+
+
+# ── openmoji ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("character", "expected"),
+    [
+        ("🍎", ["red apple", "apple"]),
+        ("👋🏿", ["waving hand with dark skin tone", "wave with dark skin tone"]),
+        ("🇩🇪", ["flag of Germany"]),
+        ("🏴󠁧󠁢󠁥󠁮󠁧󠁿", ["flag of England"]),
+        ("🔝", ["TOP arrow", "top"]),
+        (
+            "👩🏼‍🦰",
+            ["woman red hair with medium-light skin tone", "red haired woman with medium-light skin tone"],
+        ),
+        ("🫱🏻‍🫲🏿", ["handshake with light skin tone and dark skin tone"]),
+        ("🏿", ["dark skin tone"]),
+        ("\ue0c0", []),  # an extra of OpenMoji's own
+    ],
+)
+def test_openmoji_captions(character, expected):
+    assert openmoji.captions(character) == expected
+
+
+def test_openmoji_every_named_picture_has_a_caption_and_a_group():
+    names = list(openmoji._names(OpenMojiSource()))
+    everyone = frozenset().union(*openmoji.groups().values())
+    assert len(names) == 3953
+    assert all(openmoji.captions(name) for name in names)
+    assert {openmoji.without_tones(name).replace("\ufe0f", "") for name in names} <= everyone
+
+
+def test_openmoji_holds_out_combinations_but_no_tone_and_no_person():
+    toned = [n for n in openmoji._names(OpenMojiSource()) if openmoji.without_tones(n) != n]
+    held = [n for n in toned if openmoji.is_composition(n)]
+    seen = [n for n in toned if not openmoji.is_composition(n)]
+    assert 0.08 < len(held) / len(toned) < 0.12
+    assert {openmoji.without_tones(n) for n in seen} == {openmoji.without_tones(n) for n in toned}
+    assert {c for n in seen for c in n if c in openmoji.TONES} == set(openmoji.TONES)
+    assert not openmoji.is_composition("🍎")
+
+
+def test_openmoji_groups_choose_and_limit_cuts():
+    fruit = list(openmoji._names(OpenMojiSource(groups=["food-fruit"])))
+    assert "🍎" in fruit
+    assert "🐈" not in fruit
+    assert list(openmoji._names(OpenMojiSource(groups=["food-fruit"], limit=3))) == fruit[:3]
+    with pytest.raises(UserError, match=r"'fruits' is none of .*food-fruit"):
+        next(iterate(OpenMojiSource(groups=["fruits"]), 32))
+
+
+def test_openmoji_renders_colour_on_transparent(monkeypatch):
+    monkeypatch.setattr("model.plumbing.parallel.cores", lambda: 1)
+    records = {r.captions[0]: r for r in iterate(OpenMojiSource(groups=["food-fruit"]), 32)}
+    apple = Image.open(io.BytesIO(records["red apple"].image))
+    assert (apple.format, apple.size, apple.mode) == ("PNG", (64, 64), "RGBA")
+    pixels = np.asarray(apple)
+    assert pixels[0, 0, 3] == 0
+    red, green, blue, alpha = pixels[40, 32]
+    assert alpha == 255
+    assert red > 2 * max(green, blue)
+    assert "openmoji-17" in fingerprint(OpenMojiSource())

@@ -1,0 +1,173 @@
+"""Evaluation on tiny random models over drawn shapes: pinned, repeatable, and honest about both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.config import RunConfig
+from model.data.ingest import ingest
+from model.errors import UserError
+from model.evaluation import evaluate as evaluation
+from model.evaluation.evaluate import Verdict, compare, evaluate, load_benchmark, remeasure
+from model.inference.generate import Generator, write_bundle
+from model.plumbing import assets, storage
+from model.plumbing.assets import Manifest
+from tests.instances import config, publish_models
+
+
+@pytest.fixture(scope="module")
+def run() -> RunConfig:
+    return config(evaluation={"samples_per_prompt": 2, "pictures": 6, "cfg_sweep": [1.0, 2.0]})
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A store that this module's tests share; they leave its sets as they are."""
+    root = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LATENT_GPT_STORE", str(root))
+        yield root
+
+
+@pytest.fixture(scope="module")
+def sets(root: Path, tmp_path_factory: pytest.TempPathFactory, run: RunConfig) -> dict[str, Manifest]:
+    """Shapes ingested for real, and models with random weights."""
+    images = ingest(run.data)
+    return {"images": images, **publish_models(tmp_path_factory.mktemp("models"), run, images)}
+
+
+@pytest.fixture(scope="module")
+def made(sets: dict[str, Manifest], run: RunConfig) -> Manifest:
+    """The evaluation of these models."""
+    return evaluate(run, sets)
+
+
+def test_an_evaluation_holds_report_pictures_and_metrics(made: Manifest) -> None:
+    names = {file.name for file in made.files}
+    assert {"report.html", "metrics.json", "samples-train.png", "samples-composition.png"} <= names
+    assert {"reconstructions.png", "unconditional.png", "curves.png"} <= names
+    figures = made.info
+    for split in ("train", "validation", "composition"):
+        assert figures[f"{split}/nll"] > 0
+        assert figures[f"{split}/nll_text_gain"] == pytest.approx(
+            figures[f"{split}/nll_shuffled"] - figures[f"{split}/nll"]
+        )
+        assert figures[f"{split}/oracle_all_right_real"] >= 0.5  # of real pictures; 16 px is little
+        assert figures[f"{split}/oracle_all_right"] == 0  # of noise
+    assert len(figures["scores"]) == 18
+    assert figures["train/copies_reconstructed"] < 1  # a random tokenizer leaves nothing to recognise
+    assert json.loads(storage.read_bytes(f"{made.uri}/metrics.json"))["guidance"]["CLIP score"][0][0] == 1.0
+
+
+def test_a_finished_evaluation_is_found(
+    made: Manifest, sets: dict[str, Manifest], run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Generator, "draw", lambda *_: pytest.fail("drew pictures although all was done"))
+    assert evaluate(run, sets) == made
+
+
+@pytest.mark.slow
+def test_evaluating_twice_gives_the_same_bytes(
+    made: Manifest, sets: dict[str, Manifest], run: RunConfig
+) -> None:
+    storage.delete_prefix(made.uri)
+    assert evaluate(run, sets).sha256 == made.sha256
+
+
+def test_the_benchmark_is_pinned_by_data_judge_and_config(sets: dict[str, Manifest], run: RunConfig) -> None:
+    one, two = load_benchmark(run, sets), load_benchmark(run, sets)
+    assert one.key == two.key
+    for split, chosen in one.splits.items():
+        assert chosen.captions == two.splits[split].captions
+        assert torch.equal(chosen.images, two.splits[split].images)
+        assert len(chosen.captions) == len(chosen.images) == 6
+    seeds = [seed for split in one.splits for seed in one.seeds(split)]
+    assert len(set(seeds)) == len(seeds)
+    other = run.evaluation.model_copy(update={"seed": 1})
+    assert load_benchmark(run.model_copy(update={"evaluation": other}), sets).key != one.key
+
+
+def test_remeasuring_the_same_model_gives_its_own_scores(
+    made: Manifest, sets: dict[str, Manifest], run: RunConfig, tmp_path: Path
+) -> None:
+    bundle = write_bundle(sets, run.sampling, tmp_path / "bundle")
+    champion = remeasure(run, sets, bundle)
+    assert champion["benchmark"] == made.info["benchmark"]
+    assert champion["scores"] == made.info["scores"]
+    assert champion["validation/clip_score"] == made.info["validation/clip_score"]
+    assert not compare(made.info, champion).better, "a model cannot beat itself"
+
+
+def test_likelihoods_are_those_of_the_codes(
+    sets: dict[str, Manifest], run: RunConfig, tmp_path: Path
+) -> None:
+    generator = Generator.load(write_bundle(sets, run.sampling, tmp_path / "bundle"))
+    benchmark = load_benchmark(run, sets)
+    figures = evaluation.likelihoods(generator, benchmark)
+    chosen = benchmark.splits["validation"]
+    _, codes = evaluation.reconstruct(generator, chosen.images)
+    with torch.no_grad():
+        logits = generator.gpt(codes).log_softmax(-1)
+    expected = -logits.gather(2, codes[..., None]).mean()
+    assert figures["validation/nll_unconditional"] == pytest.approx(expected.item(), abs=1e-4)
+    assert figures["nll_gap"] == pytest.approx(figures["validation/nll"] - figures["train/nll"])
+
+
+def measured(scores: list[float], benchmark: str = "k") -> dict[str, object]:
+    return {"scores": scores, "benchmark": benchmark}
+
+
+def test_only_a_difference_beyond_chance_makes_a_champion() -> None:
+    champion = measured([0.0, 1.0, 0.0, 1.0] * 8)
+    assert compare(measured([1.0, 1.0, 0.0, 1.0] * 8), champion).better
+    assert not compare(champion, champion).better
+    assert not compare(measured([0.0, 1.0, 0.0, 0.0] * 8), champion).better
+    luck = compare(measured([0.0, 1.0, 1.0, 0.0] * 7 + [1.0, 1.0, 0.0, 1.0]), champion)
+    assert not luck.better
+    assert "standard error" in luck.reason
+    assert compare(measured([float("nan")] * 32), champion) == Verdict(
+        False, "the challenger's scores are not finite"
+    )
+    with pytest.raises(UserError, match="different prompts"):
+        compare(measured([1.0]), measured([0.0], "other"))
+
+
+def test_nothing_is_left_where_sets_do_not_belong_together(
+    sets: dict[str, Manifest], run: RunConfig, tmp_path: Path
+) -> None:
+    other = config(tokenizer=run.tokenizer.model_dump() | {"codebook_size": 32})
+    strange = publish_models(tmp_path / "other", other, sets["images"], seed=1)
+
+    def left() -> list[str]:
+        return [uri for uri in storage.list_uris(storage.store_root()) if "/evaluation/" in uri]
+
+    before = left()
+    with pytest.raises(UserError, match="do not belong together"):
+        evaluate(run, sets | {"tokenizer": strange["tokenizer"]})
+    assert left() == before
+
+
+@pytest.mark.slow
+def test_as_a_job_with_real_services(services: dict[str, str], run: RunConfig, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    from model.plumbing.jobs import JobSpec, TrackingIds
+    from model.plumbing.steps import job
+
+    images = ingest(run.data)
+    sets = {"images": images, **publish_models(tmp_path / "models", run, images)}
+    spec: JobSpec = job("evaluation", "evaluate", run, "run-1", sets)
+    assert spec.tracking == TrackingIds(experiment=run.experiment, run="run-1", step="evaluate")
+    made = evaluation.main(spec)
+    assert made == assets.load(spec.output)
+    client = MlflowClient(services["MLFLOW_TRACKING_URI"])
+    experiment = client.get_experiment_by_name(run.experiment)
+    assert experiment
+    (found,) = client.search_runs([experiment.experiment_id], "tags.`latent_gpt.step` = 'evaluate'")
+    assert found.data.metrics["validation/nll"] == pytest.approx(made.info["validation/nll"])
+    assert [file.path for file in client.list_artifacts(found.info.run_id)] == ["report.html"]

@@ -1,0 +1,168 @@
+"""The report page: complete, self-contained, escaped, and showing what it says."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.data.images import to_pixels
+from model.evaluation import report, sheets
+from model.evaluation.report import Grid, Page
+from model.evaluation.sheets import Pairs
+from model.plumbing.assets import File, Input, Manifest
+from tests.instances import config
+
+SPLITS = {"train": 24, "validation": 20, "composition": 8}
+
+
+def images(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(*shape, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def figures() -> dict[str, float]:
+    made = {"codebook_use": 0.9, "codebook_perplexity": 12.0, "nll_gap": 0.1}
+    for split in SPLITS:
+        made |= {
+            f"{split}/{name}": 1.5 for name in ("nll", "nll_shuffled", "nll_unconditional", "nll_text_gain")
+        }
+        made |= {f"{split}/psnr": 27.25, f"{split}/copies": 0.1, f"{split}/copies_reconstructed": 0.2}
+        made |= {f"{split}/retrieval_chance": 0.05, f"{split}/clip_score_shuffled": 4.0}
+        for key, value in (("clip_score", 20.0), ("retrieval", 0.4), ("oracle_all_right", 0.75)):
+            made |= {f"{split}/{key}{suffix}": value for suffix in ("", "_real", "_reconstructed")}
+        made |= {f"{split}/oracle_{name}": 0.8 for name in ("colour", "shape", "size", "relation")}
+    return made
+
+
+def manifest(kind: str, **inputs: str) -> Manifest:
+    return Manifest(
+        kind=kind,  # type: ignore[arg-type]
+        uri=f"s3://bucket/{kind}/0123456789abcdef",
+        key="0123456789abcdef",
+        config={},
+        inputs={name: Input(uri=uri, sha256="0" * 64) for name, uri in inputs.items()},
+        files=(File(name="model.safetensors", size=1_234_567, sha256="1" * 64),),
+        info={"train": 24, "quarantined": 3, "shards": {"train-0.tar": 24}},
+    )
+
+
+@pytest.fixture
+def page() -> Page:
+    return Page(
+        config=config(),
+        sets={"images": manifest("images"), "tokenizer": manifest("tokenizer", images="s3://bucket/images/x"),
+              "text": manifest("clip"), "judge": manifest("clip")},
+        metrics=figures(),
+        parameters={"transformer": 2_325_824, "tokenizer": 1_327_540},
+        grids=[
+            Grid("train", ["red <apple> & pear", "blue square"], images(2, 3), images(2, seed=1)),
+            Grid("composition", ["green cross above red circle"], images(1, 3), images(1, seed=2)),
+            Grid("closest", ["blue square"], images(1, 1), images(1, seed=3), ["0.123"]),
+        ],
+        reconstructions=Pairs(images(4, seed=4), images(4, seed=5)),
+        unconditional=images(16, seed=6),
+        sweep={"CLIP score": [[1.0, 18.0], [2.0, 20.0]]},
+        histories={"transformer": {"train/nll": [[1, 3.0], [2, 2.0]], "validation/nll": [[2, 2.5]],
+                                   "train/learning_rate": [[1, 0.1]]}},
+        pictures=SPLITS,
+    )  # fmt: skip
+
+
+class Reader(HTMLParser):
+    """Collects what a browser would fetch, the text, and unclosed elements."""
+
+    EMPTY = ("meta", "img", "br")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.sources: list[tuple[str, str]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+        values = dict(attributes)
+        for name in ("src", "href", "srcset", "data"):
+            if values.get(name):
+                self.sources.append((str(values.get("alt")), str(values[name])))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_asks_no_server_for_anything(page: Page) -> None:
+    html = report.render(page)
+    read = Reader(html)
+    assert not read.open
+    assert read.sources
+    assert all(source.startswith("data:image/") for _, source in read.sources)
+    assert not re.search(r"url\(|@import|<script|<link", html)
+
+
+def test_pictures_stand_beside_their_prompts(page: Page) -> None:
+    read = Reader(report.render(page))
+    shown = [source for alt, source in read.sources if alt == "sample: red <apple> & pear"]
+    assert len(shown) == 3
+    decoded = np.asarray(Image.open(io.BytesIO(base64.b64decode(shown[1].partition(",")[2]))))
+    expected = to_pixels(page.grids[0].samples[0, 1][None])[0].permute(1, 2, 0).numpy()
+    assert np.array_equal(decoded, expected)
+    assert "red <apple> & pear" in read.text, "prompts are escaped"
+
+
+def test_what_the_page_says(page: Page) -> None:
+    text = " ".join(Reader(report.render(page)).text.split())
+    for said in (
+        "75.0 %", "27.2 dB", "compact CLIP trained in this run", "2.3M weights", "Combinations held out",
+        "s3://bucket/images/0123456789abcdef", "quarantined 3", "1.2 MB", "codebook_size: 16", "0.123",
+        "24 captions seen in training, 20 captions held out", "latent-gpt run --preset tiny.yaml",
+    ):  # fmt: skip
+        assert said in text, said
+    assert "flatters" not in text
+
+
+def test_few_held_out_pictures_do_not_make_the_headline(page: Page) -> None:
+    few = Page(**{**page.__dict__, "pictures": {**SPLITS, "validation": 3}})
+    text = " ".join(Reader(report.render(few)).text.split())
+    assert "captions seen in training, as only 3 pictures are held out" in text
+
+
+def test_a_judge_that_also_reads_or_chooses_is_named_so(page: Page) -> None:
+    pretrained = config(clip={"kind": "pretrained"}, sampling={"best_of": 4})
+    text = " ".join(Reader(report.render(Page(**{**page.__dict__, "config": pretrained}))).text.split())
+    assert "ViT-L-14 (openai), pretrained; the same model reads the prompts" in text
+    assert "among 4 draws, which flatters its scores" in text
+
+
+def test_files_of_the_set(page: Page) -> None:
+    made = report.files(page)
+    assert set(made) == {
+        "report.html", "samples-train.png", "samples-composition.png", "reconstructions.png",
+        "unconditional.png", "curves.png",
+    }  # fmt: skip
+    sheet = Image.open(io.BytesIO(made["samples-train.png"]))
+    assert sheet.size == (sheets.LABEL + 3 * (96 + sheets.GAP), sheets.GAP + 2 * (96 + sheets.GAP))
+    assert report.files(page) == made, "the same page gives the same bytes"
+
+
+def test_curves_of_one_quantity_share_a_panel(page: Page) -> None:
+    (panel, rate) = sheets.panels(page.histories["transformer"])
+    assert panel == ("nll", {"train": [[1, 3.0], [2, 2.0]], "validation": [[2, 2.5]]})
+    assert rate[0] == "learning_rate"
+
+
+def test_large_pictures_are_stored_as_jpeg() -> None:
+    assert sheets.tile(torch.zeros(3, 64, 64))[0] == "image/png"
+    mime, data = sheets.tile(torch.zeros(3, 256, 256))
+    assert mime == "image/jpeg"
+    assert Image.open(io.BytesIO(data)).size == (256, 256)

@@ -1,0 +1,117 @@
+"""Prompts to pictures on tiny random models: what depends on what, and what is refused."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.config import SamplingConfig
+from model.errors import UserError
+from model.inference.generate import Generator, checked
+from model.plumbing.checkpoints import load_model, save_model
+from tests.instances import config, write_models
+
+TWO = ["a small red circle above a large blue square", "a large green cross"]
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    write_models(tmp_path / "bundle", config())
+    (tmp_path / "bundle" / "sampling.json").write_text('{"cfg_scale": 1.5}')
+    return tmp_path / "bundle"
+
+
+@pytest.fixture
+def generator(bundle: Path) -> Generator:
+    return Generator.load(bundle, "cpu")
+
+
+def arrays(pictures: list[Image.Image]) -> list[np.ndarray]:
+    return [np.asarray(picture) for picture in pictures]
+
+
+def test_pictures_have_the_size_of_the_data_and_the_models_settings(generator: Generator) -> None:
+    pictures = generator.generate(TWO, [1, 2])
+    assert [picture.size for picture in pictures] == [(16, 16)] * 2
+    assert generator.sampling.cfg_scale == 1.5
+    given = generator.generate(TWO, [1, 2], SamplingConfig(cfg_scale=1.5))
+    assert np.array_equal(arrays(given), arrays(pictures))
+
+
+def test_a_seed_draws_the_same_picture_in_any_company(generator: Generator) -> None:
+    together = arrays(generator.generate(TWO, [1, 2]))
+    alone = arrays(generator.generate(TWO[1:], [2]))
+    assert np.array_equal(together[1], alone[0])
+    other = arrays(generator.generate(TWO[1:], [3]))
+    assert not np.array_equal(alone[0], other[0])
+
+
+def test_the_prompt_matters_unless_unconditional(generator: Generator) -> None:
+    with_text = arrays(generator.generate(TWO, [5, 5]))
+    assert not np.array_equal(with_text[0], with_text[1])
+    without = arrays(generator.generate(["", "ignored"], [5, 5], unconditional=True))
+    assert np.array_equal(without[0], without[1])
+
+
+def test_more_pictures_than_a_batch(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = generator.draw(TWO * 2, [1, 2, 3, 4])
+    monkeypatch.setattr("model.inference.generate.BATCH_CPU", 3)
+    heard: list[int] = []
+    torch.testing.assert_close(generator.draw(TWO * 2, [1, 2, 3, 4], on_batch=heard.append), whole)
+    assert heard == [3, 4]
+
+
+def test_best_of_keeps_what_the_judge_prefers(generator: Generator) -> None:
+    judge = generator.judge
+    assert judge
+    several = SamplingConfig(best_of=8)
+    chosen = generator.draw(TWO[:1], [1], several)
+    own = generator.draw(TWO[:1], [1], SamplingConfig())
+    text = judge.text_features(TWO[:1])[0]
+    scores = [float(judge.image_features(image) @ text) for image in (chosen, own)]
+    assert scores[0] >= scores[1]
+    generator.judge = None
+    with pytest.raises(UserError, match="needs a judge"):
+        generator.draw(TWO[:1], [1], several)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"), [("", "empty"), (" \n", "empty"), ("x" * 1001, "1001 characters; at most 1000")]
+)
+def test_prompts_that_are_refused(generator: Generator, prompt: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        generator.generate([prompt], [0])
+
+
+def test_a_prompt_beyond_the_context_loses_its_end_with_a_warning(
+    generator: Generator, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        pictures = generator.generate(["red circle " * 40], [0])
+    assert len(pictures) == 1
+    assert "exceed 24 text tokens" in caplog.text
+
+
+def test_impossible_settings_are_named(generator: Generator) -> None:
+    with pytest.raises(UserError, match="seed -1 is out of range"):
+        generator.generate(TWO[:1], [-1])
+    bad = SamplingConfig().model_copy(update={"top_p": 0.0})  # as the command line changes settings
+    with pytest.raises(UserError, match=r"top_p is 0\.0"):
+        generator.generate(TWO[:1], [0], bad)
+    with pytest.raises(UserError, match="warmth"):
+        checked({"warmth": 1})
+
+
+def test_what_is_no_bundle_is_refused(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no model"):
+        Generator.load(tmp_path, "cpu")
+    other = config(tokenizer=config().tokenizer.model_dump() | {"codebook_size": 32})
+    folders = write_models(tmp_path / "other", other)
+    save_model(bundle / "tokenizer", *load_model(folders["tokenizer"]))
+    with pytest.raises(UserError, match="do not belong together"):
+        Generator.load(bundle, "cpu")

@@ -1,0 +1,119 @@
+"""The pyfunc, through MLflow itself: logged, loaded without pickle, asked for pictures."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from model.errors import UserError
+from model.inference import serving
+from model.inference.generate import Generator
+from tests.instances import config, write_models
+
+PROMPT = "a small red circle above a large blue square"
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    write_models(tmp_path / "bundle", config())
+    (tmp_path / "bundle" / "sampling.json").write_text('{"cfg_scale": 1.5}')
+    return tmp_path / "bundle"
+
+
+def pictures(answer: pd.DataFrame) -> list[np.ndarray]:
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(png)))) for png in answer["png"]]
+
+
+@pytest.fixture
+def model(bundle: Path) -> serving.TextToImage:
+    served = serving.TextToImage()
+    served.generator = Generator.load(bundle, "cpu")
+    return served
+
+
+def test_answers_are_the_generators_pictures(model: serving.TextToImage) -> None:
+    asked = pd.DataFrame({"prompt": [PROMPT, "a large green cross"]})
+    answer = model.predict(None, asked, {"seed": 7, "num_images": 2, "cfg_scale": -1.0})
+    assert answer["prompt"].tolist() == [PROMPT, PROMPT, "a large green cross", "a large green cross"]
+    assert answer["seed"].tolist() == [7, 8, 7, 8]
+    expected = model.generator.generate([PROMPT], [8])[0]
+    assert np.array_equal(pictures(answer)[1], np.asarray(expected))
+
+
+def test_settings_change_the_picture(model: serving.TextToImage) -> None:
+    asked = pd.DataFrame({"prompt": [PROMPT]})
+    greedy = [pictures(model.predict(None, asked, {"seed": s, "temperature": 0.0}))[0] for s in (1, 2)]
+    assert np.array_equal(*greedy), "without temperature a seed has no influence"
+    drawn = [pictures(model.predict(None, asked, {"seed": s}))[0] for s in (1, 2)]
+    assert not np.array_equal(*drawn)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "says"),
+    [
+        ("", {}, "empty"),
+        (PROMPT, {"num_images": 65}, "1 to 64 pictures"),
+        (PROMPT, {"num_images": 0}, "1 to 64 pictures"),
+        (PROMPT, {"top_p": 2.0}, r"top_p is 2\.0"),
+    ],
+)
+def test_bad_requests_are_refused(
+    model: serving.TextToImage, prompt: str, params: dict[str, float], says: str
+) -> None:
+    with pytest.raises(UserError, match=says):
+        model.predict(None, pd.DataFrame({"prompt": [prompt]}), params)
+
+
+LOAD = """
+import sys, mlflow, pandas as pd
+loaded = mlflow.pyfunc.load_model(sys.argv[1])
+import model
+assert "code" in model.__file__, f"the package beside the artifact is not used, but {model.__file__}"
+answer = loaded.predict(pd.DataFrame({"prompt": [sys.argv[2]]}), params={"seed": 3, "temperature": 0.9})
+print(answer["png"][0])
+"""
+
+
+@pytest.mark.slow
+def test_logged_and_loaded_elsewhere_without_pickle(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.set_experiment(
+        experiment_id=mlflow.create_experiment("serving", artifact_location=str(tmp_path / "artifacts"))
+    )
+    with mlflow.start_run():
+        info = serving.log_model(bundle, "latent-gpt")
+    stored = Path(mlflow.artifacts.download_artifacts(info.model_uri))
+    names = {path.name for path in stored.rglob("*") if path.is_file()}
+    assert not [name for name in names if name.endswith((".pkl", ".pickle", ".pt", ".pth"))]
+    assert "model.safetensors" in names
+    assert info.signature.params.to_dict()
+    assert "torch==" in (stored / "requirements.txt").read_text()
+
+    # another process, in a folder from which our package cannot be imported
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", LOAD, str(stored), PROMPT],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    png = done.stdout.strip().splitlines()[-1]
+    sampling = Generator.load(bundle, "cpu").sampling.model_copy(update={"temperature": 0.9})
+    expected = Generator.load(bundle, "cpu").generate([PROMPT], [3], sampling)[0]
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(png)))), np.asarray(expected))

@@ -1,0 +1,224 @@
+"""The transformer's training loop: it learns, stops and resumes exactly, and keeps its losses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save
+
+from model.config import RunConfig
+from model.data.token_shards import TokenShard
+from model.nets.clip import architecture, build_clip, tokenize
+from model.nets.gpt import load_gpt
+from model.plumbing import assets
+from model.plumbing.assets import Manifest, SetWriter
+from model.plumbing.checkpoints import Checkpointer
+from model.plumbing.distributed import setup
+from model.plumbing.jobs import JobSpec
+from model.plumbing.steps import job, settings
+from model.plumbing.tracking import Tracker
+from model.training import transformer
+from tests.instances import config
+from tests.ranks import two_ranks
+
+COLOURS = ["red", "blue", "green", "black"]
+GOLDEN = [2.5437, 1.7783, 1.1387, 0.8703]  # train/loss of `run_config()`, mean of six steps each
+
+
+def run_config(**training: object) -> RunConfig:
+    """A few seconds of training with everything on: dropout, EMA, accumulation, both halves of guidance."""
+    return config(
+        transformer={
+            "depth": 2,
+            "width": 32,
+            "heads": 4,
+            "dropout": 0.1,
+            "condition_dropout": 0.2,
+            "z_loss": 1e-4,
+            "random_order": 0.25,
+            "training": {
+                "steps": 24,
+                "batch_size": 16,
+                "accumulate": 2,
+                "warmup_steps": 2,
+                "learning_rate": 1e-2,
+                "ema": 0.9,
+                "log_every": 6,
+                "eval_every": 12,
+                "checkpoint_every": 10,
+                **training,
+            },
+        }
+    )
+
+
+def publish(run: RunConfig) -> dict[str, Manifest]:
+    """A text encoder, and tokens that its captions determine: each colour is one of four patterns."""
+    torch.manual_seed(0)
+    description = {
+        "architecture": architecture(run.clip, 16),
+        "preprocess": {"size": 16, "mean": [0.5] * 3, "std": [0.5] * 3},
+    }
+    clip = SetWriter("clip", {"of": "test"}, {})
+    clip.add_bytes("model.safetensors", save(dict(build_clip(description).state_dict())))
+    clip.add_bytes("config.json", json.dumps(description).encode())
+    tokens = SetWriter("tokens", {"of": "test"}, {})
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(0, 16, (4, 16))
+    sizes = {"train-00000.safetensors": 48, "train-00001.safetensors": 16, "validation-00000.safetensors": 20}
+    for name, size in sizes.items():
+        colours = rng.integers(0, 4, size)
+        captions = [[tokenize([COLOURS[c]], 24)[0, :3].tolist()] for c in colours]
+        codes = patterns[colours][:, None]
+        noisy = np.where(rng.random(codes.shape) < 0.05, rng.integers(0, 16, codes.shape), codes)
+        tokens.add_bytes(name, TokenShard.to_bytes(noisy, captions, 16))
+    info = {"vocabulary": 16, "grid": [4, 4], "tokens": 16, "views": 1, "context_length": 24, "shards": sizes}
+    return {"tokens": tokens.finish(info), "text": clip.finish({})}
+
+
+def fit(run: RunConfig, sets: dict[str, Manifest]) -> Manifest:
+    """Train here, without MLflow."""
+    spec = job("transformer", "train_gpt", run, "test", sets)
+    writer = SetWriter("transformer", settings("transformer", run), sets)
+    assert run.transformer
+    with setup() as processes:
+        made = transformer.train(
+            spec, run.transformer, sets, writer, processes, Tracker(spec.tracking, None, False)
+        )
+    assert made
+    assert made.uri == spec.output
+    return made
+
+
+def history(made: Manifest) -> dict[str, list[list[float]]]:
+    return json.loads((Path(made.uri) / "history.json").read_text())
+
+
+def test_it_learns_the_captions_and_keeps_its_losses(store: str) -> None:
+    run = run_config()
+    sets = publish(run)
+    made = fit(run, sets)
+    info = made.info
+    assert info["validation_nll"] < 1.6 < np.log(16)
+    assert info["validation_nll_shuffled"] > info["validation_nll"] + 0.2
+    assert info["validation_nll_unconditional"] > info["validation_nll"] + 0.05
+    assert info["best_step"] in (12, 24)
+    curves = history(made)
+    assert [step for step, _ in curves["train/loss"]] == [6, 12, 18, 24]
+    assert [step for step, _ in curves["validation/nll"]] == [12, 24]
+    losses = [value for _, value in curves["train/loss"]]
+    # Kernels of other CPUs add in another order, which 24 steps amplify; a real change moves the 2nd digit.
+    assert losses == pytest.approx(GOLDEN, abs=5e-3)
+    # What the loss has beyond the NLL is the z-loss: 1e-4 of log²Z, which starts at ln(16)² = 7.7.
+    beyond = [loss - nll for loss, (_, nll) in zip(losses, curves["train/nll"], strict=True)]
+    assert all(3e-4 < one < 3e-3 for one in beyond), beyond
+    gpt = load_gpt(made.uri)
+    assert gpt.parameter_count() == info["parameters"]
+    figures = transformer.validate(
+        gpt,
+        transformer._frozen_text(sets["text"], torch.device("cpu")),
+        sets["tokens"],
+        "validation",
+        setup(),
+    )
+    assert figures["nll"] == pytest.approx(info["validation_nll"], abs=1e-5)
+    assert not list(Path(made.uri).glob("checkpoints/**/*.safetensors"))
+
+
+def test_the_last_weights_are_kept_where_the_config_says_so(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worsening = iter([1.0, 2.0, 3.0, 4.0])
+    figures = {"nll_unconditional": 5.0, "nll_shuffled": 5.0}
+    monkeypatch.setattr(transformer, "validate", lambda *_: {"nll": next(worsening)} | figures)
+    run = run_config()
+    sets = publish(run)
+    assert fit(run, sets).info["best_step"] == 12
+    assert run.transformer
+    last = run.transformer.model_copy(update={"keep": "last"})
+    worsening = iter([1.0, 2.0, 3.0, 4.0])
+    assert fit(run.model_copy(update={"transformer": last}), sets).info["best_step"] == 24
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_killed_job_continues_as_if_nothing_had_happened(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    run = run_config()
+    assert run.transformer
+    run = run.model_copy(update={"transformer": run.transformer.model_copy(update={"optimizer": optimizer})})
+    sets = publish(run)
+    save = Checkpointer.save
+    saved: list[int] = []
+
+    def save_and_die(self: Checkpointer, step: int, *args: object) -> None:
+        save(self, step, *args)  # type: ignore[arg-type]
+        saved.append(step)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpointer, "save", save_and_die)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            fit(run, sets)
+    assert saved == [10, 20]
+    monkeypatch.setattr(Checkpointer, "save", save)
+    continued = fit(run, sets)
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setenv("LATENT_GPT_STORE", str(elsewhere))
+    whole = fit(run, publish(run))
+    assert history(continued) == history(whole)
+    assert continued.info == whole.info
+    assert continued.files == whole.files  # names, sizes, SHA-256
+
+
+def test_random_order_ends_when_it_should() -> None:
+    config = run_config().transformer
+    assert config
+    codes = torch.arange(16).repeat(64, 1)
+    mixed, order = transformer._reorder(codes, config, step=0)
+    assert order is not None
+    assert torch.equal(mixed, order)  # a code is its own position here
+    assert (order.sort(dim=1).values == codes).all()
+    assert (order != codes).any(dim=1).all()
+    same, none = transformer._reorder(codes, config, step=6)  # 25 % of 24 steps
+    assert none is None
+    assert same is codes
+
+
+def _train(run: str, sets: dict[str, str]) -> None:
+    config = RunConfig.model_validate_json(run)
+    inputs = {name: assets.load(uri) for name, uri in sets.items()}
+    spec: JobSpec = job("transformer", "train_gpt", config, "test", inputs)
+    writer = SetWriter("transformer", settings("transformer", config), inputs)
+    assert config.transformer
+    with setup() as processes:
+        tracker = Tracker(spec.tracking, None, False)
+        transformer.train(spec, config.transformer, inputs, writer, processes, tracker)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(store: str) -> None:
+    """Without chances (dropout, dropped captions) the same batches give the same curve."""
+    run = run_config(steps=12, checkpoint_every=100)
+    plain = {"dropout": 0.0, "condition_dropout": 0.0, "random_order": 0.0}
+    assert run.transformer
+    run = run.model_copy(update={"transformer": run.transformer.model_copy(update=plain)})
+    sets = publish(run)
+    made = fit(run, sets)
+    one = history(made)
+    for path in Path(made.uri).glob("*"):
+        if path.is_file():
+            path.unlink()
+    uris = {name: manifest.uri for name, manifest in sets.items()}
+    two_ranks(_train, store, run.model_dump_json(), uris)
+    two = history(assets.load(made.uri))
+    assert two.keys() == one.keys()
+    for name in ("train/loss", "validation/nll", "validation/nll_unconditional"):
+        assert np.allclose(two[name], one[name], atol=1e-4), name
