@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from model.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
+UNIONS = ("data.source", "tokenizer", "clip")  # sections of several kinds
 VQVAE_EXPERIMENT = "vqvae-training"  # of phase 2, also where phase 3 trains its VQ-VAE first
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -425,8 +427,9 @@ def _override(values: dict[str, Any], override: str) -> None:
 def _explain(error: ValidationError) -> str:
     problems = []
     for problem in error.errors():
-        # Union members appear in the path as their tag ("vqvae"); a person's YAML has no such level.
         path = ".".join(str(part) for part in problem["loc"])
+        # pydantic puts a section's kind behind its name ("tokenizer.vqvae"); no YAML has such a level
+        path = re.sub(rf"^({'|'.join(UNIONS)})\.\w+", r"\1", path)
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             message = "unknown key"

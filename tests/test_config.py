@@ -1,0 +1,372 @@
+"""Every rule of the config: what is refused, and the line that says so, with the field and both figures."""
+
+from functools import reduce
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from model.config import RunConfig, Section, config_hash, load_config, parse_config, preset_names
+from model.errors import UserError
+
+POSITIVE = [
+    "data.source.count",
+    "data.image_size",
+    "data.min_side",
+    "data.max_pixels",
+    "data.shard_images",
+    "data.augment.views",
+    "clip.embed_dim",
+    "clip.text_width",
+    "clip.text_layers",
+    "clip.text_heads",
+    "clip.context_length",
+    "clip.vision_width",
+    "clip.vision_layers",
+    "clip.patch_size",
+    "tokenizer.width",
+    "tokenizer.blocks",
+    "tokenizer.codebook_size",
+    "tokenizer.code_dim",
+    "transformer.depth",
+    "transformer.width",
+    "transformer.heads",
+    "transformer.training.steps",
+    "transformer.training.batch_size",
+    "transformer.training.accumulate",
+    "transformer.training.learning_rate",
+    "transformer.training.grad_clip",
+    "transformer.training.log_every",
+    "transformer.training.eval_every",
+    "transformer.training.checkpoint_every",
+    "sampling.top_p",
+    "sampling.best_of",
+    "evaluation.samples_per_prompt",
+    "evaluation.pictures",
+    "jobs.workers",
+    "jobs.processes_per_worker",
+    "jobs.deadline_hours",
+]
+NOT_NEGATIVE = [
+    "transformer.training.warmup_steps",
+    "transformer.training.weight_decay",
+    "tokenizer.loss.perceptual",
+    "tokenizer.loss.adversarial",
+    "tokenizer.reset_after",
+    "transformer.z_loss",
+    "sampling.temperature",
+    "sampling.top_k",
+    "sampling.cfg_scale",
+    "sampling.speculate",
+    "jobs.gpus_per_worker",
+    "jobs.max_restarts",
+]
+SHARES = [
+    "data.max_bad_share",
+    "data.validation_share",
+    "data.augment.shift",
+    "data.augment.scale",
+    "tokenizer.dropout",
+    "tokenizer.loss.adversarial_from",
+    "transformer.dropout",
+    "transformer.condition_dropout",
+    "transformer.random_order",
+    "transformer.training.final_lr_share",
+    "transformer.training.ema",
+]
+
+
+def refused(*overrides: str, preset: str = "smoke") -> str:
+    """What a person reads behind the name of the file and the overrides."""
+    with pytest.raises(UserError) as caught:
+        load_config(preset, overrides)
+    (line,) = str(caught.value).splitlines()
+    return line.partition(f" with {' '.join(overrides)}: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["clip.training.warmup_steps=3"],
+            "clip.training: warmup_steps (3) must be smaller than steps (3)",
+        ),
+        (
+            ["transformer.training.accumulate=3"],
+            "transformer.training: batch_size (8) must be a multiple of accumulate (3)",
+        ),
+        (
+            ["tokenizer.multipliers=[1, 2]"],
+            "tokenizer: multipliers has 2 entries; factor 4 with stem 1 needs 3",
+        ),
+        (
+            ["data.image_size=32", "tokenizer.factor=16", "tokenizer.stem=2"],
+            "tokenizer: multipliers has 3 entries; factor 16 with stem 2 needs 4",
+        ),
+        (
+            ["tokenizer.value_range=[1.0, 1.0]"],
+            "tokenizer: value_range [1.0, 1.0] must be [low, high] with low below high",
+        ),
+        (
+            ["transformer.width=18", "transformer.heads=4"],
+            "transformer: width (18) must be a multiple of heads (4)",
+        ),
+        (
+            ["transformer.width=12"],
+            "transformer: rope2d needs width / heads (6) to be a multiple of 4",
+        ),
+        *(
+            (
+                [
+                    "transformer.arch=gpt2",
+                    *(f"transformer.{one}" for one in ("mlp=gelu", "positions=learned", "qk_norm=false")),
+                    wrong,
+                ],
+                "transformer: arch gpt2 needs mlp: gelu, positions: learned, qk_norm: false",
+            )
+            for wrong in (
+                "transformer.mlp=swiglu",
+                "transformer.positions=rope2d",
+                "transformer.qk_norm=true",
+            )
+        ),
+        (
+            ["data.image_size=24", "tokenizer.factor=16", "tokenizer.multipliers=[1, 1, 1, 1, 1]"],
+            "data.image_size (24) must be a multiple of tokenizer.factor (16)",
+        ),
+        (
+            ["data.image_size=20"],
+            "data.image_size (20) must be a multiple of clip.patch_size (8)",
+        ),
+        (
+            ["tokenizer={kind: pretrained, ref: somewhere}", "transformer=null"],
+            "transformer: null leaves nothing to train when the tokenizer is pretrained",
+        ),
+        *(
+            (
+                ["jobs.workers=3", *(f"{other}.training.batch_size=6" for other in others)],
+                f"{where}.training.batch_size (8) must be a multiple of processes x accumulate (6 x 1)",
+            )
+            for where, others in (
+                ("tokenizer", ("clip", "transformer")),
+                ("clip", ("tokenizer", "transformer")),
+                ("transformer", ("tokenizer", "clip")),
+            )
+        ),
+        (
+            ["clip.training.accumulate=8"],
+            "clip.training.batch_size (8) must be a multiple of processes x accumulate (2 x 8)",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_named_with_their_figures(
+    overrides: list[str], expected: str
+) -> None:
+    assert refused(*overrides) == expected
+
+
+def test_what_stands_just_inside_the_rules_is_taken() -> None:
+    load_config("smoke", ["clip.training.warmup_steps=2", "transformer.training.accumulate=4"])
+    load_config("smoke", ["tokenizer.stem=2", "tokenizer.multipliers=[1, 2]"])
+    load_config("smoke", ["transformer.width=12", "transformer.positions=learned"])
+    gpt2 = "{arch: gpt2, mlp: gelu, positions: learned, qk_norm: false, depth: 1, width: 18, heads: 2"
+    load_config("smoke", [f"transformer={gpt2}, training: {{steps: 200, batch_size: 8}}}}"])
+
+
+@pytest.mark.parametrize("field", POSITIVE)
+def test_a_number_that_must_be_positive(field: str) -> None:
+    assert refused(f"{field}=0") == f"{field}: Input should be greater than 0"
+
+
+@pytest.mark.parametrize("field", NOT_NEGATIVE)
+def test_a_number_that_must_not_be_negative(field: str) -> None:
+    assert refused(f"{field}=-1") == f"{field}: Input should be greater than or equal to 0"
+
+
+@pytest.mark.parametrize("field", SHARES)
+def test_a_share_is_between_0_and_1(field: str) -> None:
+    assert refused(f"{field}=-0.1") == f"{field}: Input should be greater than or equal to 0"
+    assert refused(f"{field}=1.1") == f"{field}: Input should be less than or equal to 1"
+
+
+def test_no_bound_of_a_field_is_left_out_of_these_tables() -> None:
+    bounded = {
+        (section, name)
+        for section in sections(RunConfig)
+        for name, field in section.model_fields.items()
+        if field.metadata
+    }
+    config = load_config("smoke")
+    shown = set()
+    for path in (*POSITIVE, *NOT_NEGATIVE, *SHARES):
+        *parents, name = path.split(".")
+        shown.add((type(reduce(getattr, parents, config)), name))
+    assert bounded == shown
+
+
+def sections(part: object) -> set[type[Section]]:
+    """All sections that a type is made of."""
+    if isinstance(part, type) and issubclass(part, Section):
+        fields = part.model_fields.values()
+        return {part}.union(*(sections(field.annotation) for field in fields))
+    return set().union(*map(sections, get_args(part)))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("sampling.top_p=1.5", "sampling.top_p: Input should be less than or equal to 1"),
+        ("tokenizer.factor=5", "tokenizer.factor: Input should be 4, 8 or 16"),
+        ("tokenizer.stem=8", "tokenizer.stem: Input should be 1, 2 or 4"),
+        ("tokenizer.fsq_levels=[8, 0]", "tokenizer.fsq_levels.1: Input should be greater than 0"),
+        ("tokenizer.multipliers=[1, 0, 1]", "tokenizer.multipliers.1: Input should be greater than 0"),
+        ("tokenizer.loss.pixel=l3", "tokenizer.loss.pixel: Input should be 'l1' or 'l2'"),
+        ("data.fit=stretch", "data.fit: Input should be 'crop' or 'pad'"),
+        ("data.source.shapes_per_image=3", "data.source.shapes_per_image: Input should be 1 or 2"),
+        ("transformer.keep=first", "transformer.keep: Input should be 'best' or 'last'"),
+        ("seed=1.5", "seed: Input should be a valid integer, got a number with a fractional part"),
+        ("name=null", "name: Input should be a valid string"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_with_the_ones_that_are_right(
+    override: str, expected: str
+) -> None:
+    assert refused(override) == expected
+
+
+@pytest.mark.parametrize(
+    ("section", "kinds"),
+    [
+        ("tokenizer", "'vqvae', 'pretrained'"),
+        ("clip", "'trained', 'pretrained'"),
+        ("data.source", "'openmoji', 'shapes', 'folder', 'webdataset', 'parquet'"),
+    ],
+)
+def test_an_unknown_kind_of_a_section_comes_with_the_known_ones(section: str, kinds: str) -> None:
+    said = refused(f"{section}.kind=odd")
+    assert said.startswith(f"{section}: Input tag 'odd'")
+    assert said.endswith(kinds)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["sed", "data.imagesize", "data.source.cuont", "tokenizer.loss.pixels", "clip.training.lr", "jobs.gpus"],
+)
+def test_an_unknown_key_is_refused_at_any_depth(key: str) -> None:
+    assert refused(f"{key}=1") == f"{key}: unknown key"
+
+
+def test_several_problems_are_one_line() -> None:
+    assert refused("data.imagesize=1", "sampling.top_p=2") == (
+        "data.imagesize: unknown key; sampling.top_p: Input should be less than or equal to 1"
+    )
+
+
+def test_a_section_that_is_missing_is_named() -> None:
+    with pytest.raises(UserError, match=r"^config: data: Field required; clip: Field required; "):
+        parse_config({"name": "a"})
+
+
+def test_settings_cannot_be_changed_behind_the_back_of_their_rules() -> None:
+    config = load_config("smoke")
+    with pytest.raises(ValueError, match="frozen"):
+        config.data.image_size = 24
+
+
+# ── overrides ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_overrides_are_yaml_and_the_last_one_holds() -> None:
+    config = load_config(
+        "smoke",
+        ["seed=1", "seed=2", "evaluation.cfg_sweep=[1, 2.5]", "data.source={kind: folder, path: a=b}"],
+    )
+    assert config.seed == 2
+    assert config.evaluation.cfg_sweep == [1.0, 2.5]
+    assert config.data.source.model_dump() == {"kind": "folder", "path": "a=b"}
+
+
+def test_an_override_makes_the_section_that_the_preset_leaves_out() -> None:
+    assert load_config("smoke", ["data.augment.flip=true"]).data.augment.flip
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("seed", "override 'seed' must read section.field=value"),
+        ("=3", "override '=3' must read section.field=value"),
+        ("data.image_size.x=3", "override 'data.image_size.x=3': image_size is a value, not a section"),
+        ("seed=[1", "override 'seed=[1': '[1' is not valid YAML"),
+    ],
+)
+def test_an_override_that_makes_no_sense_is_refused_by_name(override: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config("smoke", [override])
+    assert str(caught.value) == expected
+
+
+# ── files ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "just words", "", "7"])
+def test_a_preset_that_is_no_mapping_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_text(text)
+    with pytest.raises(
+        UserError, match=rf"^{path}: a config is a mapping of sections, not (list|str|None|int)"
+    ):
+        load_config(str(path))
+
+
+def test_a_preset_that_is_no_yaml_is_refused_with_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_text("name: a\ndata: {image_size: 3\nseed: 1\n")
+    with pytest.raises(UserError, match=rf"^{path}: not valid YAML: .*line 3") as caught:
+        load_config(str(path))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_preset_that_does_not_exist_comes_with_those_that_do() -> None:
+    names = ", ".join(preset_names())
+    with pytest.raises(UserError) as caught:
+        load_config("smok")
+    assert str(caught.value) == f"preset 'smok' does not exist; choose one of {names}, or a .yaml file"
+
+
+def test_a_file_of_ones_own_is_a_preset(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(load_config("smoke").model_dump_json())
+    assert load_config(str(path)) == load_config("smoke")
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_a_config_is_the_same_after_a_trip_through_json(preset: str) -> None:
+    config = load_config(preset)
+    assert parse_config(config.model_dump_json()) == config
+    assert config.name == preset
+
+
+def test_the_hash_of_settings_is_the_same_anywhere_and_another_for_other_settings() -> None:
+    config = load_config("smoke")
+    assert config_hash(config) == config_hash(load_config("smoke"))
+    assert config_hash(config) != config_hash(load_config("smoke", ["seed=1"]))
+    # of other machines' manifests: it must never change
+    assert config_hash({"b": 1, "a": ["ä"]}, "x", 2).startswith("7ec1ea5d")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "experiment"),
+    [
+        ([], "latent-gpt-custom-vqvae"),
+        (["transformer=null"], "vqvae-training"),
+        (["tokenizer={kind: pretrained, ref: somewhere}"], "latent-gpt-pretrained-vqvae"),
+    ],
+)
+def test_each_phase_has_its_experiment(overrides: list[str], experiment: str) -> None:
+    assert load_config("smoke", overrides).experiment == experiment
+
+
+def test_a_tokenizers_vocabulary() -> None:
+    assert load_config("smoke").tokenizer.vocabulary == 16  # type: ignore[union-attr]
+    fsq = load_config("smoke", ["tokenizer.quantizer=fsq", "tokenizer.fsq_levels=[3, 5]"])
+    assert fsq.tokenizer.vocabulary == 15  # type: ignore[union-attr]
