@@ -31,6 +31,7 @@ from model.config import (
 from model.data import sources
 from model.data.image_shards import load_images
 from model.data.ingest import QUARANTINE, clean_captions, ingest
+from model.data.sources import Record
 from model.errors import UserError
 from model.plumbing import storage
 from model.plumbing.assets import Manifest
@@ -212,6 +213,18 @@ def test_duplicates_in_a_chunk_give_their_captions_and_later_ones_go(store, here
     made = ingest(folder(here, shard_images=3, validation_share=0))
     assert captions(made) == [["first", "second", "third"], ["other"]]
     assert made.info["duplicates"] == 2
+
+
+@pytest.mark.parametrize("held_out", [(False, True), (True, False)])
+def test_a_picture_that_is_held_out_under_one_of_its_names_is_held_out(store, here, monkeypatch, held_out):
+    records = [
+        Record(f"{n}.png", picture(1), [f"name {n}"], composition=held) for n, held in enumerate(held_out)
+    ]
+    records.append(Record("other.png", picture(2), ["other"], composition=False))
+    monkeypatch.setattr(sources, "iterate", lambda *_: iter(records))
+    made = ingest(folder(write(here, {"a.png": picture(1)}), validation_share=0))
+    assert (made.info["composition"], made.info["train"], made.info["duplicates"]) == (1, 1, 1)
+    assert load_images(made, "composition")[1] == [["name 0", "name 1"]]
 
 
 # ── killed ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -166,3 +166,10 @@ def test_large_pictures_are_stored_as_jpeg() -> None:
     mime, data = sheets.tile(torch.zeros(3, 256, 256))
     assert mime == "image/jpeg"
     assert Image.open(io.BytesIO(data)).size == (256, 256)
+
+
+def test_the_floor_of_a_score_is_what_chance_gives(page: Page) -> None:
+    html = report.render(page)
+    assert re.search(r'<span class="mark floor" style="left: 5\.0%">', html), "chance of retrieval"
+    assert '<td class="number">5.0 %</td>' in html
+    assert '<td class="number">4.0</td>' in html, "the CLIP score of shuffled captions"

@@ -1,0 +1,69 @@
+"""What every step does around its one call."""
+
+from __future__ import annotations
+
+import uuid
+
+import pytest
+
+from components.step import JobFailed, step
+from model.errors import UserError
+
+
+def ended(name: str, error: Exception | None = None, run: str = "") -> int:
+    """The status that a process ends with in which a step raises this."""
+    try:
+        with step(name, run):
+            if error:
+                raise error
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_a_step_says_when_it_starts_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended("tokens") == 0
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == "tokens  started"
+    assert last.startswith("tokens  done in 0.0 s")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (UserError("data.source.path: nowhere"), 2, "error: data.source.path: nowhere"),
+        (JobFailed("process 1 was killed\nits log"), 1, "error: tokens failed: process 1 was killed"),
+        (ZeroDivisionError("by zero"), 1, "error: tokens failed: ZeroDivisionError: by zero"),
+    ],
+)
+def test_a_failed_step_ends_with_its_reason_and_its_status(
+    error: Exception, status: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ended("tokens", error) == status
+    shown = capsys.readouterr()
+    assert said in shown.out.splitlines()
+    assert "done in" not in shown.out
+    assert ("Traceback" in shown.err) is not isinstance(error, UserError), "a defect leaves its trace"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", [UserError("bad input"), RuntimeError("a defect")])
+def test_a_failed_step_fails_the_run_in_mlflow(services: dict[str, str], error: Exception) -> None:
+    from model.plumbing.tracking import mlflow_client, open_pipeline_run
+
+    run = f"run-{uuid.uuid4().hex[:8]}"
+    parent = open_pipeline_run("latent-gpt-custom-vqvae", run)
+    assert ended("tokens", run=run) == 0
+    assert mlflow_client().get_run(parent).info.status == "RUNNING", "the steps after it are still to come"
+    assert ended("tokens", error, run) != 0
+    assert mlflow_client().get_run(parent).info.status == "FAILED"
+
+
+def test_mlflow_that_went_away_does_not_hide_the_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    assert ended("tokens", UserError("bad input"), "some-run") == 2
+    said = capsys.readouterr().out.splitlines()
+    assert "error: bad input" in said
+    assert said[-1].startswith("warning: MLflow at http://127.0.0.1:1 cannot be reached")
