@@ -15,7 +15,7 @@ COMPILE := $(UV) pip compile pyproject.toml --universal --python-version 3.11 --
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help run generate mlflow-ui test test-fast lint lock bench bench-gpu clean
+.PHONY: help run generate mlflow-ui test test-fast mutants lint lock bench bench-gpu clean
 
 ##@ Use
 
@@ -36,6 +36,9 @@ test: lint ## Lint, types, and every test: the fast ones, then those with real s
 
 test-fast: .venv/dev.stamp ## The tests without services and training, in under a minute
 	@$(BIN)/pytest -m "not slow"
+
+mutants: .venv/dev.stamp ## Break one promise at a time, and see that its test notices (ARGS="config")
+	@$(BIN)/python -m tests.mutants $(ARGS)
 
 lint: .venv/dev.stamp ## ruff and mypy
 	@$(BIN)/ruff check .

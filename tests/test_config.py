@@ -9,6 +9,69 @@ import pytest
 from model.config import RunConfig, Section, config_hash, load_config, parse_config, preset_names
 from model.errors import UserError
 
+GPT2 = [f"transformer.{one}" for one in ("arch=gpt2", "mlp=gelu", "positions=learned", "qk_norm=false")]
+GPT2_NEEDS = "transformer: arch gpt2 needs mlp: gelu, positions: learned, qk_norm: false"
+RULES = {  # overrides of `smoke`, and what is said
+    "warm-up": (
+        ["clip.training.warmup_steps=3"],
+        "clip.training: warmup_steps (3) must be smaller than steps (3)",
+    ),
+    "accumulate": (
+        ["transformer.training.accumulate=3"],
+        "transformer.training: batch_size (8) must be a multiple of accumulate (3)",
+    ),
+    "levels": (
+        ["tokenizer.multipliers=[1, 2]"],
+        "tokenizer: multipliers has 2 entries; factor 4 with stem 1 needs 3",
+    ),
+    "levels with a stem": (
+        ["data.image_size=32", "tokenizer.factor=16", "tokenizer.stem=2"],
+        "tokenizer: multipliers has 3 entries; factor 16 with stem 2 needs 4",
+    ),
+    "value range": (
+        ["tokenizer.value_range=[1.0, 1.0]"],
+        "tokenizer: value_range [1.0, 1.0] must be [low, high] with low below high",
+    ),
+    "heads": (
+        ["transformer.width=18", "transformer.heads=4"],
+        "transformer: width (18) must be a multiple of heads (4)",
+    ),
+    "rotary positions": (
+        ["transformer.width=12"],
+        "transformer: rope2d needs width / heads (6) to be a multiple of 4",
+    ),
+    "gpt2 without gelu": ([*GPT2, "transformer.mlp=swiglu"], GPT2_NEEDS),
+    "gpt2 without learned positions": ([*GPT2, "transformer.positions=rope2d"], GPT2_NEEDS),
+    "gpt2 with normed queries": ([*GPT2, "transformer.qk_norm=true"], GPT2_NEEDS),
+    "side and factor": (
+        ["data.image_size=24", "tokenizer.factor=16", "tokenizer.multipliers=[1, 1, 1, 1, 1]"],
+        "data.image_size (24) must be a multiple of tokenizer.factor (16)",
+    ),
+    "side and patch": (
+        ["data.image_size=20"],
+        "data.image_size (20) must be a multiple of clip.patch_size (8)",
+    ),
+    "nothing to train": (
+        ["tokenizer={kind: pretrained, ref: somewhere}", "transformer=null"],
+        "transformer: null leaves nothing to train when the tokenizer is pretrained",
+    ),
+    "ranks of the tokenizer": (
+        ["jobs.workers=3", "clip.training.batch_size=6", "transformer.training.batch_size=6"],
+        "tokenizer.training.batch_size (8) must be a multiple of processes x accumulate (6 x 1)",
+    ),
+    "ranks of the clip": (
+        ["jobs.workers=3", "tokenizer.training.batch_size=6", "transformer.training.batch_size=6"],
+        "clip.training.batch_size (8) must be a multiple of processes x accumulate (6 x 1)",
+    ),
+    "ranks of the transformer": (
+        ["jobs.workers=3", "tokenizer.training.batch_size=6", "clip.training.batch_size=6"],
+        "transformer.training.batch_size (8) must be a multiple of processes x accumulate (6 x 1)",
+    ),
+    "ranks and micro-batches": (
+        ["clip.training.accumulate=8"],
+        "clip.training.batch_size (8) must be a multiple of processes x accumulate (2 x 8)",
+    ),
+}
 POSITIVE = [
     "data.source.count",
     "data.image_size",
@@ -84,81 +147,7 @@ def refused(*overrides: str, preset: str = "smoke") -> str:
     return line.partition(f" with {' '.join(overrides)}: ")[2]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        (
-            ["clip.training.warmup_steps=3"],
-            "clip.training: warmup_steps (3) must be smaller than steps (3)",
-        ),
-        (
-            ["transformer.training.accumulate=3"],
-            "transformer.training: batch_size (8) must be a multiple of accumulate (3)",
-        ),
-        (
-            ["tokenizer.multipliers=[1, 2]"],
-            "tokenizer: multipliers has 2 entries; factor 4 with stem 1 needs 3",
-        ),
-        (
-            ["data.image_size=32", "tokenizer.factor=16", "tokenizer.stem=2"],
-            "tokenizer: multipliers has 3 entries; factor 16 with stem 2 needs 4",
-        ),
-        (
-            ["tokenizer.value_range=[1.0, 1.0]"],
-            "tokenizer: value_range [1.0, 1.0] must be [low, high] with low below high",
-        ),
-        (
-            ["transformer.width=18", "transformer.heads=4"],
-            "transformer: width (18) must be a multiple of heads (4)",
-        ),
-        (
-            ["transformer.width=12"],
-            "transformer: rope2d needs width / heads (6) to be a multiple of 4",
-        ),
-        *(
-            (
-                [
-                    "transformer.arch=gpt2",
-                    *(f"transformer.{one}" for one in ("mlp=gelu", "positions=learned", "qk_norm=false")),
-                    wrong,
-                ],
-                "transformer: arch gpt2 needs mlp: gelu, positions: learned, qk_norm: false",
-            )
-            for wrong in (
-                "transformer.mlp=swiglu",
-                "transformer.positions=rope2d",
-                "transformer.qk_norm=true",
-            )
-        ),
-        (
-            ["data.image_size=24", "tokenizer.factor=16", "tokenizer.multipliers=[1, 1, 1, 1, 1]"],
-            "data.image_size (24) must be a multiple of tokenizer.factor (16)",
-        ),
-        (
-            ["data.image_size=20"],
-            "data.image_size (20) must be a multiple of clip.patch_size (8)",
-        ),
-        (
-            ["tokenizer={kind: pretrained, ref: somewhere}", "transformer=null"],
-            "transformer: null leaves nothing to train when the tokenizer is pretrained",
-        ),
-        *(
-            (
-                ["jobs.workers=3", *(f"{other}.training.batch_size=6" for other in others)],
-                f"{where}.training.batch_size (8) must be a multiple of processes x accumulate (6 x 1)",
-            )
-            for where, others in (
-                ("tokenizer", ("clip", "transformer")),
-                ("clip", ("tokenizer", "transformer")),
-                ("transformer", ("tokenizer", "clip")),
-            )
-        ),
-        (
-            ["clip.training.accumulate=8"],
-            "clip.training.batch_size (8) must be a multiple of processes x accumulate (2 x 8)",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("overrides", "expected"), RULES.values(), ids=RULES.keys())
 def test_settings_that_contradict_each_other_are_named_with_their_figures(
     overrides: list[str], expected: str
 ) -> None:
@@ -295,7 +284,11 @@ def test_an_override_makes_the_section_that_the_preset_leaves_out() -> None:
     [
         ("seed", "override 'seed' must read section.field=value"),
         ("=3", "override '=3' must read section.field=value"),
-        ("data.image_size.x=3", "override 'data.image_size.x=3': image_size is a value, not a section"),
+        pytest.param(
+            "data.image_size.x=3",
+            "override 'data.image_size.x=3': image_size is a value, not a section",
+            id="into a value",
+        ),
         ("seed=[1", "override 'seed=[1': '[1' is not valid YAML"),
     ],
 )
@@ -308,7 +301,7 @@ def test_an_override_that_makes_no_sense_is_refused_by_name(override: str, expec
 # ── files ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "just words", "", "7"])
+@pytest.mark.parametrize("text", ["[1, 2]", "just words", "", "7"], ids=["list", "words", "empty", "number"])
 def test_a_preset_that_is_no_mapping_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "odd.yaml"
     path.write_text(text)

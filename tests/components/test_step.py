@@ -47,7 +47,7 @@ def test_a_failed_step_ends_with_its_reason_and_its_status(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("error", [UserError("bad input"), RuntimeError("a defect")])
+@pytest.mark.parametrize("error", [UserError("bad input"), RuntimeError("oh")], ids=["input", "defect"])
 def test_a_failed_step_fails_the_run_in_mlflow(services: dict[str, str], error: Exception) -> None:
     from model.plumbing.tracking import mlflow_client, open_pipeline_run
 

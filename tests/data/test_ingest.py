@@ -215,7 +215,7 @@ def test_duplicates_in_a_chunk_give_their_captions_and_later_ones_go(store, here
     assert made.info["duplicates"] == 2
 
 
-@pytest.mark.parametrize("held_out", [(False, True), (True, False)])
+@pytest.mark.parametrize("held_out", [(False, True), (True, False)], ids=["second", "first"])
 def test_a_picture_that_is_held_out_under_one_of_its_names_is_held_out(store, here, monkeypatch, held_out):
     records = [
         Record(f"{n}.png", picture(1), [f"name {n}"], composition=held) for n, held in enumerate(held_out)
