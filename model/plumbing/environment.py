@@ -1,0 +1,166 @@
+"""What belongs to the machine and not to the run: environment variables, read and written here alone.
+
+A value is read when it is asked for, never when a module is loaded. `python -m model.plumbing.environment`
+prints the README's table.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from model.errors import UserError
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A variable that holds text; set to nothing is as good as unset."""
+
+    name: str
+    meaning: str
+    without: str = ""  # what happens where it is unset
+    default: str = ""
+
+    def get(self) -> str:
+        """What the environment says, or the default."""
+        return os.environ.get(self.name) or self.default
+
+    def put(self, value: str) -> None:
+        """Say so from here on, here and in processes that are started later."""
+        os.environ[self.name] = value
+
+
+@dataclass(frozen=True)
+class Number:
+    """A variable that holds a number above 0."""
+
+    name: str
+    meaning: str
+    default: float
+    unit: str
+
+    @property
+    def without(self) -> str:
+        """What happens where it is unset."""
+        return f"{self.default:g}"
+
+    def get(self) -> float:
+        """What the environment says, or the default.
+
+        Raises:
+            UserError: it says something that is no number above 0.
+        """
+        given = os.environ.get(self.name) or str(self.default)
+        try:
+            number = float(given)
+        except ValueError:
+            number = 0
+        if not 0 < number < math.inf:
+            raise UserError(
+                f"{self.name} is '{given}'; it must be a number of {self.unit} above 0, e.g. {self.default:g}"
+            )
+        return number
+
+
+S3_ENDPOINT_URL = Variable("S3_ENDPOINT_URL", "the S3 server", "SeaweedFS is started on loopback")
+AWS_ACCESS_KEY_ID = Variable("AWS_ACCESS_KEY_ID", "who we are to it", "boto3 looks where it always does")
+AWS_SECRET_ACCESS_KEY = Variable("AWS_SECRET_ACCESS_KEY", "and the proof", "the same")
+AWS_SESSION_TOKEN = Variable("AWS_SESSION_TOKEN", "of credentials that expire", "the same")
+AWS_DEFAULT_REGION = Variable(
+    "AWS_DEFAULT_REGION", "where its buckets are", "the same; `us-east-1` for parquet"
+)
+STORE = Variable(
+    "LATENT_GPT_STORE",
+    "where assets go, `s3://bucket/prefix` or a folder",
+    "a bucket of the embedded server",
+)
+MLFLOW_TRACKING_URI = Variable("MLFLOW_TRACKING_URI", "the MLflow server", "one is started on loopback")
+MLFLOW_TRACKING_TOKEN = Variable("MLFLOW_TRACKING_TOKEN", "who we are to it", "the next two")
+MLFLOW_TRACKING_USERNAME = Variable("MLFLOW_TRACKING_USERNAME", "the same, by name", "nobody")
+MLFLOW_TRACKING_PASSWORD = Variable("MLFLOW_TRACKING_PASSWORD", "and the proof", "none")
+STATE = Variable("LATENT_GPT_STATE", "folder of the embedded services and of run logs", "`.latent-gpt`")
+CACHE = Variable("LATENT_GPT_CACHE", "folder for copies of what lies in S3", "`cache` in that folder")
+CACHE_GIB = Number("LATENT_GPT_CACHE_GIB", "GiB that they may take", 64, "GiB")
+S3_PATIENCE = Number(
+    "LATENT_GPT_S3_PATIENCE", "seconds to wait for one answer of S3 (eleven are asked for)", 10, "seconds"
+)
+LAUNCHER = Variable(
+    "LATENT_GPT_LAUNCHER",
+    "what runs training jobs: `torchrun`, or `pytorchjob` on a cluster",
+    "`torchrun`, processes where the step is",
+    default="torchrun",
+)
+IMAGE = Variable(
+    "LATENT_GPT_IMAGE",
+    "image of every step when the pipeline is compiled; by digest on a cluster",
+    "`latent-gpt:dev`",
+    default="latent-gpt:dev",
+)
+DEBUG = Variable("LATENT_GPT_DEBUG", "anything: errors come with their stack traces", "as `--debug` says")
+
+# What one of our processes says to another that it starts:
+LOGS = Variable("LATENT_GPT_LOGS", "folder for the logs of training jobs", "a temporary one")
+OUTCOMES = Variable("LATENT_GPT_OUTCOMES", "where a process leaves how it ended; of this attempt alone")
+
+FOR_PEOPLE = (
+    *(S3_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_DEFAULT_REGION),
+    *(STORE, MLFLOW_TRACKING_URI),
+    *(MLFLOW_TRACKING_TOKEN, MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD),
+    *(STATE, CACHE, CACHE_GIB, S3_PATIENCE, LAUNCHER, IMAGE, DEBUG),
+)
+
+
+def put(values: Mapping[str, str]) -> None:
+    """Set variables from here on, for libraries that read their own."""
+    os.environ.update(values)
+
+
+def put_default(name: str, value: str) -> None:
+    """Set a variable unless the environment does."""
+    os.environ.setdefault(name, value)
+
+
+@contextmanager
+def within(values: Mapping[str, str]) -> Iterator[None]:
+    """Variables that are back to what they were after the block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def of_a_child(*changes: Mapping[str, str]) -> dict[str, str]:
+    """Ours with changes, the last one first, for a process that we start."""
+    environment = dict(os.environ)
+    for change in changes:
+        environment |= change
+    return environment
+
+
+def rank() -> int:
+    """This process's number in its job, as torchrun gives it; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def table() -> str:
+    """The README's table of what a machine can say."""
+    rows = [f"| `{one.name}` | {one.meaning} | {one.without} |" for one in FOR_PEOPLE]
+    return "\n".join(["| variable | meaning | without it |", "|---|---|---|", *rows])
+
+
+if __name__ == "__main__":
+    print(table())
