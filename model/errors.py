@@ -7,3 +7,7 @@ class UserError(Exception):
     The command line prints it without a stack trace (unless `--debug`) and exits with status 2. Anything
     else that escapes is a bug of ours and keeps its trace.
     """
+
+
+class Diverged(UserError):
+    """A training whose loss, gradients or metrics are no longer finite; names the step and the figure."""

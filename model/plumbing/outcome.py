@@ -1,0 +1,162 @@
+"""How a process ended, as data: it says so itself, and whoever started it reads that instead of its log.
+
+Who starts a process names a folder or S3 URI, a new one for each attempt, so that an older outcome is never
+taken for this one's; `recorded` leaves one file there. A process that was killed leaves none, and its exit
+status says the rest. On a cluster the container's termination message says it as well.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from model.errors import Diverged, UserError
+from model.plumbing import environment, storage
+
+TERMINATION_LOG = Path("/dev/termination-log")
+MESSAGE_BYTES = 4096  # more of a termination message Kubernetes does not keep
+LAST_LINES = 15
+LINE = 200  # characters of a log line that stands within a reason
+
+Kind = Literal[
+    "finished",
+    "refused",  # bad input, and the reason says what would be right
+    "diverged",  # a training whose figures are no longer finite
+    "failed",  # a defect, or a machine's fault
+    "killed",  # by a signal
+]
+
+
+class Outcome(BaseModel):
+    """How one process, or a job or step of several, ended."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Kind
+    reason: str = ""  # one line for people
+    last_lines: tuple[str, ...] = ()  # of its trace or log, for who has to find out more
+    when: float = Field(default_factory=time.time)  # seconds since 1970
+
+    @property
+    def well(self) -> bool:
+        """Whether it ended as it should."""
+        return self.kind == "finished"
+
+    @property
+    def expected(self) -> bool:
+        """Whether the reason says it all: input that a person can put right, and no defect of ours."""
+        return self.kind in ("refused", "diverged")
+
+    def told_of(self, who: str) -> str:
+        """The reason with who ended so, where that is not plain from the reason itself."""
+        if self.expected or self.well:
+            return self.reason
+        return f"{who} {self.reason}" if self.kind == "killed" else f"{who} failed: {self.reason}"
+
+    def error(self) -> UserError | JobFailed:
+        """The exception that stands for it in the process that learns of it."""
+        if self.kind == "diverged":
+            return Diverged(self.reason)
+        return UserError(self.reason) if self.kind == "refused" else JobFailed(self)
+
+
+class JobFailed(Exception):
+    """A job ended without its asset. The first line of the message is for people, the rest for the log."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__("\n".join((outcome.reason, *outcome.last_lines)))
+        self.outcome = outcome
+
+
+def of(error: Exception) -> Outcome:
+    """How a process ends that ends with this exception."""
+    if isinstance(error, JobFailed):
+        return Outcome(kind="failed", reason=error.outcome.reason, last_lines=error.outcome.last_lines)
+    if isinstance(error, UserError):
+        return Outcome(kind="diverged" if isinstance(error, Diverged) else "refused", reason=str(error))
+    said = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    trace = "".join(traceback.format_exception(error)).splitlines()
+    return Outcome(kind="failed", reason=said.removesuffix(": "), last_lines=tuple(trace[-LAST_LINES:]))
+
+
+def of_status(status: int, log: Sequence[str] = ()) -> Outcome:
+    """How a process ended that left no outcome.
+
+    Args:
+        status: the exit code, or the negative number of the signal that ended it.
+        log: the lines that it printed.
+    """
+    last = f" ({log[-1].strip()[:LINE]})" if log else ""
+    lines = tuple(log[-LAST_LINES:])
+    if status >= 0:
+        return Outcome(kind="failed", reason=f"ended with exit code {status}{last}", last_lines=lines)
+    if status == -signal.SIGKILL:
+        how = "was killed (SIGKILL; most often the machine ran out of memory)"
+    else:
+        how = f"was ended by signal {-status}"
+        with suppress(ValueError):
+            how += f" ({signal.Signals(-status).name})"
+    return Outcome(kind="killed", reason=how + last, last_lines=lines)
+
+
+@contextmanager
+def recorded(who: str) -> Iterator[None]:
+    """Leave how the block ends where this process's starter looks for it; exceptions go on.
+
+    Args:
+        who: what the starter calls this process, e.g. a step's name or a rank: the file's name.
+    """
+    folder = environment.OUTCOMES.get()  # now: what the block starts gets another folder
+    try:
+        yield
+    except Exception as error:
+        end = of(error)
+        tell_container(_message(end), if_silent=True)
+        _leave(folder, who, end)
+        raise
+    _leave(folder, who, Outcome(kind="finished"))
+
+
+def _leave(folder: str, who: str, end: Outcome) -> None:
+    if not folder:
+        return
+    try:
+        storage.write_bytes(storage.join(folder, f"{who}.json"), end.model_dump_json().encode())
+    except (UserError, OSError) as error:  # how the process ended matters more
+        print(f"warning: its outcome cannot be stored: {error}", file=sys.stderr, flush=True)
+
+
+def left_in(folder: str) -> dict[str, Outcome]:
+    """The outcomes that were left in a folder or below an S3 URI, by who left them."""
+    found = {}
+    for name in storage.list_sizes(folder):
+        with suppress(ValidationError):  # not one of ours
+            outcome = Outcome.model_validate_json(storage.read_bytes(storage.join(folder, name)))
+            found[name.removesuffix(".json")] = outcome
+    return found
+
+
+def _message(end: Outcome) -> str:
+    """The outcome as one line of JSON that fits into a termination message."""
+    return end.model_copy(
+        update={"reason": end.reason[: MESSAGE_BYTES // 5], "last_lines": ()}
+    ).model_dump_json()
+
+
+def tell_container(text: str, if_silent: bool = False) -> None:
+    """Make `text` the container's termination message, where there is a container.
+
+    Args:
+        if_silent: only if nobody in it has left one: of several processes the first to fail knows why.
+    """
+    with suppress(OSError):
+        if TERMINATION_LOG.exists() and not (if_silent and TERMINATION_LOG.stat().st_size):
+            TERMINATION_LOG.write_bytes(text.encode()[:MESSAGE_BYTES])
