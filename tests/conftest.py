@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,19 @@ import pytest
 
 # Tests measure nothing, and several processes of theirs share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test marked `compiles` in a process of its own, without the hook that checks shapes: its wrappers
+    are nothing that torch.compile could trace."""
+    config = pyfuncitem.config
+    if not (pyfuncitem.get_closest_marker("compiles") and config.getoption("jaxtyping_packages")):
+        return None
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=-q", pyfuncitem.nodeid]
+    done = subprocess.run(command, cwd=config.rootpath, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return True
 
 
 @pytest.fixture

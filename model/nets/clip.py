@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from model.config import PretrainedCLIPConfig, TrainedCLIPConfig
@@ -56,13 +57,13 @@ class TextEncoder:
         self._cached = cached
         self._states: OrderedDict[bytes, Tensor] = OrderedDict()
 
-    def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """Captions -> ids (B, S) int64, padded with 0; longer ones lose their end, with a warning."""
+    def tokenize(self, captions: Sequence[str]) -> Int[Tensor, "B S"]:
+        """Ids of captions, padded with 0; longer ones lose their end, with a warning."""
         return tokenize(captions, self.context_length)
 
     @torch.no_grad()
-    def encode(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids (B, S) -> states (B, S, W) and mask (B, S), True = a token of the caption, its ends included.
+    def encode(self, ids: Int[Tensor, "B S"]) -> tuple[Float[Tensor, "B S W"], Bool[Tensor, "B S"]]:
+        """States of ids, and their mask: True = a token of the caption, its ends included.
 
         An empty caption has no real token: the transformer reads it as the null text.
         """
@@ -79,7 +80,7 @@ class TextEncoder:
             self._states.popitem(last=False)
         return batch, text_mask(ids).to(self.device)
 
-    def _compute(self, rows: Tensor) -> Tensor:
+    def _compute(self, rows: Int[Tensor, "B S"]) -> Float[Tensor, "B S W"]:
         """States of new captions, in groups of one fixed size: products of another shape round otherwise, and
         a resumed training must find the very states that it would have had."""
         group = 1 if self.device.type == "cpu" else 64
@@ -106,8 +107,8 @@ class Judge:
         return float(self.model.logit_scale.detach().exp())
 
     @torch.no_grad()
-    def image_features(self, images: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> unit vectors (B, E)."""
+    def image_features(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B E"]:
+        """Unit vectors of pictures in [-1, 1]."""
         images = images.to(self.device)
         if images.shape[-2:] != self.size:
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True).clamp(-1, 1)
@@ -115,8 +116,8 @@ class Judge:
         return self.model.encode_image(pixels, normalize=True).float()
 
     @torch.no_grad()
-    def text_features(self, captions: Sequence[str]) -> Tensor:
-        """Captions -> unit vectors (B, E)."""
+    def text_features(self, captions: Sequence[str]) -> Float[Tensor, "B E"]:
+        """Unit vectors of captions."""
         ids = tokenize(captions, self.model.context_length).to(self.device)
         return self.model.encode_text(ids, normalize=True).float()
 
@@ -124,8 +125,8 @@ class Judge:
 # ── tokens ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def tokenize(captions: Sequence[str], context_length: int) -> Tensor:
-    """CLIP's byte-pair ids (B, S) int64: start, caption, end, then zeros. Never fails on a string."""
+def tokenize(captions: Sequence[str], context_length: int) -> Int[Tensor, "B S"]:
+    """CLIP's byte-pair ids, int64: start, caption, end, then zeros. Never fails on a string."""
     encode = _byte_pairs()
     ids = torch.zeros(len(captions), context_length, dtype=torch.long)
     truncated = []
@@ -147,8 +148,8 @@ def tokenize(captions: Sequence[str], context_length: int) -> Tensor:
     return ids
 
 
-def text_mask(ids: Tensor) -> Tensor:
-    """Mask (B, S) of the tokens up to the end token; all False for an empty caption."""
+def text_mask(ids: Int[Tensor, "B S"]) -> Bool[Tensor, "B S"]:
+    """Mask of the tokens up to the end token; all False for an empty caption."""
     end = ids.argmax(dim=1)  # the end token has the largest id
     return (torch.arange(ids.shape[1], device=ids.device) <= end[:, None]) & (end > 1)[:, None]
 
@@ -345,7 +346,6 @@ class _TextTower(nn.Module):
         self.ln_final = model.ln_final
         self.register_buffer("attn_mask", model.attn_mask, persistent=False)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Ids (B, S) -> states (B, S, W)."""
+    def forward(self, ids: Int[Tensor, "B S"]) -> Float[Tensor, "B S W"]:
         x = self.token_embedding(ids) + self.positional_embedding  # (B, S, W)
         return self.ln_final(self.transformer(x, attn_mask=self.attn_mask))  # (B, S, W)

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from model.config import TransformerConfig
@@ -51,15 +52,17 @@ class Cache:
         self.at: int | Tensor = 0
         self.span = gpt.tokens
 
-    def extend(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Put (B, H, n, d) keys and values at `at`; returns what may be attended to, and its mask."""
+    def extend(
+        self, block: int, k: Float[Tensor, "B H n d"], v: Float[Tensor, "B H n d"]
+    ) -> tuple[Float[Tensor, "B H N d"], Float[Tensor, "B H N d"], Bool[Tensor, "1 1 n N"] | None]:
+        """Put keys and values at `at`; returns what may be attended to, and its mask."""
         keys, values = self.keys[block], self.values[block]
         if isinstance(self.at, int):
             end = self.at + k.shape[2]
             keys[:, :, self.at : end] = k
             values[:, :, self.at : end] = v
             one = k.shape[2] == 1  # which may see all that is there
-            mask = None if one else self.places[:end] <= self.places[self.at : end, None]  # (n, end)
+            mask = None if one else (self.places[:end] <= self.places[self.at : end, None])[None, None]
             return keys[:, :, :end], values[:, :, :end], mask
         keys.index_copy_(2, self.at.view(1), k)
         values.index_copy_(2, self.at.view(1), v)
@@ -82,7 +85,13 @@ class SelfAttention(nn.Module):
             nn.Parameter(torch.ones(2, 1, config.width // config.heads)) if config.qk_norm else None
         )
 
-    def forward(self, x: Tensor, rope: Tensor | None, cache: Cache | None = None, block: int = 0) -> Tensor:
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        rope: Float[Tensor, "2 *rows T 2 1 d"] | None,
+        cache: Cache | None = None,
+        block: int = 0,
+    ) -> Float[Tensor, "B T D"]:
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, D // self.heads)  # (B, T, 3, H, d)
         qk, v = qkv[:, :, :2], qkv[:, :, 2]
@@ -113,15 +122,22 @@ class CrossAttention(nn.Module):
             nn.Parameter(torch.ones(2, 1, config.width // config.heads)) if config.qk_norm else None
         )
 
-    def read(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Text (B, S, width of the context) -> keys and values, (B, H, S, d) each."""
+    def read(
+        self, context: Float[Tensor, "B S _"]
+    ) -> tuple[Float[Tensor, "B H S d"], Float[Tensor, "B H S d"]]:
+        """Keys and values of the text."""
         B, S, _ = context.shape
         k, v = self.kv(context).view(B, S, 2, self.heads, -1).unbind(2)
         if self.qk_scale is not None:
             k = F.rms_norm(k, k.shape[-1:], eps=1e-6) * self.qk_scale[1].to(k.dtype)
         return k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
 
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        keys_values: tuple[Float[Tensor, "B H S d"], Float[Tensor, "B H S d"]],
+        mask: Shaped[Tensor, "B 1 1 S"] | None,
+    ) -> Float[Tensor, "B T D"]:
         B, T, D = x.shape
         k, v = keys_values
         q = self.q(x).view(B, T, self.heads, D // self.heads)  # (B, T, H, d)
@@ -142,7 +158,7 @@ class MLP(nn.Module):
         self.up = nn.Linear(config.width, hidden * (2 if self.gated else 1), bias=bias)
         self.down = nn.Linear(hidden, config.width, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
         h = self.up(x)
         if self.gated:
             gate, value = h.chunk(2, dim=-1)
@@ -163,13 +179,13 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        rope: Tensor | None,
-        keys_values: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        x: Float[Tensor, "B T D"],
+        rope: Float[Tensor, "2 *rows T 2 1 d"] | None,
+        keys_values: tuple[Float[Tensor, "B H S d"], Float[Tensor, "B H S d"]],
+        mask: Shaped[Tensor, "B 1 1 S"] | None,
         cache: Cache | None = None,
         block: int = 0,
-    ) -> Tensor:
+    ) -> Float[Tensor, "B T D"]:
         x = x + self.dropout(self.attention(self.norms[0](x), rope, cache, block))
         x = x + self.dropout(self.cross(self.norms[1](x), keys_values, mask))
         return x + self.dropout(self.mlp(self.norms[2](x)))
@@ -188,7 +204,7 @@ class GPT(nn.Module):
     rope: Tensor
 
     def __init__(
-        self, config: TransformerConfig, vocabulary: int, grid: tuple[int, int], text_width: int
+        self, config: TransformerConfig, vocabulary: int, grid: Sequence[int], text_width: int
     ) -> None:
         super().__init__()
         self.config = config
@@ -281,7 +297,9 @@ class GPT(nn.Module):
     def _blocks(self) -> list[Block]:
         return list(self.blocks)  # type: ignore[arg-type]
 
-    def _positions(self, n: int, order: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor | None]:
+    def _positions(
+        self, n: int, order: Int[Tensor, "*rows n"] | None, cache: Cache | None
+    ) -> tuple[Int[Tensor, "*rows n"], Float[Tensor, "2 *rows n 2 1 d"] | None]:
         """Grid positions of n predicted tokens, and the rotations of their queries and keys."""
         places = torch.arange(n, device=self.rope.device)
         if cache is not None:
@@ -293,8 +311,8 @@ class GPT(nn.Module):
         held = F.pad(order[..., :-1] + 1, (1, 0))  # the start token has row 0 of the table
         return order, torch.stack([self.rope[:, order + 1], self.rope[:, held]], dim=-2)[..., None, :]
 
-    def _rope_table(self) -> Tensor:
-        """(2, 1 + T, d): cosine and signed sine for the start token, then for each place of the grid.
+    def _rope_table(self) -> Float[Tensor, "2 {1+self.tokens} d"]:
+        """Cosine and signed sine for the start token, then for each place of the grid.
 
         Half of the angles turn by row, half by column; the start token stands one off the corner.
         """
@@ -351,8 +369,7 @@ class GPT(nn.Module):
 def build(description: dict[str, Any]) -> GPT:
     """A GPT with fresh weights from its `description()`."""
     config = TransformerConfig.model_validate(description["transformer"])
-    grid = description["grid"]
-    return GPT(config, description["vocabulary"], (grid[0], grid[1]), description["text_width"])
+    return GPT(config, description["vocabulary"], description["grid"], description["text_width"])
 
 
 def load_gpt(folder: str | Path, device: str | torch.device = "cpu") -> GPT:
@@ -378,8 +395,14 @@ def load_gpt(folder: str | Path, device: str | torch.device = "cpu") -> GPT:
     return gpt.to(device).eval()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """Attention (B, H, n, d) over keys and values (B, H, N, d).
+def attend(
+    q: Float[Tensor, "B H n d"],
+    k: Float[Tensor, "B H N d"],
+    v: Float[Tensor, "B H N d"],
+    mask: Shaped[Tensor, "#B #H #n N"] | None = None,
+    causal: bool = False,
+) -> Float[Tensor, "B H n d"]:
+    """Attention of n queries over N keys and values; the mask as for `Context`.
 
     To train on a CPU, cross-attention is made of products (in bf16 with scores in bf16, shares in fp32) and
     causal attention computed in fp32: PyTorch's kernels take up to twice as long for the one, and in bf16
@@ -397,27 +420,41 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
-def _attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of one query (B, H, 1, d) in a form that inductor fuses on a CPU: one pass over the keys, one
+def _attend_one(
+    q: Float[Tensor, "B H 1 d"],
+    k: Float[Tensor, "B H N d"],
+    v: Float[Tensor, "B H N d"],
+    mask: Shaped[Tensor, "#B #H 1 N"] | None,
+) -> Float[Tensor, "B H 1 d"]:
+    """Attention of one query in a form that inductor fuses on a CPU: one pass over the keys, one
     over the values. PyTorch's kernel, made for many queries, takes a fifth to a half longer."""
     scores = (q.float() * k.float()).sum(-1) / math.sqrt(q.shape[-1])  # (B, H, N)
     shares = _masked(scores, None if mask is None else mask.squeeze(-2)).softmax(-1)
     return (shares[..., None] * v.float()).sum(-2, keepdim=True).to(v.dtype)
 
 
-def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _attend_by_products(
+    q: Float[Tensor, "B H n d"],
+    k: Float[Tensor, "B H N d"],
+    v: Float[Tensor, "B H N d"],
+    mask: Shaped[Tensor, "#B #H #n N"] | None,
+) -> Float[Tensor, "B H n d"]:
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, n, N)
     return _masked(scores, mask).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
 
 
-def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
+def _masked(
+    scores: Float[Tensor, "*scores"], mask: Shaped[Tensor, "*#scores"] | None
+) -> Float[Tensor, "*scores"]:
     if mask is None:
         return scores
     return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
 
 
-def rotate(qk: Tensor, rope: Tensor) -> Tensor:
-    """Turn pairs (i, i + d/2) of queries and keys (B, n, 2, H, d) by `rope` (2, [B,] n, 2, 1, d)."""
+def rotate(
+    qk: Float[Tensor, "B n 2 H d"], rope: Float[Tensor, "2 *rows n 2 1 d"]
+) -> Float[Tensor, "B n 2 H d"]:
+    """Turn pairs (i, i + d/2) of queries and keys."""
     cosine, sine = rope.to(qk.dtype)
     return torch.addcmul(qk * cosine, qk.roll(qk.shape[-1] // 2, dims=-1), sine)
 

@@ -2,10 +2,10 @@
 
 `VectorQuantizer` learns a codebook on the unit sphere; `FiniteScalarQuantizer` has a fixed one. Both offer
 
-    forward(latents (B, D, h, w)) -> (quantized (B, D, h, w), codes (B, h, w) int64, loss ())
-    lookup(codes (B, h, w))       -> quantized (B, D, h, w)
+    forward(latents) -> (quantized, codes, loss)
+    lookup(codes)    -> quantized
 
-Letters: N latents in a batch (B·h·w), D dimension of a latent, K codes.
+Letters: B batch, h w token grid, N latents in a batch (B·h·w), D dimension of a latent, K codes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from model.config import VQVAEConfig
@@ -28,8 +29,8 @@ CODEBOOK_DECAY = 0.95  # share of a used code that stays in one update; 0.99 lag
 KMEANS_ITERATIONS = 10
 
 
-def nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the row of `codebook` (K, D) with the largest dot product, for each of `latents` (N, D).
+def nearest_codes(latents: Float[Tensor, "N D"], codebook: Float[Tensor, "K D"]) -> Int[Tensor, " N"]:
+    """Index of the row of `codebook` with the largest dot product, for each of `latents`.
 
     With unit rows that is the nearest code. Ties go to the lowest index. Never holds N × K scores: works
     through the latents in pieces.
@@ -42,8 +43,8 @@ def nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:
     return codes
 
 
-def _argmax(scores: Tensor) -> Tensor:
-    """Index of the first maximum of each row of `scores` (N, K).
+def _argmax(scores: Float[Tensor, "N K"]) -> Int[Tensor, " N"]:
+    """Index of the first maximum of each row.
 
     A CPU vectorises maxima and not their indices, so there the best block of a row is found by the maxima of
     its blocks, and the index sought among few numbers.
@@ -55,10 +56,10 @@ def _argmax(scores: Tensor) -> Tensor:
     return best * BLOCK + blocks[torch.arange(len(best)), best].argmax(1)
 
 
-def rotate(latents: Tensor, targets: Tensor) -> Tensor:
+def rotate(latents: Float[Tensor, "N D"], targets: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
     """`targets`, with the gradient that flows through the rotation of each latent onto its target.
 
-    Both are unit vectors (N, D). The rotation is held constant, so that the angle between gradient and target
+    Both are unit vectors. The rotation is held constant, so that the angle between gradient and target
     survives on the way back to the latent (Fifty et al. 2024, arXiv:2410.06424, section 4.2).
     """
     with torch.no_grad():
@@ -93,8 +94,10 @@ class VectorQuantizer(nn.Module):
         # Per code: sum of its latents, their number, and a candidate to replace the code.
         self.register_buffer("_gathered", torch.zeros(size, 2 * dim + 1), persistent=False)
 
-    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantize (B, D, h, w); the loss is β times the squared distance of latents to their codes."""
+    def forward(
+        self, latents: Float[Tensor, "B D h w"]
+    ) -> tuple[Float[Tensor, "B D h w"], Int[Tensor, "B h w"], Float[Tensor, ""]]:
+        """Quantize; the loss is β times the squared distance of latents to their codes."""
         batch, _, height, width = latents.shape
         with torch.autocast(latents.device.type, enabled=False):  # bf16 would change which code is nearest
             flat = F.normalize(latents.permute(0, 2, 3, 1).flatten(0, 2).float(), dim=1)
@@ -110,12 +113,12 @@ class VectorQuantizer(nn.Module):
                 quantized = flat + (quantized - flat).detach()
         return _to_grid(quantized, batch, height, width), codes.view(batch, height, width), loss
 
-    def lookup(self, codes: Tensor) -> Tensor:
-        """The codebook's vectors at `codes` (B, h, w), as a grid (B, D, h, w)."""
+    def lookup(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B D h w"]:
+        """The codebook's vectors at `codes`, as a grid."""
         return _to_grid(F.normalize(self.codebook, dim=1)[codes.flatten()], *codes.shape)
 
     @torch.no_grad()
-    def _gather(self, latents: Tensor, codes: Tensor) -> None:
+    def _gather(self, latents: Float[Tensor, "N D"], codes: Int[Tensor, " N"]) -> None:
         dim = latents.shape[1]
         ones = torch.ones_like(latents[:, :1])
         self._gathered[:, : dim + 1].index_add_(0, codes, torch.cat([latents, ones], dim=1))
@@ -144,8 +147,8 @@ class VectorQuantizer(nn.Module):
         self._gathered.zero_()
 
     @torch.no_grad()
-    def initialise(self, latents: Tensor) -> None:
-        """Set the codebook to the spherical k-means centres of `latents` (B, D, h, w), equal on every rank.
+    def initialise(self, latents: Float[Tensor, "B D h w"]) -> None:
+        """Set the codebook to the spherical k-means centres of `latents`, equal on every rank.
 
         Rank 0 clusters its own latents and sends the result: a sample of one rank is one of all.
         """
@@ -176,8 +179,10 @@ class FiniteScalarQuantizer(nn.Module):
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
         self.register_buffer("basis", torch.tensor(basis), persistent=False)
 
-    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantize (B, D, h, w); there is no loss of its own."""
+    def forward(
+        self, latents: Float[Tensor, "B D h w"]
+    ) -> tuple[Float[Tensor, "B D h w"], Int[Tensor, "B h w"], Float[Tensor, ""]]:
+        """Quantize; there is no loss of its own."""
         with torch.autocast(latents.device.type, enabled=False):
             bounded = self._bound(latents.permute(0, 2, 3, 1).float())
             rounded = bounded + (bounded.round() - bounded).detach()
@@ -186,8 +191,8 @@ class FiniteScalarQuantizer(nn.Module):
             quantized = (rounded / half).movedim(-1, 1)
         return quantized, codes, quantized.new_zeros(())
 
-    def lookup(self, codes: Tensor) -> Tensor:
-        """The vectors at `codes` (B, h, w), each coordinate in [-1, 1], as a grid (B, D, h, w)."""
+    def lookup(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B D h w"]:
+        """The vectors at `codes`, each coordinate in [-1, 1], as a grid."""
         half = self.levels // 2
         places = (codes[..., None] // self.basis) % self.levels
         return ((places - half) / half).movedim(-1, 1)
@@ -195,10 +200,10 @@ class FiniteScalarQuantizer(nn.Module):
     def update(self) -> None:
         """Nothing to learn."""
 
-    def initialise(self, latents: Tensor) -> None:
+    def initialise(self, latents: Float[Tensor, "B D h w"]) -> None:
         """Nothing to initialise."""
 
-    def _bound(self, latents: Tensor) -> Tensor:
+    def _bound(self, latents: Float[Tensor, "B h w D"]) -> Float[Tensor, "B h w D"]:
         # tanh scaled so that rounding yields exactly `levels` integers; even counts are shifted by a half.
         half = (self.levels - 1) * (1 + 1e-3) / 2
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
@@ -214,5 +219,5 @@ def build_quantizer(config: VQVAEConfig) -> VectorQuantizer | FiniteScalarQuanti
     )
 
 
-def _to_grid(flat: Tensor, batch: int, height: int, width: int) -> Tensor:
+def _to_grid(flat: Float[Tensor, "N D"], batch: int, height: int, width: int) -> Float[Tensor, "B D h w"]:
     return flat.view(batch, height, width, -1).permute(0, 3, 1, 2)

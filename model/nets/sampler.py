@@ -384,12 +384,12 @@ def guidance(config: SamplingConfig, tokens: int) -> list[float]:
 
 
 def draw(
-    logits: Float[Tensor, "*rows K"],
+    logits: Float[Tensor, "*#rows K"],
     config: SamplingConfig,
-    seeds: Int[Tensor, "*rows"],
-    at: int | Int[Tensor, "*rows"],
+    seeds: Int[Tensor, "*#rows"],
+    at: int | Int[Tensor, "*#rows"],
     keys: Int[Tensor, " K"],
-) -> Int[Tensor, "*rows"]:
+) -> Int[Tensor, "*#rows"]:
     """One code per row: temperature, then top-k, then top-p, then a draw (Gumbel-max); greedy at 0.
     Logits, seeds and positions broadcast.
 
@@ -412,8 +412,8 @@ def draw(
 
 
 def gumbel(
-    seeds: Int[Tensor, "*rows"], at: int | Int[Tensor, "*rows"], keys: Int[Tensor, " K"]
-) -> Float[Tensor, "*rows K"]:
+    seeds: Int[Tensor, "*#rows"], at: int | Int[Tensor, "*#rows"], keys: Int[Tensor, " K"]
+) -> Float[Tensor, "*#rows K"]:
     """Standard Gumbel noise as a pure function of (seed, position, code)."""
     stream = _scramble(_scramble(seeds) + at)  # (*rows)
     bits = _scramble(stream[..., None] ^ keys)  # (*rows, K)

@@ -15,9 +15,10 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float, Int
 from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -31,21 +32,22 @@ from model.plumbing.assets import Manifest, SetWriter
 from model.plumbing.checkpoints import CONFIG, WEIGHTS, load_model, save_model
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
-    """Pictures to codes and back. Images are float (B, 3, H, W) in [-1, 1], codes int64 (B, h, w)."""
+    """Pictures to codes and back. Images are in [-1, 1], codes int64."""
 
     vocabulary: int  # K
     factor: int  # image side / token grid side
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B h w"]:
         """Codes of images. Raises UserError when a side is not a multiple of the factor."""
         ...
 
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:
         """Images of codes."""
         ...
 
-    def reconstruct(self, images: Tensor) -> Tensor:
+    def reconstruct(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         """What is left of images after `encode` and `decode`."""
         ...
 
@@ -69,16 +71,16 @@ class Pretrained(nn.Module):
         self.register_buffer("_search", torch.cat([codebook, offset], dim=1), persistent=False)
 
     @abstractmethod
-    def latents(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, D, h, w), before quantization."""
+    def latents(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D h w"]:
+        """What images are before quantization."""
 
     @abstractmethod
-    def render(self, codes: Tensor) -> Tensor:
-        """(B, h, w) -> (B, 3, H, W)."""
+    def render(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:
+        """Images of codes, not clamped."""
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Codes (B, h, w), the nearest row of the codebook to each latent; ties go to the lowest index."""
+    def encode(self, images: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B h w"]:
+        """The nearest row of the codebook to each latent; ties go to the lowest index."""
         check_sides(images, self.factor)
         latents = self.latents(images).movedim(1, -1)
         flat = latents.flatten(0, 2)
@@ -86,11 +88,11 @@ class Pretrained(nn.Module):
         return nearest_codes(search, self._search).view(latents.shape[:-1])
 
     @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] of codes (B, h, w)."""
+    def decode(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:
+        """Images in [-1, 1] of codes."""
         return self.render(codes).clamp(-1, 1)
 
-    def reconstruct(self, images: Tensor) -> Tensor:
+    def reconstruct(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         """What is left of the images after `encode` and `decode`."""
         return self.decode(self.encode(images))
 
@@ -112,10 +114,10 @@ class Janus(Pretrained):
         self.net = net
         self.factor = 2 ** (len(net.config.channel_multiplier) - 1)
 
-    def latents(self, images: Tensor) -> Tensor:
+    def latents(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D h w"]:
         return self.net.quant_conv(self.net.encoder(images))
 
-    def render(self, codes: Tensor) -> Tensor:
+    def render(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:
         return self.net.decoder(self.net.post_quant_conv(self.codebook[codes].movedim(-1, 1).contiguous()))
 
 
@@ -131,10 +133,10 @@ class Diffusers(Pretrained):
         self.net = net
         self.factor = 2 ** (len(net.config.block_out_channels) - 1)
 
-    def latents(self, images: Tensor) -> Tensor:
+    def latents(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D h w"]:
         return self.net.quant_conv(self.net.encoder(images))
 
-    def render(self, codes: Tensor) -> Tensor:
+    def render(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:
         return self.net.decode(self.codebook[codes].movedim(-1, 1), force_not_quantize=True).sample
 
 
@@ -150,11 +152,11 @@ class Emu3(Pretrained):
         self.net = net
         self.factor = net.spatial_scale_factor
 
-    def latents(self, images: Tensor) -> Tensor:
+    def latents(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D h w"]:
         clip = images[:, None].repeat(1, self.net.config.temporal_downsample_factor, 1, 1, 1)
         return self.net.quant_conv(self.net.encoder(clip).transpose(1, 2))[:, :, 0]
 
-    def render(self, codes: Tensor) -> Tensor:
+    def render(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:
         return self.net.decode(codes)
 
 

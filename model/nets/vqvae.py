@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from model.config import VQVAEConfig
@@ -31,7 +32,7 @@ class ResidualBlock(nn.Module):
         self.dropout = dropout
         nn.init.zeros_(self.conv2.weight)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, C_in, H, W) -> (B, C, H, W)
+    def forward(self, x: Float[Tensor, "B C_in H W"]) -> Float[Tensor, "B C H W"]:
         y = self.conv1(F.silu(self.norm1(x)))
         y = F.dropout(F.silu(self.norm2(y)), self.dropout, self.training)
         return self.skip(x) + self.conv2(y)
@@ -94,25 +95,27 @@ class VQVAE(nn.Module):
         self.decoder = Decoder(config, dim)
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstructions (B, 3, H, W), not clamped; codes (B, h, w); the quantizer's loss."""
+    def forward(
+        self, images: Float[Tensor, "B 3 H W"]
+    ) -> tuple[Float[Tensor, "B 3 H W"], Int[Tensor, "B h w"], Float[Tensor, ""]]:
+        """Reconstructions, not clamped; codes; the quantizer's loss."""
         quantized, codes, loss = self.quantizer(self.latents(images))
         return self._pictures(quantized), codes, loss
 
-    def latents(self, images: Tensor) -> Tensor:
-        """What the quantizer gets of images (B, 3, H, W): (B, D, h, w)."""
+    def latents(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D h w"]:
+        """What the quantizer gets of images."""
         half, middle = self._value_range
         seen = images if (half, middle) == (1, 0) else images * half + middle
         return self.encoder(seen.contiguous(memory_format=torch.channels_last))
 
-    def _pictures(self, quantized: Tensor) -> Tensor:
+    def _pictures(self, quantized: Float[Tensor, "B D h w"]) -> Float[Tensor, "B 3 H W"]:
         half, middle = self._value_range
         decoded = self.decoder(quantized)
         return decoded if (half, middle) == (1, 0) else (decoded - middle) / half
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Codes (B, h, w) of images (B, 3, H, W), in the precision that the net was trained in.
+    def encode(self, images: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B h w"]:
+        """Codes of images, in the precision that the net was trained in.
 
         Raises:
             UserError: when a side is not a multiple of the factor.
@@ -124,11 +127,11 @@ class VQVAE(nn.Module):
         return self.quantizer(latents)[1]
 
     @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] of codes (B, h, w)."""
+    def decode(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:
+        """Images in [-1, 1] of codes."""
         return self._pictures(self.quantizer.lookup(codes)).clamp(-1, 1)
 
-    def reconstruct(self, images: Tensor) -> Tensor:
+    def reconstruct(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         """What is left of the images after `encode` and `decode`."""
         return self.decode(self.encode(images))
 
@@ -139,7 +142,7 @@ def norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
-def check_sides(images: Tensor, factor: int) -> None:
+def check_sides(images: Float[Tensor, "B 3 H W"], factor: int) -> None:
     """Refuse pictures that do not fill a whole grid of tokens."""
     height, width = images.shape[-2:]
     if height % factor or width % factor:

@@ -296,6 +296,7 @@ def test_best_of_keeps_what_the_judge_prefers() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.compiles
 def test_compiled_draws_the_same_pictures() -> None:
     """Two programs (of 64 and of 72 tokens), buffers refilled by a second batch, a prefix."""
     gpt = tiny(grid=(6, 12))
@@ -312,6 +313,7 @@ def test_compiled_draws_the_same_pictures() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.compiles
 def test_a_server_may_compile_for_many_batch_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo by itself refuses the ninth program of one function."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # tracing is what is tried
