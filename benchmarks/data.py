@@ -26,18 +26,20 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.harness import FLOOR, Part, Row, compare, copy_bandwidth
 from benchmarks.tokenizer import plain_codes
 from model.config import DataConfig, FolderSource, RunConfig, ShapesSource, VQVAEConfig, parse_config
+from model.data import ingest as ingesting
 from model.data.image_shards import decode_entries, tar_index
 from model.data.images import decode, encode, to_tensor
-from model.data.ingest import ingest
 from model.data.token_shards import TokenReader, TokenShard
 from model.nets.tokenizers import Tokenizer, load_tokenizer
 from model.nets.vqvae import VQVAE
-from model.plumbing.assets import Manifest, SetWriter, fetch
+from model.plumbing import worker
+from model.plumbing.assets import AssetWriter, Manifest, fetch
 from model.plumbing.cache import ShardCache
 from model.plumbing.checkpoints import save_model
 from model.plumbing.parallel import cores, parallel_map, single_threaded
-from model.plumbing.steps import job
-from model.training.tokenize import BATCH_PIXELS, tokenize
+from model.steps import image_settings, job
+from model.training import tokenize
+from model.training.tokenize import BATCH_PIXELS
 
 SIDE = 256  # pixels
 WIDTH, HEIGHT = 320, 288  # of the files of row 6
@@ -156,7 +158,10 @@ def _files_to_tokens(folder: Path, root: Path, count: int, device: torch.device)
         fresh = run.model_copy(update={"seed": next(turn)})
         os.environ["LATENT_GPT_STORE"] = str(root / f"run{fresh.seed}")
         images = ingest(fresh.data)
-        tokens = tokenize(job("tokens", "tokenize_data", fresh, "bench", {"images": images, **models}))
+        tokens = worker.run(
+            job("tokens", fresh, "bench", {"images": images, **models}), tokenize.main, track=False
+        )
+        assert tokens
         return np.concatenate([batch.codes.numpy() for batch in TokenReader(tokens, "train", 64).ordered()])
 
     def one_by_one(
@@ -199,7 +204,7 @@ def _files_to_tokens(folder: Path, root: Path, count: int, device: torch.device)
         "img/s",
         rates,
         note="One stage after the other, in one thread but for the model. The first five are ingest, the"
-        " others tokenize_data. "
+        " others tokens. "
         + (
             "Written to and fetched from S3 on loopback, checksums verified."
             if device.type == "cpu"
@@ -237,7 +242,7 @@ def _stage_by_stage(
     pictures = sum(images.info["shards"].values())
     codes = np.zeros((len(paths), 1, (SIDE // tokenizer.factor) ** 2), np.int64)
     data, turn = b"".join(encoded), iter(range(10**6))
-    writer = SetWriter("tokens", {"bench": "stages"}, {})
+    writer = AssetWriter("tokens", {"bench": "stages"}, {})
 
     parts = batch.split(max(1, BATCH_PIXELS[device.type] // SIDE**2))
 
@@ -384,6 +389,11 @@ def _run(folder: Path) -> RunConfig:
     )  # fmt: skip
 
 
+def ingest(data: DataConfig) -> Manifest:
+    """The images of a config, at their place in the store."""
+    return ingesting.ingest(data, AssetWriter("images", image_settings(data), {}))
+
+
 def _models(run: RunConfig) -> dict[str, Manifest]:
     """A tokenizer with random weights, and a CLIP of which only the context length is read."""
     assert isinstance(run.tokenizer, VQVAEConfig)
@@ -392,11 +402,11 @@ def _models(run: RunConfig) -> dict[str, Manifest]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         save_model(folder, VQVAE(run.tokenizer).state_dict(), run.tokenizer.model_dump(mode="json"))
-        writer = SetWriter("tokenizer", {"bench": 1}, {})
+        writer = AssetWriter("tokenizer", {"bench": 1}, {})
         for path in sorted(folder.iterdir()):
             writer.add_file(path.name, path)
         sets["tokenizer"] = writer.finish({})
-    writer = SetWriter("clip", {"bench": 1}, {})
+    writer = AssetWriter("text", {"bench": 1}, {})
     writer.add_bytes("config.json", b'{"architecture": {"text_cfg": {"context_length": 77}}}')
     sets["text"] = writer.finish({})
     return sets
@@ -407,8 +417,10 @@ def ingest_memory(device: torch.device, counts: tuple[int, ...] = (10_000, 100_0
     program = (
         "import sys; from benchmarks.harness import highest_memory;"
         " from model.config import DataConfig, ParquetSource;"
-        " from model.data.ingest import ingest;"
-        " ingest(DataConfig(source=ParquetSource(path=sys.argv[1]), image_size=16));"
+        " from model.data.ingest import ingest; from model.plumbing.assets import AssetWriter;"
+        " from model.steps import image_settings;"
+        " data = DataConfig(source=ParquetSource(path=sys.argv[1]), image_size=16);"
+        " ingest(data, AssetWriter('images', image_settings(data), {}));"
         " print(highest_memory())"
     )
     figures = {}
@@ -520,7 +532,7 @@ def reader_alone(manifest: Manifest) -> Row:
 def token_set(codes: np.ndarray, name: str = "bench", pictures: int = 0) -> Manifest:
     """A tokens set of these codes; `pictures` repeats them until there are so many."""
     pictures = pictures or len(codes)
-    writer = SetWriter("tokens", {"bench": name, "pictures": pictures}, {})
+    writer = AssetWriter("tokens", {"bench": name, "pictures": pictures}, {})
     shards = {}
     caption = [[49406, *range(1000, 1010), 49407]]
     for number, first in enumerate(range(0, pictures, SHARD)):

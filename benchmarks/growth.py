@@ -66,7 +66,7 @@ def _row(
 
 def _images() -> Row:
     """Ingest from the shapes source, end to end, into a local store that is new each time."""
-    from model.data.ingest import ingest
+    from benchmarks.data import ingest
 
     counts = (500, 1000, 2000, 4000)
 

@@ -1,4 +1,7 @@
-"""Step: the CLIP model that reads prompts, or the one that judges pictures: trained here or pretrained."""
+"""Steps: the CLIP model that reads prompts, and the one that judges pictures: trained here or pretrained.
+
+Two models from separate seeds and splits, so that none judges itself.
+"""
 
 from kfp import dsl
 
@@ -6,17 +9,18 @@ from components.step import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def clip(
-    config: str, run: str, role: str, images: dsl.Input[dsl.Dataset], model: dsl.Output[dsl.Model]
-) -> None:
-    """`role` is "text" or "judge": two models from separate seeds and splits, so that none judges itself."""
-    from components.step import read, step, write
+def text(config: str, run: str, images: dsl.Input[dsl.Dataset], text: dsl.Output[dsl.Model]) -> None:
+    """The text encoder: it sees the training pictures alone."""
+    from components.step import make, step, write
 
-    with step(f"clip_{role}", run):
-        from components.launcher import launch
-        from model.config import parse_config
-        from model.plumbing.steps import job
+    with step("text", run):
+        write(make("text", config, run, images=images), text)
 
-        settings = parse_config(config)
-        spec = job("clip", f"clip_{role}", settings, run, {"images": read(images)}, role)
-        write(launch(spec, settings.jobs), model)
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def judge(config: str, run: str, images: dsl.Input[dsl.Dataset], judge: dsl.Output[dsl.Model]) -> None:
+    """The judge: it must recognise what the generator was never shown."""
+    from components.step import make, step, write
+
+    with step("judge", run):
+        write(make("judge", config, run, images=images), judge)

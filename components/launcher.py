@@ -1,7 +1,7 @@
 """Run a training job where we are: torchrun processes here, a PyTorchJob on a cluster.
 
-A job is a `JobSpec` (what to compute and where its set goes) and a `JobConfig` (on how many processes). The
-launcher knows processes, logs and exit codes; it knows nothing of nets.
+A job is a `JobSpec`: what to make, from what, on how many processes. The launcher knows processes, logs and
+exit codes; it knows nothing of nets.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import tempfile
 from pathlib import Path
 
 from components.step import JobFailed, alone, say
-from model.config import JobConfig
 from model.errors import UserError
 from model.plumbing import assets
 from model.plumbing.assets import Manifest
@@ -23,14 +22,14 @@ from model.plumbing.parallel import cores
 LAST_LINES = 15  # of a failed rank's log, repeated where the failure is reported
 
 
-def launch(spec: JobSpec, jobs: JobConfig) -> Manifest:
-    """Run `python -m <spec.module> <spec uri>` on every process of the job; return the set it made.
+def launch(spec: JobSpec) -> Manifest:
+    """Run `python -m <spec.module> <spec uri>` on every process of the job; return the asset it made.
 
     A job is repeatable: what it left unfinished is resumed from its checkpoints by the next launch.
 
     Raises:
         UserError: what a worker found wrong with its input, in the worker's own line.
-        JobFailed: any other end without a complete set.
+        JobFailed: any other end without a complete asset.
     """
     if made := assets.find(spec.output):
         say(spec.name, f"reused {made.uri}")
@@ -42,14 +41,14 @@ def launch(spec: JobSpec, jobs: JobConfig) -> Manifest:
             say(spec.name, f"reused {made.uri}")
             return made
         logs = Path(os.environ.get("LATENT_GPT_LOGS") or tempfile.mkdtemp(prefix="latent-gpt-")) / spec.name
-        run_torchrun(spec, jobs, logs)
+        run_torchrun(spec, logs)
         manifest = assets.find(spec.output)
     if manifest is None:
         raise JobFailed(f"all processes ended well, but {spec.output} has no manifest")
     return manifest
 
 
-def run_torchrun(spec: JobSpec, jobs: JobConfig, logs: Path) -> None:
+def run_torchrun(spec: JobSpec, logs: Path) -> None:
     """Run the job's processes on this machine; rank 0 speaks on our stdout, every rank into `logs`.
 
     SIGTERM and SIGINT reach the workers, which are gone when this returns. No restarts: on one machine a
@@ -59,7 +58,7 @@ def run_torchrun(spec: JobSpec, jobs: JobConfig, logs: Path) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    processes = jobs.workers * jobs.processes_per_worker
+    processes = spec.jobs.workers * spec.jobs.processes_per_worker
     logs.mkdir(parents=True, exist_ok=True)
     config = LaunchConfig(
         min_nodes=1,

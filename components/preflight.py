@@ -19,17 +19,17 @@ def preflight(config: RunConfig) -> list[str]:
     Raises:
         UserError: the first thing that is wrong, and what would be right.
     """
-    from model.data import sources
     from model.plumbing import storage, tracking
-    from model.plumbing.steps import settings
+    from model.steps import STEPS
 
     check_disk(Path(tempfile.gettempdir()))
-    found = [f"source    {sources.fingerprint(config.data.source)}"]
+    found = [f"source    {STEPS['images'].settings(config)['fingerprint']}"]
     root = storage.store_root()
     storage.check_store(root)
     found.append(f"storage   {root}")
-    settings("clip", config)  # both look at the weights that the config names by path or URI
-    settings("tokenizer", config)
+    for step in STEPS.values():
+        if step.taken(config):
+            step.settings(config)  # looks at the weights that the config names by path or URI
     tracking.check_server()
     found.append(f"tracking  {os.environ['MLFLOW_TRACKING_URI']}")
     return found

@@ -10,9 +10,8 @@ def register(
     config: str,
     run: str,
     images: dsl.Input[dsl.Dataset],
-    tokens: dsl.Input[dsl.Dataset],
     tokenizer: dsl.Input[dsl.Model],
-    clip: dsl.Input[dsl.Model],
+    text: dsl.Input[dsl.Model],
     judge: dsl.Input[dsl.Model],
     transformer: dsl.Input[dsl.Model],
     evaluation: dsl.Input[dsl.Artifact],
@@ -27,9 +26,8 @@ def register(
 
         sets = {
             "images": read(images),
-            "tokens": read(tokens),
             "tokenizer": read(tokenizer),
-            "text": read(clip),
+            "text": read(text),
             "judge": read(judge),
             "transformer": read(transformer),
         }

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 from model.errors import UserError
 
 if TYPE_CHECKING:
-    from model.plumbing.assets import Manifest
+    from model.plumbing.assets import Kind, Manifest
 
 IMAGE = os.environ.get("LATENT_GPT_IMAGE", "latent-gpt:dev")  # of every step; by digest on a cluster
 
 
 class JobFailed(Exception):
-    """A job ended without its set. The first line of the message is for people, the rest for the log."""
+    """A job ended without its asset. The first line of the message is for people, the rest for the log."""
 
 
 def say(name: str, text: str) -> None:
@@ -92,17 +92,27 @@ def alone(name: str, work: str) -> Iterator[None]:
         yield
 
 
+def make(kind: Kind, config: str, run: str, **inputs: Any) -> Manifest:
+    """Make the asset of a kind from the artifacts of others, by a job; or find it made."""
+    from components.launcher import launch
+    from model import steps
+    from model.config import parse_config
+
+    found = {name: read(artifact) for name, artifact in inputs.items()}
+    return launch(steps.job(kind, parse_config(config), run, found))
+
+
 def write(manifest: Manifest, artifact: Any) -> None:
-    """Make a KFP artifact stand for a set: its file is the manifest, its metadata what the UI shows."""
+    """Make a KFP artifact stand for an asset: its file is the manifest, its metadata what the UI shows."""
     Path(artifact.path).write_text(manifest.model_dump_json(indent=2))
-    artifact.metadata["set"] = manifest.uri
+    artifact.metadata["asset"] = manifest.uri
     for name, value in manifest.info.items():
         if isinstance(value, int | float | str):
             artifact.metadata[name] = value
 
 
 def read(artifact: Any) -> Manifest:
-    """The set that a KFP artifact stands for."""
+    """The asset that a KFP artifact stands for."""
     from model.plumbing.assets import Manifest
 
     return Manifest.model_validate_json(Path(artifact.path).read_text())

@@ -6,18 +6,16 @@ from components.step import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def tokenizer(config: str, run: str, images: dsl.Input[dsl.Dataset], model: dsl.Output[dsl.Model]) -> None:
+def tokenizer(
+    config: str, run: str, images: dsl.Input[dsl.Dataset], tokenizer: dsl.Output[dsl.Model]
+) -> None:
     """Train the VQ-VAE that the config describes, or import the pretrained one it names."""
-    from components.step import read, step, write
+    from components.step import make, step, write
 
     with step("tokenizer", run):
-        from components.launcher import launch
         from model.config import parse_config
-        from model.plumbing.steps import job
         from model.plumbing.tracking import finish_pipeline_run
 
-        settings = parse_config(config)
-        spec = job("tokenizer", "tokenizer", settings, run, {"images": read(images)})
-        write(launch(spec, settings.jobs), model)
-        if settings.transformer is None:  # the run ends here
+        write(make("tokenizer", config, run, images=images), tokenizer)
+        if parse_config(config).transformer is None:  # the run ends here
             finish_pipeline_run(run)

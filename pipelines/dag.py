@@ -1,20 +1,29 @@
 """The pipeline, defined once: it compiles for a cluster and runs on a laptop."""
 
+from typing import Any
+
 from kfp import dsl
 
-from components.clip import clip
-from components.evaluate import evaluate
-from components.ingest import ingest
+from components.clip import judge, text
+from components.evaluation import evaluation
+from components.images import images
 from components.prepare import prepare
 from components.register import register
-from components.tokenize_data import tokenize_data
 from components.tokenizer import tokenizer
-from components.train_gpt import train_gpt
+from components.tokens import tokens
+from components.transformer import transformer
+from model.plumbing.assets import Kind
+from model.steps import STEPS
 
 
-def _named(task: dsl.PipelineTask, name: str) -> dsl.PipelineTask:
-    """Give a task its name for people; KFP's own cache is off, as a set knows better whether it is there."""
-    return task.set_display_name(name).set_caching_options(False)
+def _named(task: dsl.PipelineTask, title: str = "") -> dsl.PipelineTask:
+    """Give a task its name for people; KFP's own cache is off: an asset knows better whether it is there."""
+    return task.set_display_name(title or STEPS[task.name].title).set_caching_options(False)
+
+
+def _of(made: dict[str, Any], kind: Kind) -> dict[str, Any]:
+    """What a step needs of what is made."""
+    return {name: made[name] for name in STEPS[kind].needs}
 
 
 @dsl.pipeline(name="text-to-image", description="Captioned pictures in, a registered model out.")
@@ -25,42 +34,17 @@ def text_to_image(preset: str = "openmoji-tiny", overrides: str = "") -> None:
         preset: Name of a shipped preset.
         overrides: Settings to change, one `section.field=value` per line.
     """
-    start = prepare(preset=preset, overrides=overrides, job=dsl.PIPELINE_JOB_ID_PLACEHOLDER)
-    _named(start, "Resolve the config, check services and source")
-    config, run = start.outputs["config"], start.outputs["run"]
-
-    images = _named(ingest(config=config, run=run), "Pictures and captions into shards")
-    codec = _named(tokenizer(config=config, run=run, images=images.output), "Tokenizer")
+    start = _named(
+        prepare(preset=preset, overrides=overrides, job=dsl.PIPELINE_JOB_ID_PLACEHOLDER), "Check and prepare"
+    )
+    of = {"config": start.outputs["config"], "run": start.outputs["run"]}
+    made = {"images": _named(images(**of)).output}
+    made["tokenizer"] = _named(tokenizer(**of, images=made["images"])).output
 
     with dsl.If(start.outputs["Output"] == "transformer", name="transformer"):
-        reader = _named(
-            clip(config=config, run=run, role="text", images=images.output), "CLIP that reads prompts"
-        )
-        judge = _named(
-            clip(config=config, run=run, role="judge", images=images.output), "CLIP that judges pictures"
-        )
-        tokens = _named(
-            tokenize_data(
-                config=config, run=run, images=images.output, tokenizer=codec.output, clip=reader.output
-            ),
-            "Pictures into tokens",
-        )
-        gpt = _named(
-            train_gpt(config=config, run=run, tokens=tokens.output, clip=reader.output), "Transformer"
-        )
-        sets = {
-            "images": images.output,
-            "tokens": tokens.output,
-            "tokenizer": codec.output,
-            "clip": reader.output,
-            "judge": judge.output,
-            "transformer": gpt.output,
-        }
-        judged = _named(
-            evaluate(config=config, run=run, **sets),
-            "Measure, draw, report",
-        )
-        _named(
-            register(config=config, run=run, evaluation=judged.outputs["evaluation"], **sets),
-            "Register the model",
-        )
+        made["text"] = _named(text(**of, images=made["images"])).output
+        made["judge"] = _named(judge(**of, images=made["images"])).output
+        made["tokens"] = _named(tokens(**of, **_of(made, "tokens"))).output
+        made["transformer"] = _named(transformer(**of, **_of(made, "transformer"))).output
+        judged = _named(evaluation(**of, **_of(made, "evaluation"))).outputs["evaluation"]
+        _named(register(**of, **_of(made, "evaluation"), evaluation=judged), "Register")

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from model.config import RunConfig, load_config
+from model import steps
+from model.config import load_config
 from model.errors import UserError
 from model.plumbing.jobs import die_with_parent
 
@@ -47,14 +48,6 @@ def state_folder() -> Path:
     return base / ".latent-gpt"
 
 
-def step_names(config: RunConfig) -> list[str]:
-    """The steps that the DAG takes with this config, in order."""
-    names = ["prepare", "ingest", "tokenizer"]
-    if config.transformer:
-        names += ["clip_text", "clip_judge", "tokenize_data", "train_gpt", "evaluate", "register"]
-    return names
-
-
 def run(preset: str, overrides: tuple[str, ...]) -> None:
     """Run the pipeline to its end on this machine, and say what came of it.
 
@@ -72,7 +65,7 @@ def run(preset: str, overrides: tuple[str, ...]) -> None:
     folder = _new_folder(state / "runs")
     started = time.monotonic()
     with _stopping_on_sigterm(), services(state) as environment:
-        follower = Follower(step_names(config))
+        follower = Follower(steps.names(config))
         environment = {
             **os.environ,
             **environment,
@@ -310,7 +303,7 @@ def _summary(follower: Follower, folder: Path, total: float) -> list[str]:
 def _registered(folder: Path) -> dict[str, Any] | None:
     """What the register step returned; the report is copied out of KFP's folder on the way."""
     for output in folder.glob("kfp/*/register/executor_output.json"):
-        for report in folder.glob("kfp/*/evaluate/report*"):
+        for report in folder.glob("kfp/*/evaluation/report*"):
             shutil.copyfile(report, folder / "report.html")
         value: dict[str, Any] = json.loads(json.loads(output.read_text())["parameterValues"]["Output"])
         return value

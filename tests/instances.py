@@ -1,18 +1,24 @@
-"""Tiny models with random weights, and the sets they would be published as."""
+"""Tiny models with random weights, the assets they would be published as, and jobs run in this process."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 
 import torch
 
-from model.config import RunConfig, TrainedCLIPConfig, VQVAEConfig, parse_config
+from model import steps
+from model.config import DataConfig, RunConfig, TrainedCLIPConfig, VQVAEConfig, parse_config
+from model.data import ingest as ingesting
 from model.nets.clip import architecture, build_clip
 from model.nets.gpt import GPT
 from model.nets.vqvae import VQVAE
-from model.plumbing.assets import Manifest, SetWriter
+from model.plumbing import assets, worker
+from model.plumbing.assets import AssetWriter, Kind, Manifest
 from model.plumbing.checkpoints import save_model
+from model.plumbing.jobs import JobSpec
 
 SIDE = 16
 TRAINING = {"steps": 3, "batch_size": 8, "warmup_steps": 1}
@@ -66,14 +72,38 @@ def write_models(folder: Path, run: RunConfig, seed: int = 0) -> dict[str, Path]
 
 
 def publish_models(folder: Path, run: RunConfig, images: Manifest, seed: int = 0) -> dict[str, Manifest]:
-    """The same as sets in the store, with histories, made from `images`."""
-    kinds = {"tokenizer": "tokenizer", "text": "clip", "judge": "clip", "transformer": "transformer"}
+    """The same as assets in the store, with histories, made from `images`."""
     history = {"train/loss": [[1, 2.0], [2, 1.5], [3, 1.2]], "validation/loss": [[3, 1.4]]}
-    sets = {}
+    made = {}
     for name, path in write_models(folder, run, seed).items():
-        writer = SetWriter(kinds[name], {"of": name, "seed": seed}, {"images": images})  # type: ignore[arg-type]
+        writer = AssetWriter(name, {"seed": seed}, {"images": images})  # type: ignore[arg-type]
         for file in sorted(path.iterdir()):
             writer.add_file(file.name, file)
         writer.add_bytes("history.json", json.dumps(history).encode())
-        sets[name] = writer.finish({"role": name} if kinds[name] == "clip" else {})
-    return sets
+        made[name] = writer.finish({})
+    return made
+
+
+def ingest(data: DataConfig) -> Manifest:
+    """The images of a config, at their place in the store."""
+    return ingesting.ingest(data, AssetWriter("images", steps.image_settings(data), {}))
+
+
+def run_job(spec: JobSpec) -> Manifest:
+    """A job through the `main` of its module, in this process and without MLflow."""
+    made = worker.run(spec, import_module(spec.module).main, track=False)
+    assert made is not None
+    assert made.uri == spec.output
+    return made
+
+
+def make(kind: Kind, run: RunConfig, inputs: Mapping[str, Manifest]) -> Manifest:
+    """The asset of a kind, by its job, in this process and without MLflow."""
+    return run_job(steps.job(kind, run, "test", inputs))
+
+
+def make_in_rank(kind: Kind, run: str, inputs: dict[str, str]) -> None:
+    """The same in one of several ranks: config as JSON, inputs by URI."""
+    found = {name: assets.load(uri) for name, uri in inputs.items()}
+    spec = steps.job(kind, parse_config(run), "test", found)
+    worker.run(spec, import_module(spec.module).main, track=False)

@@ -218,7 +218,7 @@ def test_a_module_that_cannot_be_loaded_is_named_and_the_others_are_offered(
 
 def test_a_run_of_the_job_is_split_into_work_and_the_rest() -> None:
     lines = [
-        (1.0, "[1/2] ingest"),
+        (1.0, "[1/2] images"),
         (2.0, "      image 10/20  50%"),
         (4.0, "      done in 3.0 s"),
         (5.0, "[2/2] register"),
@@ -231,12 +231,12 @@ def test_a_run_of_the_job_is_split_into_work_and_the_rest() -> None:
 
 def test_steps_before_the_first_line_of_progress_are_work() -> None:
     lines = [
-        (10.0, "[1/1] clip_text"),
+        (10.0, "[1/1] text"),
         (25.0, "      step 20/400  5%  loss 4.06  214 img/s  ETA 1m54s"),  # 20 at the pace of 380 in 114 s
         (26.0, "      step 40/400  10%  loss 4.01  1.3k img/s  ETA 1m"),
         (50.0, "      done in 40.0 s"),
     ]
-    step = Timeline.read(lines).steps["clip_text"]
+    step = Timeline.read(lines).steps["text"]
     assert (step.started, step.worked, step.ended) == (10.0, 25.0 - 6.0, 50.0)
 
 

@@ -33,7 +33,7 @@ from model.data import sources
 from model.data.sources import Record
 from model.errors import UserError
 from model.plumbing import storage
-from model.plumbing.assets import File, Manifest, SetWriter, find
+from model.plumbing.assets import AssetWriter, File, Manifest, find
 from model.plumbing.parallel import cores, parallel_map, single_threaded
 from model.plumbing.progress import Progress
 
@@ -49,20 +49,15 @@ class Refused(UserError):
     """The data itself is not good enough: nothing of it is kept. (What S3 refuses leaves the journal.)"""
 
 
-def ingest(config: DataConfig) -> Manifest:
-    """Make the `images` set of a config, or find it made.
+def ingest(config: DataConfig, writer: AssetWriter) -> Manifest:
+    """Make the images of a config, or find them made.
 
     Raises:
         UserError: the source is missing, holds no usable picture, or more bad ones than `max_bad_share`; then
             nothing is left behind.
     """
-    content = {
-        "data": config.model_dump(mode="json", exclude={"augment", "max_bad_share"}),
-        "fingerprint": sources.fingerprint(config.source),
-    }
-    writer = SetWriter("images", content, {})
     if done := find(writer.uri):
-        print(f"ingest  reused {done.uri}", flush=True)
+        print(f"images  reused {done.uri}", flush=True)
         return done
     with tempfile.TemporaryDirectory(prefix="latent-gpt-ingest-") as scratch:
         try:
@@ -72,7 +67,7 @@ def ingest(config: DataConfig) -> Manifest:
             raise
 
 
-def _ingest(config: DataConfig, writer: SetWriter, scratch: Path) -> Manifest:
+def _ingest(config: DataConfig, writer: AssetWriter, scratch: Path) -> Manifest:
     counts: Counter[str] = Counter(dict.fromkeys((*SPLITS, "duplicates", "quarantined", "read"), 0))
     seen = Seen(scratch / "seen.sqlite")
     journal = storage.join(writer.uri, "journal")
@@ -96,7 +91,7 @@ def _ingest(config: DataConfig, writer: SetWriter, scratch: Path) -> Manifest:
             seen.add(chunk.hashes)
             account(chunk)
 
-        progress = Progress("ingest", total, "img", counted="picture", done=counts["read"])
+        progress = Progress("images", total, "img", counted="picture", done=counts["read"])
         start = len(finished) * config.shard_images
         records = sources.iterate(config.source, config.image_size, start)
         with closing(_chunks(records, config, len(finished))) as chunks:
@@ -109,7 +104,7 @@ def _ingest(config: DataConfig, writer: SetWriter, scratch: Path) -> Manifest:
     if not counts["train"]:
         raise Refused(f"data.source ({config.source.kind}) gave no picture to train on: {_tally(counts)}")
     progress.update(counts["read"])
-    print(f"ingest  {_tally(counts)}", flush=True)
+    print(f"images  {_tally(counts)}", flush=True)
     writer.add_file(QUARANTINE, scratch / QUARANTINE)
     manifest = writer.finish({**counts, "image_size": config.image_size, "shards": shards})
     storage.delete_prefix(journal)
@@ -253,7 +248,7 @@ def _pack(
     outcomes: Iterator[Picture | Bad],
     number: int,
     config: DataConfig,
-    writer: SetWriter,
+    writer: AssetWriter,
     seen: Seen,
     scratch: Path,
     progress: Progress,
@@ -353,7 +348,7 @@ def _check_share(config: DataConfig, counts: Counter[str], total: int, quarantin
         for line in lines:
             entry = json.loads(line)
             if reasons.total() < LISTED:
-                print(f"ingest  bad: {entry['source']}: {entry['reason']}", flush=True)
+                print(f"images  bad: {entry['source']}: {entry['reason']}", flush=True)
             reasons[entry["reason"]] += 1
             examples.setdefault(entry["reason"], entry["source"])
     shown = "; ".join(f"{n} x {reason} ({examples[reason]})" for reason, n in reasons.most_common(5))

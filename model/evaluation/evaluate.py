@@ -37,12 +37,10 @@ from model.inference.generate import Generator, write_bundle
 from model.nets import metrics
 from model.nets.clip import Judge, load_judge
 from model.plumbing import assets, storage
-from model.plumbing.assets import Manifest, SetWriter
+from model.plumbing.assets import Manifest
 from model.plumbing.curves import HISTORY
-from model.plumbing.jobs import JobSpec, run_worker
 from model.plumbing.progress import Progress
-from model.plumbing.steps import settings
-from model.plumbing.tracking import Tracker
+from model.plumbing.worker import Job, run_worker
 
 SPLITS = ("validation", "train", "composition")  # captions held out, captions seen, combinations held out
 READ, READ_BYTES = 10_000, 2**30  # pictures of a split looked at, at most
@@ -102,36 +100,19 @@ class Verdict:
 # ── the step ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def main(spec: JobSpec) -> Manifest:
-    """The evaluation set of a job: metrics, pictures and report; found again where it is there already."""
-    sets = {name: assets.load(uri) for name, uri in spec.inputs.items()}
-    with Tracker(spec.tracking) as tracker:
-        made = evaluate(spec.config, sets, spec.name)
-        tracker.metrics(0, **{name: value for name, value in made.info.items() if name not in NOT_METRICS})
-        tracker.text("report.html", storage.read_bytes(storage.join(made.uri, "report.html")).decode())
-    return made
-
-
-def evaluate(config: RunConfig, sets: dict[str, Manifest], name: str = "evaluate") -> Manifest:
+def main(job: Job) -> Manifest:
     """Measure the model of `tokenizer`, `text`, `transformer`, `judge` on `images`; write its report.
 
-    Args:
-        config: of the run; `evaluation` and `sampling` decide, the rest is shown.
-        sets: images, tokens, tokenizer, text, judge, transformer.
-        name: of the step, for progress lines.
-
     Raises:
-        UserError: where a set is damaged, or the sets do not belong together.
+        UserError: where an asset is damaged, or they do not belong together.
     """
-    writer = SetWriter("evaluation", settings("evaluation", config), sets)
-    if found := assets.find(writer.uri):
-        return found
+    config, sets = job.config, job.inputs
     with tempfile.TemporaryDirectory() as scratch:
         generator = Generator.load(write_bundle(sets, config.sampling, Path(scratch) / "bundle"))
     judge = generator.judge
     assert judge is not None  # the bundle has one
     benchmark = load_benchmark(config, sets)
-    progress = Progress(name, _pictures_to_draw(config, benchmark), "img", counted="picture")
+    progress = job.progress(_pictures_to_draw(config, benchmark), "img", counted="picture")
     drawn = Drawn(generator, progress)
 
     measured = Measured()
@@ -156,14 +137,14 @@ def evaluate(config: RunConfig, sets: dict[str, Manifest], name: str = "evaluate
         histories=_histories(sets),
         pictures={split: len(chosen.captions) for split, chosen in benchmark.splits.items()},
     )
-    for file, data in report.files(page).items():
-        writer.add_bytes(file, data)
+    files = report.files(page)
+    for file, data in files.items():
+        job.output.add_bytes(file, data)
     info = {**measured.metrics, "scores": measured.scores, "benchmark": benchmark.key}
-    writer.add_bytes("metrics.json", json.dumps({**info, "guidance": sweep}, indent=1).encode())
-    return writer.finish(info)
-
-
-NOT_METRICS = ("scores", "benchmark")  # of an evaluation's info: what only `compare` reads
+    job.output.add_bytes("metrics.json", json.dumps({**info, "guidance": sweep}, indent=1).encode())
+    job.tracker.metrics(0, **measured.metrics)
+    job.tracker.text("report.html", files["report.html"].decode())
+    return job.output.finish(info)
 
 
 def remeasure(config: RunConfig, sets: dict[str, Manifest], bundle: str | Path) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def _lineage(sets: dict[str, Manifest]) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "uri": one.uri,
+            "place": f"{one.kind}/{one.key}",
             "sha256": one.sha256,
             "files": len(one.files),
             "bytes": sum(file.size for file in one.files),

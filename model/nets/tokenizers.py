@@ -28,7 +28,7 @@ from model.errors import UserError
 from model.nets.quantize import nearest_codes
 from model.nets.vqvae import VQVAE, check_sides
 from model.plumbing import storage
-from model.plumbing.assets import Manifest, SetWriter
+from model.plumbing.assets import AssetWriter, Manifest
 from model.plumbing.checkpoints import CONFIG, WEIGHTS, load_model, save_model
 
 
@@ -214,7 +214,7 @@ def load_weights(net: nn.Module, weights: dict[str, Tensor]) -> None:
 # ── import ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def import_pretrained(config: PretrainedTokenizerConfig, writer: SetWriter) -> Manifest:
+def import_pretrained(config: PretrainedTokenizerConfig, writer: AssetWriter) -> Manifest:
     """Publish a tokenizer trained elsewhere as the set that `writer` stands for.
 
     `config.ref` is a local folder, an `s3://` folder, or a hub id `owner/name[/subfolder][@revision]`; it

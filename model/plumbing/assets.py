@@ -1,31 +1,32 @@
-"""Sets: what a step leaves behind is a folder that is complete when its `manifest.json` exists.
+"""Assets: what a step leaves behind is a folder that is complete when its `manifest.json` exists.
 
 The folder's name is the hash of what went into the step, so the same work has the same place: a repeated
-step finds its set and does nothing. The manifest is written last and only once (`If-None-Match: *`); what
-makes a set what it is are its key and its files, so `Manifest.sha256` covers these and no URI: a store that
-is copied elsewhere keeps all its hashes.
+step finds its asset and does nothing. The manifest is written last and only once (`If-None-Match: *`). It
+names its inputs by kind, key and hash, and no place: where an asset lies follows from the store's root, so a
+store that is copied elsewhere works there, with all its hashes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, field_validator
 
 from model.config import config_hash
 from model.errors import UserError
 from model.plumbing import storage
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 NAME = "manifest.json"
 SIDE_BY_SIDE = 4  # files downloaded at once; each large one is itself in parts
 
-Kind = Literal["images", "clip", "tokenizer", "tokens", "transformer", "evaluation"]
+Kind = Literal["images", "tokenizer", "text", "judge", "tokens", "transformer", "model", "evaluation"]
 
 
 class _Part(BaseModel):
@@ -33,9 +34,9 @@ class _Part(BaseModel):
 
 
 class File(_Part):
-    """One file of a set."""
+    """One file of an asset."""
 
-    name: str  # relative to the set's URI
+    name: str  # relative to the asset's URI
     size: int  # bytes
     sha256: str  # hex digits
 
@@ -49,84 +50,135 @@ class File(_Part):
 
 
 class Input(_Part):
-    """A set that went into another."""
+    """An asset that went into another."""
 
-    uri: str
+    kind: Kind
+    key: str
     sha256: str  # of its manifest
+
+    def load(self) -> Manifest:
+        """The manifest of this very asset, from the store.
+
+        Raises:
+            NotFound: the store has no such asset.
+            UserError: it holds other bytes than those that are meant.
+        """
+        manifest = load(place(self.kind, self.key))
+        if manifest.sha256 != self.sha256:
+            raise UserError(
+                f"{manifest.uri} is not the asset that was used: its manifest's hash is"
+                f" {manifest.sha256[:16]}…, not {self.sha256[:16]}…; run the pipeline again"
+            )
+        return manifest
 
 
 class Manifest(_Part):
-    """What a set holds and what it was made from."""
+    """What an asset holds and what it was made from."""
 
     schema_version: int = SCHEMA_VERSION
     kind: Kind
-    uri: str  # folder of the set
     key: str  # 16 hex digits: name of the folder
-    config: dict[str, Any]  # config sections that matter to the content
+    settings: dict[str, Any]  # those that decide the content
     inputs: dict[str, Input]
     files: tuple[File, ...]  # sorted by name
     info: dict[str, Any] = {}  # counts and metrics for people; no part of the hash
 
+    _elsewhere: str = PrivateAttr("")  # where it was loaded from, if that is not its place in this store
+
+    @property
+    def uri(self) -> str:
+        """The asset's folder."""
+        return self._elsewhere or place(self.kind, self.key)
+
     @property
     def sha256(self) -> str:
-        """Hash over kind, key and files: two sets with the same hash hold the same bytes."""
+        """Hash over kind, key and files: two assets with the same hash hold the same bytes."""
         return config_hash(self.model_dump(mode="json", include={"schema_version", "kind", "key", "files"}))
+
+    @property
+    def as_input(self) -> Input:
+        """How another asset names this one."""
+        return Input(kind=self.kind, key=self.key, sha256=self.sha256)
+
+    def at(self, uri: str) -> Manifest:
+        """The same asset where its files were copied to."""
+        copy = self.model_copy()
+        copy._elsewhere = uri.rstrip("/")
+        return copy
 
     def file(self, name: str) -> File:
         """The entry of a file.
 
         Raises:
-            UserError: the set has no such file.
+            UserError: the asset has no such file.
         """
         for file in self.files:
             if file.name == name:
                 return file
         raise UserError(f"{self.uri} has no file {name}; it has {', '.join(f.name for f in self.files)}")
 
-
-def set_key(kind: Kind, config: dict[str, Any], inputs: dict[str, Manifest]) -> str:
-    """16 hex digits over what goes into a set."""
-    hashes = {name: manifest.sha256 for name, manifest in inputs.items()}
-    return config_hash({"schema": SCHEMA_VERSION, "kind": kind, "config": config, "inputs": hashes})[:16]
+    def input(self, name: str) -> Manifest:
+        """The manifest of an asset that went into this one. Raises as `Input.load`."""
+        return self.inputs[name].load()
 
 
-def set_uri(kind: Kind, config: dict[str, Any], inputs: dict[str, Manifest]) -> str:
-    """Where the set made from `config` and `inputs` is, or will be."""
-    return storage.join(storage.store_root(), kind, set_key(kind, config, inputs))
+def asset_key(kind: Kind, settings: Mapping[str, Any], inputs: Mapping[str, Input], version: int = 1) -> str:
+    """16 hex digits over what goes into an asset; `version` is that of the step that makes it."""
+    hashes = {name: one.sha256 for name, one in inputs.items()}
+    made_from = {"kind": kind, "version": version, "settings": dict(settings), "inputs": hashes}
+    return config_hash({"schema": SCHEMA_VERSION, **made_from})[:16]
+
+
+def place(kind: Kind, key: str) -> str:
+    """Where an asset is in this store, or will be."""
+    return storage.join(storage.store_root(), kind, key)
 
 
 def load(uri: str) -> Manifest:
-    """The manifest of the complete set at `uri`.
+    """The manifest of the complete asset at `uri`.
 
     Raises:
-        NotFound: there is no manifest, so the set is not complete.
-        UserError: the manifest cannot be read, or is of a newer schema.
+        NotFound: there is no manifest, so the asset is not complete.
+        UserError: the manifest cannot be read, or is of another schema.
     """
     where = storage.join(uri, NAME)
     try:
         data = storage.read_bytes(where)
     except storage.NotFound:
         raise storage.NotFound(
-            f"{uri} is not a complete set: it has no {NAME}; run the step that makes it"
+            f"{uri} is not a complete asset: it has no {NAME}; run the step that makes it"
         ) from None
     try:
         values = json.loads(data)
-        if values["schema_version"] > SCHEMA_VERSION:
-            raise UserError(
-                f"{where} has schema {values['schema_version']}; this version reads up to"
-                f" {SCHEMA_VERSION}: update latent-gpt"
-            )
-        return Manifest.model_validate(values | {"uri": uri.rstrip("/")})  # the store may have been moved
+        schema = int(values["schema_version"])
+        if schema == SCHEMA_VERSION:
+            manifest = Manifest.model_validate(values)
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         what = " ".join(str(error).split())[:200]
         raise UserError(f"{where} is damaged ({what}); delete {uri}, so that it is made again") from None
+    if schema != SCHEMA_VERSION:
+        way = (
+            "an earlier latent-gpt made it; run the pipeline again, which makes it anew in another place"
+            if schema < SCHEMA_VERSION
+            else "update latent-gpt"
+        )
+        raise UserError(f"{where} has schema {schema}; this version reads {SCHEMA_VERSION}: {way}")
+    return manifest if uri.rstrip("/") == _place(manifest) else manifest.at(uri)
+
+
+def _place(manifest: Manifest) -> str:
+    """Its place in this store; empty where the environment names no store."""
+    try:
+        return place(manifest.kind, manifest.key)
+    except UserError:
+        return ""
 
 
 def find(uri: str) -> Manifest | None:
-    """The manifest of the set at `uri` if it is complete; every file it names is there with its size.
+    """The manifest of the asset at `uri` if it is complete; every file it names is there with its size.
 
     Raises:
-        UserError: a file of a complete set is missing or has another size.
+        UserError: a file of a complete asset is missing or has another size.
     """
     try:
         manifest = load(uri)
@@ -144,7 +196,7 @@ def find(uri: str) -> Manifest | None:
 
 
 def fetch(manifest: Manifest, folder: str | Path, names: Iterable[str] | None = None) -> Path:
-    """Download a set, or the named files of it, into `folder`; every file's SHA-256 is verified.
+    """Download an asset, or the named files of it, into `folder`; every file's SHA-256 is verified.
 
     A file that is there already, and is right, is kept.
 
@@ -165,28 +217,41 @@ def fetch(manifest: Manifest, folder: str | Path, names: Iterable[str] | None = 
     return folder
 
 
-class SetWriter:
-    """Writes a set: files first, in any order; then the manifest.
+class AssetWriter:
+    """Writes an asset: files first, in any order; then the manifest.
 
     Repeating the same work writes the same bytes to the same names, so a writer that was killed needs no
     cleaning up after.
     """
 
-    def __init__(self, kind: Kind, config: dict[str, Any], inputs: dict[str, Manifest]) -> None:
-        self.kind = kind
-        self.config = config
-        self.inputs = inputs
-        self.uri = set_uri(kind, config, inputs)
+    def __init__(
+        self,
+        kind: Kind,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, Manifest],
+        version: int = 1,
+    ) -> None:
+        """
+        Args:
+            kind: of the asset.
+            settings: what decides its content.
+            inputs: the assets that it is made from.
+            version: of the step that makes it.
+        """
+        self.kind, self.settings = kind, dict(settings)
+        self.inputs = {name: manifest.as_input for name, manifest in sorted(inputs.items())}
+        self.key = asset_key(kind, self.settings, self.inputs, version)
+        self.uri = place(kind, self.key)
         self._files: dict[str, File] = {}
 
     def add_bytes(self, name: str, data: bytes) -> File:
-        """Store `data` as a file of the set."""
+        """Store `data` as a file of the asset."""
         file = File(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest())
         storage.write_bytes(storage.join(self.uri, name), data)
         return self.add(file)
 
     def add_file(self, name: str, path: str | Path) -> File:
-        """Store a local file as a file of the set."""
+        """Store a local file as a file of the asset."""
         file = File(name=name, size=Path(path).stat().st_size, sha256=storage.file_sha256(path))
         storage.upload_file(path, storage.join(self.uri, name))
         return self.add(file)
@@ -200,14 +265,17 @@ class SetWriter:
         """Write the manifest, and delete the checkpoints that led here; returns what is now stored.
 
         Raises:
-            UserError: another run finished this set meanwhile, with other content.
+            UserError: a metric is no finite number, or another run finished this asset meanwhile, with other
+                content.
         """
+        for name, value in info.items():
+            if not _finite(value):
+                raise UserError(f"{self.kind}: {name} is {value}; only finite numbers are kept")
         manifest = Manifest(
             kind=self.kind,
-            uri=self.uri,
-            key=set_key(self.kind, self.config, self.inputs),
-            config=self.config,
-            inputs={n: Input(uri=m.uri, sha256=m.sha256) for n, m in sorted(self.inputs.items())},
+            key=self.key,
+            settings=self.settings,
+            inputs=self.inputs,
             files=tuple(self._files[name] for name in sorted(self._files)),
             info=info,
         )
@@ -224,3 +292,9 @@ class SetWriter:
             manifest = existing
         storage.delete_prefix(storage.join(self.uri, "checkpoints"))
         return manifest
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)

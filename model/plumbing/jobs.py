@@ -1,23 +1,21 @@
-"""What a job's processes are told: one JSON file beside the set they are to make.
+"""What a job's processes are told: one JSON file beside the asset they are to make.
 
-A worker is `python -m model.<module> <spec uri>`; it needs nothing else but the environment.
+A worker is `python -m <module> <spec uri>` (see `worker.py`); it needs nothing else but the environment.
 """
 
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import signal
-import sys
-import traceback
-from collections.abc import Callable
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from model.config import RunConfig
+from model.config import JobConfig, RunConfig
 from model.errors import UserError
 from model.plumbing import storage
+from model.plumbing.assets import Input, Kind, asset_key, place
 
 SPEC = "job.json"
 
@@ -33,16 +31,18 @@ class TrackingIds(BaseModel):
 
 
 class JobSpec(BaseModel):
-    """One job: what to run, on what, and where its set goes."""
+    """One job: what to make from what, and on how many processes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    kind: Kind  # of the asset to be made
+    version: int = 1  # of the step
     module: str  # e.g. "model.training.transformer"
     config: RunConfig
-    inputs: dict[str, str]  # name: URI of a complete set
-    output: str  # URI of the set to be made
+    settings: dict[str, Any]  # those that decide the asset's content
+    inputs: dict[str, Input]
+    jobs: JobConfig = JobConfig()
     tracking: TrackingIds
-    options: dict[str, str] = {}  # what is particular to the module, e.g. role: text
 
     @property
     def name(self) -> str:
@@ -50,8 +50,13 @@ class JobSpec(BaseModel):
         return self.tracking.step
 
     @property
+    def output(self) -> str:
+        """URI of the asset: it follows from what goes in, here and in the worker."""
+        return place(self.kind, asset_key(self.kind, self.settings, self.inputs, self.version))
+
+    @property
     def checkpoints(self) -> str:
-        """URI below which the job's checkpoints live until its set is complete."""
+        """URI below which the job's checkpoints live until its asset is complete."""
         return storage.join(self.output, "checkpoints")
 
 
@@ -77,29 +82,3 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
     ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:  # it died in between
         os.kill(os.getpid(), number)
-
-
-def run_worker(main: Callable[[JobSpec], object]) -> None:
-    """Entry point of a worker: read the spec named on the command line, set up logging, call `main`.
-
-    A `UserError` ends in one line, `error: …`, and status 2; anything else in a trace and status 1.
-    """
-    rank = int(os.environ.get("RANK", "0"))
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun puts its workers into sessions of their own
-        die_with_parent()
-    logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING,
-        format="%(levelname)s %(name)s: %(message)s",
-        stream=sys.stdout,
-    )
-    for chatty in ("botocore", "boto3", "s3transfer", "urllib3", "httpx"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    try:
-        if len(sys.argv) != 2:
-            raise UserError(f"usage: python -m {main.__module__} SPEC_URI")
-        main(read_spec(sys.argv[1]))
-    except UserError as error:
-        if os.environ.get("LATENT_GPT_DEBUG"):
-            traceback.print_exc()
-        print(f"error: {error}", flush=True)
-        sys.exit(2)

@@ -10,7 +10,7 @@ from typing import TextIO
 class Progress:
     """Prints how far a step is, how fast it goes and when it will be done.
 
-    `train_gpt  step 340/2000  17%  loss 3.21  41k tok/s  ETA 1m12s`
+    `transformer  step 340/2000  17%  loss 3.21  41k tok/s  ETA 1m12s`
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
     python -m model.training.clip SPEC_URI        (by torchrun, one process per device)
 
-Two roles (`options.role`), two models, so that none judges its own work:
+Two kinds of asset, two models, so that none judges its own work:
 
 - `text` encodes prompts for the transformer. It sees the `train` split alone, as the transformer does; its
   retrieval on held-out pictures tells what it is worth on captions it never saw.
@@ -29,15 +29,12 @@ from torch.nn.parallel import DistributedDataParallel
 from model.config import TrainedCLIPConfig
 from model.data.image_shards import ImageBatch, image_batches, load_images
 from model.data.images import augment, to_tensor
-from model.errors import UserError
 from model.nets.clip import CLIPModel, Judge, architecture, build_clip, import_pretrained, tokenize
 from model.nets.metrics import retrieval_accuracy
-from model.plumbing import assets
-from model.plumbing.assets import Manifest, SetWriter
+from model.plumbing.assets import Manifest
 from model.plumbing.checkpoints import (
     CONFIG,
     WEIGHTS,
-    Checkpointer,
     below,
     flatten,
     optimizer_state,
@@ -45,49 +42,32 @@ from model.plumbing.checkpoints import (
     save_model,
 )
 from model.plumbing.curves import HISTORY, Curves
-from model.plumbing.distributed import Distributed, derive_seed, seed_all, setup
-from model.plumbing.jobs import JobSpec, run_worker
-from model.plumbing.progress import Progress
-from model.plumbing.steps import settings
-from model.plumbing.tracking import Tracker
+from model.plumbing.distributed import Distributed, derive_seed, seed_all
+from model.plumbing.worker import Job, run_worker
 from model.training.optim import Ema, adamw, learning_rate, set_learning_rate
 
 VALIDATION_PICTURES = 1024  # of the retrieval test, at most
 
 
-def main(spec: JobSpec) -> Manifest | None:
-    """Make the clip set at `spec.output`; its manifest on the main process, None on the others."""
-    role = spec.options.get("role", "")
-    if role not in ("text", "judge"):
-        raise UserError(f"options.role is '{role}'; it must be text or judge")
-    config = spec.config.clip
-    inputs = {name: assets.load(uri) for name, uri in spec.inputs.items()}
-    writer = SetWriter("clip", settings("clip", spec.config, role), inputs)
-    with setup() as processes:
-        if config.kind == "pretrained":
-            if not processes.is_main:
-                return None
-            model, description = import_pretrained(config)
-            return _publish(writer, model.state_dict(), description, {"role": role})
-        with Tracker(spec.tracking, {"clip": config.model_dump()}, processes.is_main) as tracker:
-            return train(spec, config, role, inputs["images"], writer, processes, tracker)
+def main(job: Job) -> Manifest | None:
+    """Make the text encoder or the judge; its manifest on the main process, None on the others."""
+    config = job.config.clip
+    if config.kind == "trained":
+        return train(job, config)
+    if not job.processes.is_main:
+        return None
+    model, description = import_pretrained(config)
+    return _publish(job, model.state_dict(), description, {})
 
 
-def train(
-    spec: JobSpec,
-    config: TrainedCLIPConfig,
-    role: str,
-    images: Manifest,
-    writer: SetWriter,
-    processes: Distributed,
-    tracker: Tracker,
-) -> Manifest | None:
-    """Train a CLIP for a role; the main process writes the set and returns its manifest."""
+def train(job: Job, config: TrainedCLIPConfig) -> Manifest | None:
+    """Train a CLIP for a role; the main process writes the asset and returns its manifest."""
+    role, processes, images = job.spec.kind, job.processes, job.inputs["images"]
     training, device = config.training, processes.device
     rank, world = processes.rank, processes.world
-    seed = derive_seed(spec.config.seed, "clip", role)
+    seed = derive_seed(job.config.seed, "clip", role)
     size = images.info["image_size"]
-    views, chances = spec.config.data.augment, torch.Generator(device)
+    views, chances = job.config.data.augment, torch.Generator(device)
 
     # ── what learns ──────────────────────────────────────────────────────────────────────────────────────
     description: dict[str, Any] = {
@@ -101,12 +81,11 @@ def train(
     optimizer = adamw(clip, training)
     ema = Ema(clip, training.ema)
     lately = torch.zeros(1, device=device)  # loss since the last log line
-    curves = Curves(tracker)
+    curves = Curves(job.tracker)
 
     # ── where it was ─────────────────────────────────────────────────────────────────────────────────────
-    checkpointer = Checkpointer(spec.checkpoints)
     start = 0
-    if saved := checkpointer.latest():
+    if saved := job.checkpoints.latest():
         start, tensors, state = saved
         clip.load_state_dict(below("clip.", tensors))
         ema.load(below("ema.", tensors), state["ema_updates"])
@@ -119,9 +98,7 @@ def train(
     model: nn.Module = clip if world == 1 else DistributedDataParallel(clip)
     splits = ["train"] if role == "text" else sorted({name.split("-")[0] for name in images.info["shards"]})
     batches = _batches(images, splits, training.batch_size, seed, start, processes)
-    progress = Progress(
-        spec.name, training.steps, "img", training.batch_size, done=start, enabled=processes.is_main
-    )
+    progress = job.progress(training.steps, "img", training.batch_size, done=start)
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────
     for step in range(start, training.steps):
@@ -159,17 +136,17 @@ def train(
             moments, rest = optimizer_state(optimizer)
             parts = {"clip": clip.state_dict(), "ema": ema.average}
             state = {"optimizer": rest, "ema_updates": ema.updates, "curves": curves.points}
-            checkpointer.save(done, flatten(parts) | moments | {"lately": lately}, state)
+            job.checkpoints.save(done, flatten(parts) | moments | {"lately": lately}, state)
 
     # ── what is kept ─────────────────────────────────────────────────────────────────────────────────────
     if not processes.is_main:
         return None
     with ema.applied():
         tensors = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
-    writer.add_bytes(HISTORY, curves.history())
+    job.output.add_bytes(HISTORY, curves.history())
     # A judge has seen the validation pictures: how well it knows them, not how it generalises.
     measured = {"retrieval" if role == "text" else "retrieval_seen": accuracy}
-    return _publish(writer, tensors, description, {"role": role, "loss": mean_loss} | measured)
+    return _publish(job, tensors, description, {"loss": mean_loss} | measured)
 
 
 def contrastive_loss(pictures: Tensor, texts: Tensor, ids: Tensor, scale: Tensor) -> Tensor:
@@ -236,13 +213,13 @@ def _everywhere(tensor: Tensor, world: int) -> Tensor:
 
 
 def _publish(
-    writer: SetWriter, tensors: dict[str, Tensor], description: dict[str, Any], info: dict[str, Any]
+    job: Job, tensors: dict[str, Tensor], description: dict[str, Any], info: dict[str, Any]
 ) -> Manifest:
     with tempfile.TemporaryDirectory() as scratch:
         save_model(scratch, tensors, description)
-        writer.add_file(WEIGHTS, Path(scratch) / WEIGHTS)
-        writer.add_file(CONFIG, Path(scratch) / CONFIG)
-    return writer.finish(info)
+        job.output.add_file(WEIGHTS, Path(scratch) / WEIGHTS)
+        job.output.add_file(CONFIG, Path(scratch) / CONFIG)
+    return job.output.finish(info)
 
 
 if __name__ == "__main__":

@@ -26,69 +26,63 @@ from model.errors import UserError
 from model.nets.clip import tokenize as text_ids
 from model.nets.tokenizers import Tokenizer, load_tokenizer
 from model.plumbing import storage
-from model.plumbing.assets import File, Manifest, SetWriter, fetch, find, load
+from model.plumbing.assets import AssetWriter, File, Manifest, fetch
 from model.plumbing.cache import ShardCache
-from model.plumbing.distributed import derive_seed, setup
-from model.plumbing.jobs import JobSpec, run_worker
+from model.plumbing.distributed import derive_seed
 from model.plumbing.parallel import parallel_map, single_threaded
-from model.plumbing.progress import Progress
-from model.plumbing.steps import settings
+from model.plumbing.worker import Job, run_worker
 
 # Pixels encoded at once: on CPU so few that activations stay in its cache, and in memory that malloc keeps.
 BATCH_PIXELS = {"cpu": 1 << 17, "cuda": 1 << 23}
-PARTS = "parts"  # one entry per finished shard, below the set, until it is complete
+PARTS = "parts"  # one entry per finished shard, below the asset, until it is complete
 
 
-def tokenize(spec: JobSpec) -> Manifest:
-    """Make the `tokens` set of a job, on all its processes.
+def main(job: Job) -> Manifest | None:
+    """Make the tokens, on all processes; the manifest on the main one, None on the others.
 
     Raises:
-        UserError: an input is missing, damaged, or does not fit the others.
+        UserError: an input is damaged, or does not fit the others.
     """
-    if done := find(spec.output):
-        return done
-    config = spec.config
-    inputs = {name: load(uri) for name, uri in sorted(spec.inputs.items())}
-    writer = SetWriter("tokens", settings("tokens", config), inputs)
-    images = inputs["images"]
-    with setup() as processes, tempfile.TemporaryDirectory(prefix="latent-gpt-tokens-") as scratch:
-        tokenizer = load_tokenizer(fetch(inputs["tokenizer"], Path(scratch, "tokenizer")), processes.device)
-        context_length = _context_length(inputs["text"])
-        side = images.info["image_size"]
-        if side % tokenizer.factor:
-            raise UserError(
-                f"data.image_size ({side}) must be a multiple of the tokenizer's factor ({tokenizer.factor})"
-            )
-        shards: dict[str, int] = dict(sorted(images.info["shards"].items()))
-        names = list(shards)
-        finished = {Path(uri).stem for uri in storage.list_uris(storage.join(writer.uri, PARTS))}
-        processes.barrier()  # nobody adds a part before everybody has looked
-        todo = [name for name in names if token_name(name) not in finished]
-        mine = todo[processes.rank :: processes.world]
-        cache = ShardCache(images)
-        total = sum(shards[name] for name in mine) * config.data.augment.views
-        progress = Progress("tokenize_data", total, "img", counted="view", enabled=processes.is_main)
-        encoded = 0
+    config, processes, output, images = job.config, job.processes, job.output, job.inputs["images"]
+    with tempfile.TemporaryDirectory(prefix="latent-gpt-tokens-") as scratch:
+        tokenizer = load_tokenizer(fetch(job.inputs["tokenizer"], scratch), processes.device)
+    context_length = _context_length(job.inputs["text"])
+    side = images.info["image_size"]
+    if side % tokenizer.factor:
+        raise UserError(
+            f"data.image_size ({side}) must be a multiple of the tokenizer's factor ({tokenizer.factor})"
+        )
+    shards: dict[str, int] = dict(sorted(images.info["shards"].items()))
+    names = list(shards)
+    finished = {Path(uri).stem for uri in storage.list_uris(storage.join(output.uri, PARTS))}
+    processes.barrier()  # nobody adds a part before everybody has looked
+    todo = [name for name in names if token_name(name) not in finished]
+    mine = todo[processes.rank :: processes.world]
+    cache = ShardCache(images)
+    total = sum(shards[name] for name in mine) * config.data.augment.views
+    progress = job.progress(total, "img", counted="view")
+    encoded = 0
 
-        def tick(pictures: int) -> None:
-            nonlocal encoded
-            encoded += pictures
-            progress.update(encoded)
+    def tick(pictures: int) -> None:
+        nonlocal encoded
+        encoded += pictures
+        progress.update(encoded)
 
-        for name in mine:
-            entries = tar_index(cache.path(name))
-            views = chances(name, len(entries), config.data.augment, config.seed)
-            codes = encode_shard(entries, views, tokenizer, side, processes.device, tick)
-            captions = caption_ids(entries, context_length)
-            data = TokenShard.to_bytes(codes, captions, tokenizer.vocabulary)
-            file = writer.add_bytes(token_name(name), data)
-            part = storage.join(writer.uri, PARTS, f"{token_name(name)}.json")
-            storage.write_bytes(part, file.model_dump_json().encode())
-        processes.barrier()
-        if processes.is_main:
-            _finish(writer, images, tokenizer, context_length, config.data.augment)
-        processes.barrier()
-    return load(spec.output)
+    for name in mine:
+        entries = tar_index(cache.path(name))
+        views = chances(name, len(entries), config.data.augment, config.seed)
+        codes = encode_shard(entries, views, tokenizer, side, processes.device, tick)
+        captions = caption_ids(entries, context_length)
+        data = TokenShard.to_bytes(codes, captions, tokenizer.vocabulary)
+        file = output.add_bytes(token_name(name), data)
+        part = storage.join(output.uri, PARTS, f"{token_name(name)}.json")
+        storage.write_bytes(part, file.model_dump_json().encode())
+    processes.barrier()
+    made = None
+    if processes.is_main:
+        made = _finish(output, images, tokenizer, context_length, config.data.augment)
+    processes.barrier()
+    return made
 
 
 def _context_length(text: Manifest) -> int:
@@ -99,13 +93,13 @@ def _context_length(text: Manifest) -> int:
 
 
 def _finish(
-    writer: SetWriter, images: Manifest, tokenizer: Tokenizer, context_length: int, augment: Augment
-) -> None:
-    parts = storage.join(writer.uri, PARTS)
+    output: AssetWriter, images: Manifest, tokenizer: Tokenizer, context_length: int, augment: Augment
+) -> Manifest:
+    parts = storage.join(output.uri, PARTS)
     for uri in storage.list_uris(parts):
-        writer.add(File.model_validate_json(storage.read_bytes(uri)))
+        output.add(File.model_validate_json(storage.read_bytes(uri)))
     grid = images.info["image_size"] // tokenizer.factor
-    writer.finish(
+    made = output.finish(
         {
             "vocabulary": tokenizer.vocabulary,
             "grid": [grid, grid],
@@ -117,6 +111,7 @@ def _finish(
         }
     )
     storage.delete_prefix(parts)
+    return made
 
 
 def token_name(image_shard: str) -> str:
@@ -183,4 +178,4 @@ def _unpadded(ids: list[int]) -> list[int]:
 
 
 if __name__ == "__main__":
-    run_worker(tokenize)
+    run_worker(main)

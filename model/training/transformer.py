@@ -33,11 +33,10 @@ from model.nets.metrics import token_nll
 from model.nets.sampler import sample
 from model.nets.tokenizers import load_tokenizer
 from model.plumbing import assets
-from model.plumbing.assets import Manifest, SetWriter
+from model.plumbing.assets import Manifest
 from model.plumbing.checkpoints import (
     CONFIG,
     WEIGHTS,
-    Checkpointer,
     below,
     flatten,
     optimizer_state,
@@ -45,11 +44,8 @@ from model.plumbing.checkpoints import (
     save_model,
 )
 from model.plumbing.curves import HISTORY, Curves
-from model.plumbing.distributed import Distributed, seed_all, setup
-from model.plumbing.jobs import JobSpec, run_worker
-from model.plumbing.progress import Progress
-from model.plumbing.steps import settings
-from model.plumbing.tracking import Tracker
+from model.plumbing.distributed import Distributed, seed_all
+from model.plumbing.worker import Job, run_worker
 from model.training.optim import Ema, adamw, learning_rate, muon, set_learning_rate
 
 VALIDATION_PICTURES = 4096  # measured at each validation, at most
@@ -57,29 +53,11 @@ GRID_PICTURES = 8  # drawn from held-out captions and shown in MLflow at each va
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, by the device's name
 
 
-def main(spec: JobSpec) -> Manifest | None:
-    """Make the transformer set at `spec.output`; its manifest on the main process, None on the others."""
-    inputs = {name: assets.load(uri) for name, uri in spec.inputs.items()}
-    config = spec.config.transformer
+def main(job: Job) -> Manifest | None:
+    """Train the GPT; the main process writes the asset and returns its manifest, the others None."""
+    config, processes, inputs = job.config.transformer, job.processes, job.inputs
     assert config is not None
-    writer = SetWriter("transformer", settings("transformer", spec.config), inputs)
-    with (
-        setup() as processes,
-        Tracker(spec.tracking, {"transformer": config.model_dump()}, processes.is_main) as tracker,
-    ):
-        return train(spec, config, inputs, writer, processes, tracker)
-
-
-def train(
-    spec: JobSpec,
-    config: TransformerConfig,
-    inputs: dict[str, Manifest],
-    writer: SetWriter,
-    processes: Distributed,
-    tracker: Tracker,
-) -> Manifest | None:
-    """Train the GPT; the main process writes the set and returns its manifest."""
-    training, seed, device = config.training, spec.config.seed, processes.device
+    training, seed, device = config.training, job.config.seed, processes.device
     rank, world, tokens = processes.rank, processes.world, inputs["tokens"]
     torch.set_float32_matmul_precision("high")
 
@@ -94,12 +72,11 @@ def train(
     best = {name: tensor.clone() for name, tensor in gpt.state_dict().items()}  # what `keep` chooses
     best_figures = {"step": 0.0, "nll": math.inf}
     lately = torch.zeros(2, device=device)  # loss and NLL since the last log line
-    curves = Curves(tracker)
+    curves = Curves(job.tracker)
 
     # ── where it was ─────────────────────────────────────────────────────────────────────────────────────
-    checkpointer = Checkpointer(spec.checkpoints)
     start = 0
-    if saved := checkpointer.latest():
+    if saved := job.checkpoints.latest():
         start, tensors, state = saved
         gpt.load_state_dict(below("gpt.", tensors))
         ema.load(below("ema.", tensors), state["ema_updates"])
@@ -114,14 +91,7 @@ def train(
     model: nn.Module = gpt if world == 1 else DistributedDataParallel(gpt)
     reader = TokenReader(tokens, "train", training.batch_size // training.accumulate, seed, rank, world)
     batches = reader.batches(start * training.batch_size)
-    progress = Progress(
-        spec.name,
-        training.steps,
-        "tok",
-        training.batch_size * gpt.tokens,
-        done=start,
-        enabled=processes.is_main,
-    )
+    progress = job.progress(training.steps, "tok", training.batch_size * gpt.tokens, done=start)
 
     flops, peak = gpt.flops_per_token(reader.context_length), _peak_flops(device)
     since_step, since = start, time.monotonic()
@@ -175,7 +145,7 @@ def train(
                     best = {name: tensor.clone() for name, tensor in gpt.state_dict().items()}
                     best_figures = {"step": done} | figures
                 if processes.is_main:
-                    _show_samples(gpt, text, tokens, tracker, done)
+                    _show_samples(gpt, text, job, done)
             curves.add(done, {f"validation/{name}": value for name, value in figures.items()})
         if done % training.checkpoint_every == 0 and done < training.steps and processes.is_main:
             moments = {name: optimizer_state(optimizer) for name, optimizer in optimizers.items()}
@@ -187,7 +157,7 @@ def train(
                 "best": best_figures,
                 "curves": curves.points,
             }
-            checkpointer.save(done, flatten(parts) | {"lately": lately}, state)
+            job.checkpoints.save(done, flatten(parts) | {"lately": lately}, state)
 
     # ── what is kept ─────────────────────────────────────────────────────────────────────────────────────
     gpt.load_state_dict(best)
@@ -204,10 +174,10 @@ def train(
         return None
     with tempfile.TemporaryDirectory() as scratch:
         save_model(scratch, best, gpt.description())
-        writer.add_file(WEIGHTS, Path(scratch) / WEIGHTS)
-        writer.add_file(CONFIG, Path(scratch) / CONFIG)
-    writer.add_bytes(HISTORY, curves.history())
-    return writer.finish(info)
+        job.output.add_file(WEIGHTS, Path(scratch) / WEIGHTS)
+        job.output.add_file(CONFIG, Path(scratch) / CONFIG)
+    job.output.add_bytes(HISTORY, curves.history())
+    return job.output.finish(info)
 
 
 @torch.no_grad()
@@ -263,19 +233,17 @@ def _frozen_text(clip: Manifest, device: torch.device) -> TextEncoder:
 
 
 @torch.no_grad()
-def _show_samples(gpt: GPT, text: TextEncoder, tokens: Manifest, tracker: Tracker, step: int) -> None:
+def _show_samples(gpt: GPT, text: TextEncoder, job: Job, step: int) -> None:
     """Held-out pictures as the tokenizer renders them, above what is drawn from their captions."""
-    if "tokenizer" not in tokens.inputs:
-        return
-    batch = next(TokenReader(tokens, "validation", GRID_PICTURES).ordered(GRID_PICTURES))
+    batch = next(TokenReader(job.inputs["tokens"], "validation", GRID_PICTURES).ordered(GRID_PICTURES))
     gpt.eval()
     drawn = sample(gpt, *text.encode(batch.ids), SamplingConfig(), seeds=range(len(batch.ids)))
     gpt.train()
     with tempfile.TemporaryDirectory() as scratch:
-        tokenizer = load_tokenizer(assets.fetch(assets.load(tokens.inputs["tokenizer"].uri), scratch))
+        tokenizer = load_tokenizer(assets.fetch(job.inputs["tokenizer"], scratch))
     both = torch.cat([batch.codes, drawn.cpu()]).view(-1, *gpt.grid)
     grid = make_grid(tokenizer.decode(both), nrow=len(batch.codes))
-    tracker.image(f"samples/step-{step:07d}.png", to_image(grid))
+    job.tracker.image(f"samples/step-{step:07d}.png", to_image(grid))
 
 
 def _peak_flops(device: torch.device) -> float:

@@ -27,12 +27,10 @@ from model.data.images import augment, to_pixels, to_tensor
 from model.nets.metrics import psnr
 from model.nets.tokenizers import import_pretrained
 from model.nets.vqvae import VQVAE
-from model.plumbing import assets
-from model.plumbing.assets import Manifest, SetWriter
+from model.plumbing.assets import Manifest
 from model.plumbing.checkpoints import (
     CONFIG,
     WEIGHTS,
-    Checkpointer,
     below,
     flatten,
     optimizer_state,
@@ -40,11 +38,8 @@ from model.plumbing.checkpoints import (
     save_model,
 )
 from model.plumbing.curves import HISTORY, Curves
-from model.plumbing.distributed import Distributed, derive_seed, seed_all, setup
-from model.plumbing.jobs import JobSpec, run_worker
-from model.plumbing.progress import Progress
-from model.plumbing.steps import settings
-from model.plumbing.tracking import Tracker
+from model.plumbing.distributed import Distributed, derive_seed, seed_all
+from model.plumbing.worker import Job, run_worker
 from model.training.losses import Adversary, ReconstructionLoss
 from model.training.optim import Ema, adamw, learning_rate, set_learning_rate
 
@@ -54,32 +49,20 @@ VALIDATION_BATCH = 64
 GRID_PICTURES, GRID_COLUMNS = 16, 8  # pairs of original and reconstruction shown in MLflow
 
 
-def main(spec: JobSpec) -> Manifest | None:
-    """Make the tokenizer set at `spec.output`; its manifest on the main process, None on the others."""
-    inputs = {name: assets.load(uri) for name, uri in spec.inputs.items()}
-    config = spec.config.tokenizer
-    writer = SetWriter("tokenizer", settings("tokenizer", spec.config), inputs)
-    with (
-        setup() as processes,
-        Tracker(spec.tracking, {"tokenizer": config.model_dump()}, processes.is_main) as tracker,
-    ):
-        if config.kind == "vqvae":
-            return train(spec, config, inputs["images"], writer, processes, tracker)
-        return import_pretrained(config, writer) if processes.is_main else None
+def main(job: Job) -> Manifest | None:
+    """Make the tokenizer; its manifest on the main process, None on the others."""
+    config = job.config.tokenizer
+    if config.kind == "vqvae":
+        return train(job, config)
+    return import_pretrained(config, job.output) if job.processes.is_main else None
 
 
-def train(
-    spec: JobSpec,
-    config: VQVAEConfig,
-    images: Manifest,
-    writer: SetWriter,
-    processes: Distributed,
-    tracker: Tracker,
-) -> Manifest | None:
-    """Train the VQ-VAE; the main process writes the set and returns its manifest."""
-    training, seed, device = config.training, spec.config.seed, processes.device
+def train(job: Job, config: VQVAEConfig) -> Manifest | None:
+    """Train the VQ-VAE; the main process writes the asset and returns its manifest."""
+    processes, images = job.processes, job.inputs["images"]
+    training, seed, device = config.training, job.config.seed, processes.device
     rank, world = processes.rank, processes.world
-    views, chances = spec.config.data.augment, torch.Generator(device)
+    views, chances = job.config.data.augment, torch.Generator(device)
     bf16 = training.precision == "bf16"
     torch.backends.cudnn.benchmark = True
 
@@ -93,12 +76,11 @@ def train(
     best = {name: tensor.clone() for name, tensor in net.state_dict().items()}  # of the highest PSNR
     best_figures = {"step": 0.0, "psnr": -math.inf}
     lately = torch.zeros(2, device=device)  # reconstruction and commitment loss since the last log line
-    curves = Curves(tracker)
+    curves = Curves(job.tracker)
 
     # ── where it was ─────────────────────────────────────────────────────────────────────────────────────
-    checkpointer = Checkpointer(spec.checkpoints)
     start = 0
-    if saved := checkpointer.latest():
+    if saved := job.checkpoints.latest():
         start, tensors, state = saved
         net.load_state_dict(below("net.", tensors))
         ema.load(below("ema.", tensors), state["ema_updates"])
@@ -120,9 +102,7 @@ def train(
         net.compile()
     batches = image_batches(images, "train", share, seed, start * training.batch_size, rank, world)
     held_out, _ = load_images(images, "validation", VALIDATION_PICTURES)  # uint8 (N, 3, H, W)
-    progress = Progress(
-        spec.name, training.steps, "img", training.batch_size, done=start, enabled=processes.is_main
-    )
+    progress = job.progress(training.steps, "img", training.batch_size, done=start)
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────
     for step in range(start, training.steps):
@@ -168,7 +148,7 @@ def train(
                     best = {name: tensor.clone() for name, tensor in net.state_dict().items()}
                     best_figures = {"step": done} | figures
                 if processes.is_main:
-                    tracker.image(f"reconstructions/step-{done:07d}.png", _pairs(net, held_out))
+                    job.tracker.image(f"reconstructions/step-{done:07d}.png", _pairs(net, held_out))
             curves.add(done, {f"validation/{name}": value for name, value in figures.items()})
         if done % training.checkpoint_every == 0 and done < training.steps:
             processes.mean(lately)  # so that rank 0's is everybody's
@@ -184,7 +164,7 @@ def train(
                 if adversary:
                     parts["adversary"], state["adversary"] = optimizer_state(adversary.optimizer)
                     parts["adversary.net"] = adversary.net.state_dict()
-                checkpointer.save(done, flatten(parts) | moments | {"lately": lately}, state)
+                job.checkpoints.save(done, flatten(parts) | moments | {"lately": lately}, state)
 
     # ── what is kept ─────────────────────────────────────────────────────────────────────────────────────
     if not processes.is_main:
@@ -193,10 +173,10 @@ def train(
     info |= {"vocabulary": net.vocabulary, "factor": net.factor, "steps": training.steps}
     with tempfile.TemporaryDirectory() as scratch:
         save_model(scratch, best, config.model_dump(mode="json"))
-        writer.add_file(WEIGHTS, Path(scratch) / WEIGHTS)
-        writer.add_file(CONFIG, Path(scratch) / CONFIG)
-    writer.add_bytes(HISTORY, curves.history())
-    return writer.finish(info | {"parameters": sum(parameter.numel() for parameter in net.parameters())})
+        job.output.add_file(WEIGHTS, Path(scratch) / WEIGHTS)
+        job.output.add_file(CONFIG, Path(scratch) / CONFIG)
+    job.output.add_bytes(HISTORY, curves.history())
+    return job.output.finish(info | {"parameters": sum(parameter.numel() for parameter in net.parameters())})
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ from components.launcher import launch
 from components.step import JobFailed
 from model.config import JobConfig, load_config
 from model.errors import UserError
-from model.plumbing import assets
 from model.plumbing.jobs import JobSpec, TrackingIds
 from tests import ROOT
 
@@ -22,13 +21,13 @@ pytestmark = pytest.mark.slow
 JOB = """
 import os, sys, time
 from model.errors import UserError
-from model.plumbing.jobs import JobSpec, run_worker
-from model.plumbing.assets import SetWriter
+from model.plumbing import tracking, worker
 
-def main(spec: JobSpec) -> None:
-    rank, end = int(os.environ["RANK"]), spec.options["end"]
+def main(job: worker.Job) -> None:
+    toy = job.spec.settings
+    rank, end = job.processes.rank, toy["end"]
     print(f"toy  rank {rank} of {os.environ['WORLD_SIZE']} on {os.environ['OMP_NUM_THREADS']} threads")
-    open(f"{spec.options['folder']}/pid-{rank}", "w").write(str(os.getpid()))
+    open(f"{toy['folder']}/pid-{rank}", "w").write(str(os.getpid()))
     if end == "sleep":
         time.sleep(60)
     if rank == 1 and end == "user error":
@@ -39,12 +38,12 @@ def main(spec: JobSpec) -> None:
     if rank == 1 and end == "kill":
         os.kill(os.getpid(), 9)
     if rank == 0 and end == "well":
-        writer = SetWriter("tokenizer", {"toy": 1}, {})
-        writer.add_bytes("a.txt", b"a")
-        writer.finish({})
+        job.output.add_bytes("a.txt", b"a")
+        job.output.finish({})
 
 if __name__ == "__main__":
-    run_worker(main)
+    worker.Tracker = lambda ids, params, enabled: tracking.Tracker(ids, params, False)
+    worker.run_worker(main)
 """
 
 
@@ -59,22 +58,20 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def spec(folder: Path, end: str) -> JobSpec:
     return JobSpec(
+        kind="tokenizer",
         module="toy_job",
         config=load_config("smoke"),
+        settings={"end": end, "folder": str(folder)},
         inputs={},
-        output=assets.set_uri("tokenizer", {"toy": 1}, {}),
+        jobs=JobConfig(processes_per_worker=2),
         tracking=TrackingIds(experiment="e", run="r", step="toy"),
-        options={"end": end, "folder": str(folder)},
     )
 
 
-TWO = JobConfig(processes_per_worker=2)
-
-
-def test_a_job_runs_on_its_processes_and_returns_its_set(
+def test_a_job_runs_on_its_processes_and_returns_its_asset(
     store: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    made = launch(spec(store, "well"), TWO)
+    made = launch(spec(store, "well"))
     assert [file.name for file in made.files] == ["a.txt"]
     shown = capfd.readouterr().out
     assert "toy  rank 0 of 2" in shown
@@ -85,43 +82,43 @@ def test_a_job_runs_on_its_processes_and_returns_its_set(
         "toy  rank 1 of 2",
     ]
     (store / "pid-0").unlink()
-    assert launch(spec(store, "well"), TWO) == made
+    assert launch(spec(store, "well")) == made
     assert "toy  reused" in capfd.readouterr().out
-    assert not (store / "pid-0").exists(), "a set that is there is not made again"
+    assert not (store / "pid-0").exists(), "an asset that is there is not made again"
 
 
 def test_a_workers_user_error_arrives_as_it_was_said(store: Path) -> None:
     with pytest.raises(UserError, match=r"^batch_size 7 is odd; make it even$"):
-        launch(spec(store, "user error"), TWO)
+        launch(spec(store, "user error"))
 
 
 def test_an_exit_code_comes_with_rank_and_last_lines(store: Path) -> None:
     with pytest.raises(JobFailed, match=r"process 1 ended with exit code 3(.|\n)*the last words"):
-        launch(spec(store, "exit"), TWO)
+        launch(spec(store, "exit"))
 
 
 def test_a_killed_process_is_named_with_its_signal(store: Path) -> None:
     with pytest.raises(JobFailed, match="process 1 was killed"):
-        launch(spec(store, "kill"), TWO)
+        launch(spec(store, "kill"))
 
 
-def test_a_job_that_ends_well_without_its_set_has_failed(store: Path) -> None:
+def test_a_job_that_ends_well_without_its_asset_has_failed(store: Path) -> None:
     with pytest.raises(JobFailed, match="has no manifest"):
-        launch(spec(store, "nothing made"), TWO)
+        launch(spec(store, "nothing made"))
 
 
 def test_a_job_in_a_pod_is_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     with pytest.raises(UserError, match="not built yet"):
-        launch(spec(store, "well"), TWO)
+        launch(spec(store, "well"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_workers(store: Path, number: signal.Signals) -> None:
     code = (
-        "import sys; from model.config import JobConfig; from model.plumbing.jobs import JobSpec;"
+        "import sys; from model.plumbing.jobs import JobSpec;"
         "from components.launcher import launch;"
-        "launch(JobSpec.model_validate_json(sys.argv[1]), JobConfig(processes_per_worker=2))"
+        "launch(JobSpec.model_validate_json(sys.argv[1]))"
     )
     text = spec(store, "sleep").model_dump_json()
     with subprocess.Popen([sys.executable, "-c", code, text], cwd=ROOT) as launcher:
@@ -138,9 +135,9 @@ def test_a_signal_ends_the_workers(store: Path, number: signal.Signals) -> None:
 
 def test_two_launches_of_the_same_work_side_by_side_do_it_once(store: Path) -> None:
     code = (
-        "import sys; from model.config import JobConfig; from model.plumbing.jobs import JobSpec;"
+        "import sys; from model.plumbing.jobs import JobSpec;"
         "from components.launcher import launch;"
-        "launch(JobSpec.model_validate_json(sys.argv[1]), JobConfig(processes_per_worker=2))"
+        "launch(JobSpec.model_validate_json(sys.argv[1]))"
     )
     command = [sys.executable, "-c", code, spec(store, "well").model_dump_json()]
     environment = {**os.environ, "LATENT_GPT_CACHE": str(store / "cache")}

@@ -30,13 +30,14 @@ from model.config import (
 )
 from model.data import sources
 from model.data.image_shards import load_images
-from model.data.ingest import QUARANTINE, clean_captions, ingest
+from model.data.ingest import QUARANTINE, clean_captions
 from model.data.sources import Record
 from model.errors import UserError
 from model.plumbing import storage
 from model.plumbing.assets import Manifest
 from tests import ROOT
 from tests.data.test_images import bomb
+from tests.instances import ingest
 
 
 @pytest.fixture
@@ -150,17 +151,19 @@ def test_a_set_that_is_found_costs_no_import_of_torch(store):
     made = ingest(wanted)
     program = (
         "import sys; from model.config import DataConfig; from model.data.ingest import ingest;"
-        " ingest(DataConfig.model_validate_json(sys.argv[1])); assert 'torch' not in sys.modules"
+        " from model.plumbing.assets import AssetWriter; from model.steps import image_settings;"
+        " data = DataConfig.model_validate_json(sys.argv[1]);"
+        " ingest(data, AssetWriter('images', image_settings(data), {})); assert 'torch' not in sys.modules"
     )
     command = [sys.executable, "-c", program, wanted.model_dump_json()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"ingest  reused {made.uri}\n"
+    assert done.stdout == f"images  reused {made.uri}\n"
 
 
 def test_progress_has_a_percent_where_the_source_knows_its_number(store, here, capsys):
     ingest(shapes())
-    assert "ingest  picture 100/100  100%" in capsys.readouterr().out
+    assert "images  picture 100/100  100%" in capsys.readouterr().out
     ingest(shards(here))
     assert "%" not in capsys.readouterr().out
 

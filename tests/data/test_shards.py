@@ -11,12 +11,12 @@ import torch
 from model.config import DataConfig, ShapesSource
 from model.data.image_shards import image_batches, load_images
 from model.data.images import to_tensor
-from model.data.ingest import ingest
 from model.data.order import share_of, shuffled
 from model.data.token_shards import TokenReader, TokenShard
 from model.errors import UserError
-from model.plumbing.assets import SetWriter
+from model.plumbing.assets import AssetWriter
 from model.plumbing.cache import ShardCache
+from tests.instances import ingest
 
 TOKENS, CONTEXT = 6, 5
 
@@ -131,7 +131,7 @@ def test_empty_split_is_named(images):
 def token_set(store, sizes=(10, 4, 17), views=3, vocabulary=2000, monkeypatch=None):
     """Codes say where they are: shard·1000 + row, then the view, then noise; captions repeat the row."""
     monkeypatch.setenv("LATENT_GPT_STORE", str(store))
-    writer = SetWriter("tokens", {"sizes": list(sizes), "vocabulary": vocabulary}, {})
+    writer = AssetWriter("tokens", {"sizes": list(sizes), "vocabulary": vocabulary}, {})
     rng = np.random.default_rng(0)
     shards = {}
     for number, size in enumerate(sizes):
@@ -197,7 +197,7 @@ def test_token_ordered_is_the_plain_view_once(tmp_path, monkeypatch):
 
 def test_long_captions_are_cut_to_the_context(tmp_path, monkeypatch):
     monkeypatch.setenv("LATENT_GPT_STORE", str(tmp_path))
-    writer = SetWriter("tokens", {}, {})
+    writer = AssetWriter("tokens", {}, {})
     data = TokenShard.to_bytes(np.zeros((1, 1, TOKENS)), [[[9] * 50]], 10)
     writer.add_bytes("train-000000.safetensors", data)
     info = {"shards": {"train-000000.safetensors": 1}, "tokens": TOKENS, "context_length": CONTEXT}
@@ -249,7 +249,7 @@ def remote(tmp_path, monkeypatch):
         real(uri.replace("s3://bucket", local), path, sha256)
 
     monkeypatch.setattr(storage, "download_file", download)
-    return manifest.model_copy(update={"uri": "s3://bucket"}), calls
+    return manifest.at("s3://bucket"), calls
 
 
 def test_cache_downloads_once_and_verifies_what_it_finds(remote, tmp_path):

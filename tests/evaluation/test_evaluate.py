@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from model.config import RunConfig
-from model.data.ingest import ingest
 from model.errors import UserError
 from model.evaluation import evaluate as evaluation
-from model.evaluation.evaluate import Verdict, compare, evaluate, load_benchmark, remeasure
+from model.evaluation.evaluate import Verdict, compare, load_benchmark, remeasure
 from model.inference.generate import Generator, write_bundle
 from model.plumbing import assets, storage
 from model.plumbing.assets import Manifest
-from tests.instances import config, publish_models
+from tests.instances import config, ingest, make, publish_models
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +43,7 @@ def sets(root: Path, tmp_path_factory: pytest.TempPathFactory, run: RunConfig) -
 @pytest.fixture(scope="module")
 def made(sets: dict[str, Manifest], run: RunConfig) -> Manifest:
     """The evaluation of these models."""
-    return evaluate(run, sets)
+    return make("evaluation", run, sets)
 
 
 def test_an_evaluation_holds_report_pictures_and_metrics(made: Manifest) -> None:
@@ -68,7 +67,7 @@ def test_a_finished_evaluation_is_found(
     made: Manifest, sets: dict[str, Manifest], run: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Generator, "draw", lambda *_: pytest.fail("drew pictures although all was done"))
-    assert evaluate(run, sets) == made
+    assert make("evaluation", run, sets) == made
 
 
 @pytest.mark.slow
@@ -76,7 +75,7 @@ def test_evaluating_twice_gives_the_same_bytes(
     made: Manifest, sets: dict[str, Manifest], run: RunConfig
 ) -> None:
     storage.delete_prefix(made.uri)
-    assert evaluate(run, sets).sha256 == made.sha256
+    assert make("evaluation", run, sets).sha256 == made.sha256
 
 
 def test_the_benchmark_is_pinned_by_data_judge_and_config(sets: dict[str, Manifest], run: RunConfig) -> None:
@@ -148,7 +147,7 @@ def test_nothing_is_left_where_sets_do_not_belong_together(
 
     before = left()
     with pytest.raises(UserError, match="do not belong together"):
-        evaluate(run, sets | {"tokenizer": strange["tokenizer"]})
+        make("evaluation", run, sets | {"tokenizer": strange["tokenizer"]})
     assert left() == before
 
 
@@ -156,18 +155,20 @@ def test_nothing_is_left_where_sets_do_not_belong_together(
 def test_as_a_job_with_real_services(services: dict[str, str], run: RunConfig, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
+    from model.plumbing import worker
     from model.plumbing.jobs import JobSpec, TrackingIds
-    from model.plumbing.steps import job
+    from model.steps import job
 
     images = ingest(run.data)
     sets = {"images": images, **publish_models(tmp_path / "models", run, images)}
-    spec: JobSpec = job("evaluation", "evaluate", run, "run-1", sets)
-    assert spec.tracking == TrackingIds(experiment=run.experiment, run="run-1", step="evaluate")
-    made = evaluation.main(spec)
+    spec: JobSpec = job("evaluation", run, "run-1", sets)
+    assert spec.tracking == TrackingIds(experiment=run.experiment, run="run-1", step="evaluation")
+    made = worker.run(spec, evaluation.main)
+    assert made
     assert made == assets.load(spec.output)
     client = MlflowClient(services["MLFLOW_TRACKING_URI"])
     experiment = client.get_experiment_by_name(run.experiment)
     assert experiment
-    (found,) = client.search_runs([experiment.experiment_id], "tags.`latent_gpt.step` = 'evaluate'")
+    (found,) = client.search_runs([experiment.experiment_id], "tags.`latent_gpt.step` = 'evaluation'")
     assert found.data.metrics["validation/nll"] == pytest.approx(made.info["validation/nll"])
     assert [file.path for file in client.list_artifacts(found.info.run_id)] == ["report.html"]

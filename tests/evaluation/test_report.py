@@ -43,10 +43,9 @@ def figures() -> dict[str, float]:
 def manifest(kind: str, **inputs: str) -> Manifest:
     return Manifest(
         kind=kind,  # type: ignore[arg-type]
-        uri=f"s3://bucket/{kind}/0123456789abcdef",
         key="0123456789abcdef",
-        config={},
-        inputs={name: Input(uri=uri, sha256="0" * 64) for name, uri in inputs.items()},
+        settings={},
+        inputs={name: Input(kind=name, key=key, sha256="0" * 64) for name, key in inputs.items()},  # type: ignore[arg-type]
         files=(File(name="model.safetensors", size=1_234_567, sha256="1" * 64),),
         info={"train": 24, "quarantined": 3, "shards": {"train-0.tar": 24}},
     )
@@ -56,8 +55,8 @@ def manifest(kind: str, **inputs: str) -> Manifest:
 def page() -> Page:
     return Page(
         config=config(),
-        sets={"images": manifest("images"), "tokenizer": manifest("tokenizer", images="s3://bucket/images/x"),
-              "text": manifest("clip"), "judge": manifest("clip")},
+        sets={"images": manifest("images"), "tokenizer": manifest("tokenizer", images="x"),
+              "text": manifest("text"), "judge": manifest("judge")},
         metrics=figures(),
         parameters={"transformer": 2_325_824, "tokenizer": 1_327_540},
         grids=[
@@ -124,7 +123,7 @@ def test_what_the_page_says(page: Page) -> None:
     text = " ".join(Reader(report.render(page)).text.split())
     for said in (
         "75.0 %", "27.2 dB", "compact CLIP trained in this run", "2.3M weights", "Combinations held out",
-        "s3://bucket/images/0123456789abcdef", "quarantined 3", "1.2 MB", "codebook_size: 16", "0.123",
+        "images/0123456789abcdef", "quarantined 3", "1.2 MB", "codebook_size: 16", "0.123",
         "24 captions seen in training, 20 captions held out", "latent-gpt run --preset tiny.yaml",
     ):  # fmt: skip
         assert said in text, said

@@ -79,7 +79,7 @@ FAMILIES = {"janus": janus, "diffusers": diffusers_vq, "emu3": emu3}
 
 def publish(family: str, ref: Path | str) -> assets.Manifest:
     config = PretrainedTokenizerConfig(family=family, ref=str(ref))
-    return import_pretrained(config, assets.SetWriter("tokenizer", config.model_dump(), {}))
+    return import_pretrained(config, assets.AssetWriter("tokenizer", config.model_dump(), {}))
 
 
 def imported(family: str, net: nn.Module, tmp_path: Path) -> tuple[assets.Manifest, object]:

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from model import steps
 from model.config import load_config
-from pipelines.local import Follower, _new_folder, _session, state_folder, step_names
+from pipelines.local import Follower, _new_folder, _session, state_folder
 
 
 def follow(lines: list[str], terminal: bool = False) -> tuple[Follower, str]:
     out = io.StringIO()
     out.isatty = lambda: terminal  # type: ignore[method-assign]
-    follower = Follower(["prepare", "train_gpt"], out=out)
+    follower = Follower(["prepare", "transformer"], out=out)
     for line in lines:
         follower.line(line)
     follower.end_line()
@@ -24,29 +25,29 @@ def follow(lines: list[str], terminal: bool = False) -> tuple[Follower, str]:
 
 SPOKEN = [
     "21:43:12 - INFO - Executing task 'train-gpt'\n",
-    "    train_gpt  started\n",
-    "    train_gpt  step 1/2  50%  loss 3.2  ETA 1s\n",
-    "    train_gpt  step 2/2  100%  loss 3.1  ETA 0s\n",
+    "    transformer  started\n",
+    "    transformer  step 1/2  50%  loss 3.2  ETA 1s\n",
+    "    transformer  step 2/2  100%  loss 3.1  ETA 0s\n",
     "    {'a': 1}\n",
-    "    train_gpt  done in 2.5 s\n",
+    "    transformer  done in 2.5 s\n",
 ]
 
 
 def test_only_what_steps_say_is_shown() -> None:
     follower, shown = follow(SPOKEN)
     assert shown.splitlines() == [
-        "[1/2] train_gpt",
+        "[1/2] transformer",
         "      step 1/2  50%  loss 3.2  ETA 1s",
         "      step 2/2  100%  loss 3.1  ETA 0s",
         "      done in 2.5 s",
     ]
-    assert follower.seconds == {"train_gpt": 2.5}
+    assert follower.seconds == {"transformer": 2.5}
 
 
 def test_on_a_terminal_progress_replaces_progress_and_nothing_else() -> None:
     _, shown = follow(SPOKEN, terminal=True)
     assert shown == (
-        "[1/2] train_gpt\n"
+        "[1/2] transformer\n"
         "      step 1/2  50%  loss 3.2  ETA 1s\r\033[2K      step 2/2  100%  loss 3.1  ETA 0s\n"
         "      done in 2.5 s\n"
     )
@@ -59,8 +60,8 @@ def test_the_reason_of_a_failure_and_reuse_are_kept() -> None:
 
 
 def test_the_steps_end_with_the_tokenizer_where_there_is_no_transformer() -> None:
-    assert step_names(load_config("smoke"))[-1] == "register"
-    assert step_names(load_config("smoke", ["transformer=null"]))[-1] == "tokenizer"
+    assert steps.names(load_config("smoke"))[-1] == "register"
+    assert steps.names(load_config("smoke", ["transformer=null"]))[-1] == "tokenizer"
 
 
 def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path) -> None:

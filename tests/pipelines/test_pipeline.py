@@ -20,13 +20,13 @@ pytestmark = pytest.mark.slow
 SERVICES = ("S3_ENDPOINT_URL", "MLFLOW_TRACKING_URI", "LATENT_GPT_STORE", "AWS_ACCESS_KEY_ID")
 STEPS = [
     "prepare",
-    "ingest",
+    "images",
     "tokenizer",
-    "clip_text",
-    "clip_judge",
-    "tokenize_data",
-    "train_gpt",
-    "evaluate",
+    "text",
+    "judge",
+    "tokens",
+    "transformer",
+    "evaluation",
     "register",
 ]
 
@@ -201,7 +201,7 @@ def test_mlflow_holds_one_parent_with_a_child_per_trained_step(
     children = {step: experiment for step, _, parent, _, experiment in runs if parent == parents[0][3]}
     assert children.pop("tokenizer") == "vqvae-training"
     assert set(children.values()) == {"latent-gpt-custom-vqvae"}
-    assert {"clip_text", "clip_judge", "train_gpt", "register"} <= children.keys()
+    assert {"text", "judge", "transformer", "register"} <= children.keys()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -259,7 +259,7 @@ def test_the_other_phases_take_the_same_steps_into_their_own_experiments(
     done = latent_gpt(state, "run", "--preset", "smoke", "--set", pretrained)
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = re.findall(r"^reused +(.*)$", done.stdout, re.MULTILINE)
-    assert set(line.split(", ")) == {"ingest", "clip_text", "clip_judge"}
+    assert set(line.split(", ")) == {"images", "text", "judge"}
     assert "latent-gpt version 2" in done.stdout
     drawn = latent_gpt(
         state, "generate", "a red circle", "--model", "models:/latent-gpt/2", "--out", str(tmp_path / "a.png")
@@ -270,7 +270,7 @@ def test_the_other_phases_take_the_same_steps_into_their_own_experiments(
     alone = latent_gpt(state, "run", "--preset", "smoke", "--set", "transformer=null")
     assert alone.returncode == 0, alone.stdout + alone.stderr
     (line,) = re.findall(r"^reused +(.*)$", alone.stdout, re.MULTILINE)
-    assert set(line.split(", ")) == {"ingest", "tokenizer"}
+    assert set(line.split(", ")) == {"images", "tokenizer"}
 
     runs = mlflow_runs(state)
     assert all(status == "FINISHED" for _, status, *_ in runs)

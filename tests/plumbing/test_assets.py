@@ -1,15 +1,16 @@
-"""Sets: the same work has the same place, is complete or not there, and is what its checksums say."""
+"""Assets: the same work has the same place, is complete or not there, and is what its checksums say."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from model.errors import UserError
 from model.plumbing import assets, storage
-from model.plumbing.assets import File, Manifest, SetWriter
+from model.plumbing.assets import AssetWriter, File, Manifest
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
@@ -21,19 +22,19 @@ def root(request: pytest.FixtureRequest) -> str:
 
 
 def write(config: dict[str, object] | None = None, data: bytes = b"data", **inputs: Manifest) -> Manifest:
-    """A small set."""
-    writer = SetWriter("images", config or {"size": 64}, inputs)
+    """A small asset."""
+    writer = AssetWriter("images", config or {"size": 64}, inputs)
     writer.add_bytes("b/train-00000.tar", data)
     writer.add_bytes("a.jsonl", b"")
     return writer.finish({"pictures": 3})
 
 
-def test_a_set_is_found_only_when_it_is_complete(root: str) -> None:
-    writer = SetWriter("images", {"size": 64}, {})
+def test_an_asset_is_found_only_when_it_is_complete(root: str) -> None:
+    writer = AssetWriter("images", {"size": 64}, {})
     writer.add_bytes("train-00000.tar", b"data")
     assert writer.uri.startswith(root)
     assert assets.find(writer.uri) is None
-    with pytest.raises(storage.NotFound, match=r"is not a complete set: it has no manifest.json"):
+    with pytest.raises(storage.NotFound, match=r"is not a complete asset: it has no manifest.json"):
         assets.load(writer.uri)
     made = writer.finish({"pictures": 3})
     assert assets.find(writer.uri) == made
@@ -57,21 +58,22 @@ def test_other_work_has_another_place(store: str) -> None:
         other.uri,
         write({"size": 64}, child=image).uri,
         write({"size": 64}, child=other).uri,
-        assets.set_uri("tokens", {"size": 64}, {}),
+        AssetWriter("tokens", {"size": 64}, {}).uri,
     }
     assert len(uris) == 5
 
 
 def test_hashes_do_not_depend_on_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
+    made, uris = [], []
     for name in ("one", "two"):
         monkeypatch.setenv("LATENT_GPT_STORE", str(tmp_path / name))
         made.append(write(child=write({"size": 1})))
-    assert made[0].uri != made[1].uri
+        uris.append(made[-1].uri)
+    assert uris[0] != uris[1]
     assert made[0].sha256 == made[1].sha256
     assert made[0].key == made[1].key
     (tmp_path / "one").rename(tmp_path / "moved")
-    moved = assets.find(made[0].uri.replace("/one/", "/moved/"))
+    moved = assets.find(uris[0].replace("/one/", "/moved/"))
     assert moved
     assert "/moved/" in moved.uri
     assert moved.sha256 == made[0].sha256
@@ -85,7 +87,7 @@ def test_another_result_does_not_replace_the_first(root: str) -> None:
 
 
 def test_finishing_deletes_the_checkpoints(root: str) -> None:
-    writer = SetWriter("transformer", {}, {})
+    writer = AssetWriter("transformer", {}, {})
     storage.write_bytes(storage.join(writer.uri, "checkpoints/step-1/tensors"), b"x")
     writer.add_bytes("model.safetensors", b"x")
     writer.finish({})
@@ -127,7 +129,7 @@ def test_a_missing_or_cut_file_is_named(root: str) -> None:
         assets.find(made.uri)
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"{}", b'{"schema_version": 1}'])
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"{}", b'{"schema_version": 2}'])
 def test_a_damaged_manifest_is_named(store: str, damage: bytes) -> None:
     made = write()
     storage.write_bytes(storage.join(made.uri, assets.NAME), damage)
@@ -135,16 +137,49 @@ def test_a_damaged_manifest_is_named(store: str, damage: bytes) -> None:
         assets.load(made.uri)
 
 
-def test_a_newer_schema_is_refused(store: str) -> None:
+@pytest.mark.parametrize(
+    ("schema", "way"),
+    [(1, "an earlier latent-gpt made it; run the pipeline again"), (3, "update latent-gpt")],
+)
+def test_another_schema_is_refused(store: str, schema: int, way: str) -> None:
     made = write()
     uri = storage.join(made.uri, assets.NAME)
-    values = json.loads(storage.read_bytes(uri)) | {"schema_version": 2}
+    values = json.loads(storage.read_bytes(uri)) | {"schema_version": schema}
     storage.write_bytes(uri, json.dumps(values).encode())
-    with pytest.raises(UserError, match="has schema 2; this version reads up to 1: update"):
+    with pytest.raises(UserError, match=f"has schema {schema}; this version reads 2: {way}"):
         assets.load(made.uri)
 
 
+def test_inputs_are_found_where_the_store_is_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATENT_GPT_STORE", str(tmp_path / "one"))
+    made = write(child=write({"size": 1}))
+    assert str(tmp_path) not in storage.read_bytes(storage.join(made.uri, assets.NAME)).decode()
+    (tmp_path / "one").rename(tmp_path / "moved")
+    monkeypatch.setenv("LATENT_GPT_STORE", str(tmp_path / "moved"))
+    assert made.input("child").uri.startswith(str(tmp_path / "moved"))
+
+
+def test_an_input_with_other_bytes_is_refused(store: str) -> None:
+    made = write(child=write({"size": 1}))
+    storage.delete_prefix(made.input("child").uri)
+    write({"size": 1}, data=b"tada")
+    with pytest.raises(UserError, match="is not the asset that was used"):
+        made.input("child")
+
+
+def test_the_version_of_a_step_moves_its_assets(store: str) -> None:
+    assert AssetWriter("tokens", {}, {}, version=1).uri != AssetWriter("tokens", {}, {}, version=2).uri
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, [1.0, math.nan]])
+def test_what_is_not_finite_is_not_kept(store: str, value: object) -> None:
+    writer = AssetWriter("tokens", {}, {})
+    with pytest.raises(UserError, match=r"^tokens: psnr is .*(nan|inf)"):
+        writer.finish({"psnr": value})
+    assert assets.find(writer.uri) is None
+
+
 @pytest.mark.parametrize("name", ["", "/etc/passwd", "../x", "a/../../x", "a//b", "."])
-def test_names_stay_inside_the_set(name: str) -> None:
+def test_names_stay_inside_the_asset(name: str) -> None:
     with pytest.raises(ValueError, match="is not a plain relative path"):
         File(name=name, size=0, sha256="")

@@ -15,22 +15,23 @@ from model.plumbing.jobs import JobSpec, TrackingIds, read_spec, write_spec
 from tests import ROOT
 
 
-def spec(store: str) -> JobSpec:
+def spec() -> JobSpec:
     return JobSpec(
+        kind="transformer",
         module="model.training.transformer",
         config=load_config("smoke"),
-        inputs={"tokens": f"{store}/tokens/0123"},
-        output=f"{store}/transformer/4567",
-        tracking=TrackingIds(experiment="e", run="r", step="train_gpt"),
-        options={"role": "text"},
+        settings={"said": "text"},
+        inputs={},
+        tracking=TrackingIds(experiment="e", run="r", step="transformer"),
     )
 
 
 def test_a_spec_survives_its_trip(store: str) -> None:
-    written = spec(store)
+    written = spec()
     assert read_spec(write_spec(written)) == written
-    assert written.name == "train_gpt"
-    assert written.checkpoints == f"{store}/transformer/4567/checkpoints"
+    assert written.name == "transformer"
+    assert written.output.startswith(f"{store}/transformer/")
+    assert written.checkpoints == f"{written.output}/checkpoints"
 
 
 def test_what_is_no_spec_is_one_line(store: str) -> None:
@@ -47,18 +48,20 @@ def test_what_is_no_spec_is_one_line(store: str) -> None:
     [
         ("raise UserError('the data is bad')", 2, "error: the data is bad"),
         ("raise ValueError('a bug')", 1, "ValueError: a bug"),
-        ("print(spec.options['role'])", 0, "text"),
+        ("print(job.spec.settings['said'])", 0, "text"),
     ],
 )
 def test_a_worker_ends_as_it_should(store: str, body: str, status: int, said: str) -> None:
     code = (
         "from model.errors import UserError\n"
-        "from model.plumbing.jobs import run_worker\n"
-        f"def main(spec):\n    {body}\n"
-        "run_worker(main)\n"
+        "from model.plumbing import worker\n"
+        "from model.plumbing.tracking import Tracker\n"
+        f"def main(job):\n    {body}\n"
+        "worker.Tracker = lambda ids, params, enabled: Tracker(ids, params, False)\n"
+        "worker.run_worker(main)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, write_spec(spec(store))],
+        [sys.executable, "-c", code, write_spec(spec())],
         cwd=ROOT,
         env={name: value for name, value in os.environ.items() if name != "LATENT_GPT_DEBUG"},
         capture_output=True,

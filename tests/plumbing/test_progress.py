@@ -29,25 +29,25 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_a_line_says_it_all(clock: Clock) -> None:
     out = io.StringIO()
-    bar = Progress("train_gpt", 2000, "tok", per_count=4096, out=out)
+    bar = Progress("transformer", 2000, "tok", per_count=4096, out=out)
     clock.now += 34
     bar.update(340, loss=3.2134)
-    assert out.getvalue() == "train_gpt  step 340/2000  17%  loss 3.21  41k tok/s  ETA 2m46s\n"
+    assert out.getvalue() == "transformer  step 340/2000  17%  loss 3.21  41k tok/s  ETA 2m46s\n"
     # what the local runner reads: NAME, two spaces, text
     assert re.fullmatch(r"\w+  \S.*\n", out.getvalue())
 
 
 def test_lines_come_at_intervals_and_at_the_end(clock: Clock) -> None:
     out = io.StringIO()
-    bar = Progress("ingest", 100, "img", counted="image", every=1.0, out=out)
+    bar = Progress("images", 100, "img", counted="image", every=1.0, out=out)
     for done in range(1, 101):
         clock.now += 0.05
         bar.update(done)
     bar.update(100)
     lines = out.getvalue().splitlines()
     assert len(lines) == 6
-    assert lines[0].startswith("ingest  image 1/100  1%  20 img/s")
-    assert lines[-1] == "ingest  image 100/100  100%  20 img/s  ETA 0s"
+    assert lines[0].startswith("images  image 1/100  1%  20 img/s")
+    assert lines[-1] == "images  image 100/100  100%  20 img/s  ETA 0s"
 
 
 def test_the_rate_is_the_latest_and_the_resumed_part_is_not_counted(clock: Clock) -> None:
@@ -65,20 +65,20 @@ def test_the_rate_is_the_latest_and_the_resumed_part_is_not_counted(clock: Clock
 
 def test_the_last_line_gives_the_rate_of_the_whole_when_it_follows_at_once(clock: Clock) -> None:
     out = io.StringIO()
-    bar = Progress("ingest", 100, "img", out=out)
+    bar = Progress("images", 100, "img", out=out)
     clock.now += 9
     bar.update(90)
     clock.now += 0.001
     bar.update(100)
-    assert out.getvalue().splitlines()[-1] == "ingest  step 100/100  100%  11 img/s  ETA 0s"
+    assert out.getvalue().splitlines()[-1] == "images  step 100/100  100%  11 img/s  ETA 0s"
 
 
 def test_an_unknown_total_has_no_percent(clock: Clock) -> None:
     out = io.StringIO()
-    bar = Progress("ingest", 0, "img", counted="image", out=out)
+    bar = Progress("images", 0, "img", counted="image", out=out)
     clock.now += 1
     bar.update(7)
-    assert out.getvalue() == "ingest  image 7  7.0 img/s\n"
+    assert out.getvalue() == "images  image 7  7.0 img/s\n"
 
 
 def test_other_ranks_are_silent() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from model.errors import UserError
 from model.plumbing import registry, storage
-from model.plumbing.assets import SetWriter
+from model.plumbing.assets import AssetWriter
 from model.plumbing.jobs import TrackingIds
 
 PYFUNC = """
@@ -159,7 +159,7 @@ class TestRealServers:
         assert registry.verify(folder) == registry.verify(bundle)
 
     def test_a_set_in_s3_is_fetched(self, services: dict[str, str], tmp_path: Path) -> None:
-        writer = SetWriter("tokenizer", {}, {})
+        writer = AssetWriter("tokenizer", {}, {})
         writer.add_bytes("model.safetensors", b"weights")
         made = writer.finish({})
         folder = registry.resolve(made.uri, tmp_path)

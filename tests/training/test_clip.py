@@ -11,18 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from model.config import PretrainedCLIPConfig, RunConfig, TrainedCLIPConfig
-from model.data.ingest import ingest
-from model.errors import UserError
+from model.config import PretrainedCLIPConfig, RunConfig
 from model.nets.clip import load_judge, load_text_encoder
 from model.plumbing import assets
-from model.plumbing.assets import Manifest, SetWriter
+from model.plumbing.assets import Kind, Manifest
 from model.plumbing.checkpoints import Checkpointer
-from model.plumbing.distributed import setup
-from model.plumbing.steps import job, settings
-from model.plumbing.tracking import Tracker
 from model.training import clip
-from tests.instances import config
+from tests.instances import config, ingest, make, make_in_rank
 from tests.ranks import two_ranks
 
 
@@ -40,17 +35,9 @@ def run_config(**training: object) -> RunConfig:
     )  # fmt: skip
 
 
-def fit(run: RunConfig, images: Manifest, role: str) -> Manifest:
+def fit(run: RunConfig, images: Manifest, kind: Kind) -> Manifest:
     """Train here, without MLflow."""
-    spec = job("clip", f"clip_{role}", run, "test", {"images": images}, role)
-    writer = SetWriter("clip", settings("clip", run, role), {"images": images})
-    assert isinstance(run.clip, TrainedCLIPConfig)
-    with setup() as processes:
-        tracker = Tracker(spec.tracking, None, False)
-        made = clip.train(spec, run.clip, role, images, writer, processes, tracker)
-    assert made
-    assert made.uri == spec.output
-    return made
+    return make(kind, run, {"images": images})
 
 
 def history(made: Manifest) -> dict[str, list[list[float]]]:
@@ -77,7 +64,7 @@ def test_roles_are_two_models_that_load_through_one_door(store: str) -> None:
 def test_only_the_judge_sees_held_out_splits(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_config(steps=12, checkpoint_every=100)
     images = ingest(run.data)
-    seen: dict[str, set[str]] = {"text": set(), "judge": set()}
+    seen: dict[Kind, set[str]] = {"text": set(), "judge": set()}
     real = clip.image_batches
     for role, splits in seen.items():
 
@@ -139,16 +126,6 @@ def test_equal_captions_are_right_answers_for_each_other() -> None:
     torch.testing.assert_close(ours, ClipLoss()(images, captions, scale))
 
 
-def _train(run: str, images: str) -> None:
-    config, made = RunConfig.model_validate_json(run), assets.load(images)
-    spec = job("clip", "clip_text", config, "test", {"images": made}, "text")
-    writer = SetWriter("clip", settings("clip", config, "text"), {"images": made})
-    assert isinstance(config.clip, TrainedCLIPConfig)
-    with setup() as processes:
-        tracker = Tracker(spec.tracking, None, False)
-        clip.train(spec, config.clip, "text", made, writer, processes, tracker)
-
-
 @pytest.mark.slow
 def test_two_processes_contrast_with_all_pictures_of_the_batch(store: str, tmp_path: Path) -> None:
     """Features gathered from both, gradients sent back: the curve of one process with the whole batch."""
@@ -158,22 +135,14 @@ def test_two_processes_contrast_with_all_pictures_of_the_batch(store: str, tmp_p
     other = tmp_path / "other"
     shutil.copytree(Path(store) / "images", other / "images")
     there = images.uri.replace(store, str(other))
-    two_ranks(_train, str(other), run.model_dump_json(), there)
-    (made,) = (other / "clip").iterdir()
+    two_ranks(make_in_rank, str(other), "text", run.model_dump_json(), {"images": there})
+    (made,) = (other / "text").iterdir()
     two = history(assets.load(str(made)))
     assert np.allclose(two["train/loss"], one["train/loss"], atol=1e-3)
     assert np.allclose(two["validation/retrieval"], one["validation/retrieval"], atol=0.1)
 
 
-def test_an_unknown_role_is_refused(store: str) -> None:
-    run = run_config()
-    images = ingest(run.data)
-    spec = job("clip", "clip", run, "test", {"images": images}, "text")
-    with pytest.raises(UserError, match=r"options\.role"):
-        clip.main(spec.model_copy(update={"options": {"role": "jury"}}))
-
-
-def test_a_pretrained_model_is_imported_as_a_set(
+def test_a_pretrained_model_is_imported_as_an_asset(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import open_clip
@@ -191,9 +160,6 @@ def test_a_pretrained_model_is_imported_as_a_set(
     pretrained = PretrainedCLIPConfig(name="ViT-B-32", weights=str(tmp_path / "vit.safetensors"))
     run = run_config().model_copy(update={"clip": pretrained})
     images = ingest(run.data)
-    spec = job("clip", "clip", run, "test", {"images": images}, "text")
-    made = clip.main(spec)
-    assert made
-    assert made.uri == spec.output
+    made = make("text", run, {"images": images})
     assert load_text_encoder(made.uri).width == 32
     assert load_judge(made.uri).image_features(torch.zeros(1, 3, 16, 16)).shape == (1, 16)

@@ -13,7 +13,6 @@ import torch
 
 from model.data.image_shards import load_images
 from model.data.images import to_tensor
-from model.data.ingest import ingest
 from model.data.token_shards import TokenReader
 from model.errors import UserError
 from model.nets.clip import tokenize as text_ids
@@ -23,10 +22,10 @@ from model.plumbing import storage
 from model.plumbing.assets import fetch
 from model.plumbing.jobs import write_spec
 from model.plumbing.parallel import cores
-from model.plumbing.steps import job
-from model.training.tokenize import BATCH_PIXELS, PARTS, token_name, tokenize
+from model.steps import job
+from model.training.tokenize import BATCH_PIXELS, PARTS, token_name
 from tests import ROOT
-from tests.instances import config, publish_models
+from tests.instances import config, ingest, publish_models, run_job
 
 DATA = {
     "source": {"kind": "shapes", "count": 64},
@@ -43,7 +42,7 @@ def spec(store, tmp_path):
     images = ingest(run.data)
     models = publish_models(tmp_path / "models", run, images)
     inputs = {"images": images, "tokenizer": models["tokenizer"], "text": models["text"]}
-    return job("tokens", "tokenize_data", run, "run", inputs), inputs
+    return job("tokens", run, "run", inputs), inputs
 
 
 def test_codes_and_captions_are_those_of_the_pictures(spec, tmp_path, monkeypatch):
@@ -60,7 +59,7 @@ def test_codes_and_captions_are_those_of_the_pictures(spec, tmp_path, monkeypatc
 
     monkeypatch.setattr(VQVAE, "encode", encode)
     job, inputs = spec
-    tokens = tokenize(job)
+    tokens = run_job(job)
     assert tokens.info["vocabulary"] == 16
     assert tokens.info["grid"] == [4, 4]
     assert threads
@@ -78,7 +77,7 @@ def test_codes_and_captions_are_those_of_the_pictures(spec, tmp_path, monkeypatc
 
 def test_other_views_are_other_pictures(spec):
     job, _ = spec
-    tokens = tokenize(job)
+    tokens = run_job(job)
     reader = TokenReader(tokens, "train", tokens.info["train"])
     plain = {tuple(row) for b in reader.ordered() for row in b.codes.tolist()}
     batches = reader.batches()
@@ -89,14 +88,14 @@ def test_other_views_are_other_pictures(spec):
 
 def test_repeated_it_is_found(spec, monkeypatch):
     job, _ = spec
-    first = tokenize(job)
+    first = run_job(job)
     monkeypatch.setattr("model.training.tokenize.load_tokenizer", None)  # nothing is loaded again
-    assert tokenize(job) == first
+    assert run_job(job) == first
 
 
 def test_killed_between_shards_it_resumes_to_the_same_bytes(spec, monkeypatch):
     job, _ = spec
-    whole = tokenize(job)
+    whole = run_job(job)
     assert not storage.list_uris(storage.join(job.output, PARTS))
     storage.delete_prefix(job.output)
 
@@ -112,11 +111,11 @@ def test_killed_between_shards_it_resumes_to_the_same_bytes(spec, monkeypatch):
 
     monkeypatch.setattr(module, "encode_shard", dies_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        tokenize(job)
+        run_job(job)
     assert len(storage.list_uris(storage.join(job.output, PARTS))) == 2
     made.clear()
     monkeypatch.setattr(module, "encode_shard", lambda *a: (made.append(1), real(*a))[1])
-    resumed = tokenize(job)
+    resumed = run_job(job)
     assert len(made) == len(whole.files) - 2
     assert resumed == whole
 
@@ -127,7 +126,7 @@ def test_wrong_tokenizer_for_the_side(spec):
     path = Path(odd.uri, "manifest.json")
     path.write_text(odd.model_dump_json())
     with pytest.raises(UserError, match=r"image_size \(18\) must be a multiple of the tokenizer's factor"):
-        tokenize(job)
+        run_job(job)
 
 
 def test_damaged_image_shard_is_named(spec):
@@ -137,7 +136,7 @@ def test_damaged_image_shard_is_named(spec):
     data[700] ^= 1
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"train-000001\.tar is damaged"):
-        tokenize(job)
+        run_job(job)
 
 
 def test_names():
@@ -147,7 +146,7 @@ def test_names():
 @pytest.mark.slow
 def test_two_workers_make_the_same_set_as_one(spec):
     job, _ = spec
-    alone = tokenize(job)
+    alone = run_job(job)
     storage.delete_prefix(job.output)
     uri = write_spec(job)
     command = [

@@ -14,15 +14,13 @@ from model.config import RunConfig
 from model.data.token_shards import TokenShard
 from model.nets.clip import architecture, build_clip, tokenize
 from model.nets.gpt import load_gpt
+from model.nets.vqvae import VQVAE
 from model.plumbing import assets
-from model.plumbing.assets import Manifest, SetWriter
+from model.plumbing.assets import AssetWriter, Manifest
 from model.plumbing.checkpoints import Checkpointer
 from model.plumbing.distributed import setup
-from model.plumbing.jobs import JobSpec
-from model.plumbing.steps import job, settings
-from model.plumbing.tracking import Tracker
 from model.training import transformer
-from tests.instances import config
+from tests.instances import config, make, make_in_rank
 from tests.ranks import two_ranks
 
 COLOURS = ["red", "blue", "green", "black"]
@@ -57,16 +55,16 @@ def run_config(**training: object) -> RunConfig:
 
 
 def publish(run: RunConfig) -> dict[str, Manifest]:
-    """A text encoder, and tokens that its captions determine: each colour is one of four patterns."""
+    """Text encoder, tokenizer, and tokens that captions determine: each colour is one of four patterns."""
     torch.manual_seed(0)
     description = {
         "architecture": architecture(run.clip, 16),
         "preprocess": {"size": 16, "mean": [0.5] * 3, "std": [0.5] * 3},
     }
-    clip = SetWriter("clip", {"of": "test"}, {})
+    clip = AssetWriter("text", {"of": "test"}, {})
     clip.add_bytes("model.safetensors", save(dict(build_clip(description).state_dict())))
     clip.add_bytes("config.json", json.dumps(description).encode())
-    tokens = SetWriter("tokens", {"of": "test"}, {})
+    tokens = AssetWriter("tokens", {"of": "test"}, {})
     rng = np.random.default_rng(0)
     patterns = rng.integers(0, 16, (4, 16))
     sizes = {"train-00000.safetensors": 48, "train-00001.safetensors": 16, "validation-00000.safetensors": 20}
@@ -77,21 +75,19 @@ def publish(run: RunConfig) -> dict[str, Manifest]:
         noisy = np.where(rng.random(codes.shape) < 0.05, rng.integers(0, 16, codes.shape), codes)
         tokens.add_bytes(name, TokenShard.to_bytes(noisy, captions, 16))
     info = {"vocabulary": 16, "grid": [4, 4], "tokens": 16, "views": 1, "context_length": 24, "shards": sizes}
-    return {"tokens": tokens.finish(info), "text": clip.finish({})}
+    tokenizer = AssetWriter("tokenizer", {"of": "test"}, {})
+    weights = save({name: part.contiguous() for name, part in VQVAE(run.tokenizer).state_dict().items()})
+    tokenizer.add_bytes(
+        "model.safetensors",
+        weights,
+    )
+    tokenizer.add_bytes("config.json", run.tokenizer.model_dump_json().encode())
+    return {"tokens": tokens.finish(info), "text": clip.finish({}), "tokenizer": tokenizer.finish({})}
 
 
-def fit(run: RunConfig, sets: dict[str, Manifest]) -> Manifest:
+def fit(run: RunConfig, inputs: dict[str, Manifest]) -> Manifest:
     """Train here, without MLflow."""
-    spec = job("transformer", "train_gpt", run, "test", sets)
-    writer = SetWriter("transformer", settings("transformer", run), sets)
-    assert run.transformer
-    with setup() as processes:
-        made = transformer.train(
-            spec, run.transformer, sets, writer, processes, Tracker(spec.tracking, None, False)
-        )
-    assert made
-    assert made.uri == spec.output
-    return made
+    return make("transformer", run, inputs)
 
 
 def history(made: Manifest) -> dict[str, list[list[float]]]:
@@ -192,17 +188,6 @@ def test_random_order_ends_when_it_should() -> None:
     assert same is codes
 
 
-def _train(run: str, sets: dict[str, str]) -> None:
-    config = RunConfig.model_validate_json(run)
-    inputs = {name: assets.load(uri) for name, uri in sets.items()}
-    spec: JobSpec = job("transformer", "train_gpt", config, "test", inputs)
-    writer = SetWriter("transformer", settings("transformer", config), inputs)
-    assert config.transformer
-    with setup() as processes:
-        tracker = Tracker(spec.tracking, None, False)
-        transformer.train(spec, config.transformer, inputs, writer, processes, tracker)
-
-
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(store: str) -> None:
     """Without chances (dropout, dropped captions) the same batches give the same curve."""
@@ -217,7 +202,7 @@ def test_two_processes_train_as_one_does(store: str) -> None:
         if path.is_file():
             path.unlink()
     uris = {name: manifest.uri for name, manifest in sets.items()}
-    two_ranks(_train, store, run.model_dump_json(), uris)
+    two_ranks(make_in_rank, store, "transformer", run.model_dump_json(), uris)
     two = history(assets.load(made.uri))
     assert two.keys() == one.keys()
     for name in ("train/loss", "validation/nll", "validation/nll_unconditional"):

@@ -11,17 +11,17 @@ import torch
 from components.launcher import launch
 from model.config import RunConfig, load_config
 from model.data.images import to_pixels, to_tensor
-from model.data.ingest import ingest
 from model.nets.tokenizers import load_tokenizer
 from model.nets.vqvae import VQVAE
 from model.plumbing import assets, storage
-from model.plumbing.assets import Manifest, SetWriter
+from model.plumbing.assets import Manifest
 from model.plumbing.checkpoints import save_model
 from model.plumbing.distributed import Distributed
 from model.plumbing.jobs import JobSpec
-from model.plumbing.steps import job, settings
-from model.plumbing.tracking import RUN_TAG, STEP_TAG, Tracker
+from model.plumbing.tracking import RUN_TAG, STEP_TAG
+from model.steps import job
 from model.training import vqvae
+from tests.instances import ingest, run_job
 
 ALONE = Distributed(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
 
@@ -31,18 +31,7 @@ def config(*overrides: str) -> RunConfig:
 
 
 def spec_of(run: RunConfig) -> JobSpec:
-    return job("tokenizer", "train_vqvae", run, "test", {"images": ingest(run.data)})
-
-
-def train(spec: JobSpec) -> Manifest:
-    """The job in this process, on one CPU, without a tracking server."""
-    inputs = {"images": assets.load(spec.inputs["images"])}
-    writer = SetWriter("tokenizer", settings("tokenizer", spec.config), inputs)
-    tracker = Tracker(spec.tracking, enabled=False)
-    made = vqvae.train(spec, spec.config.tokenizer, inputs["images"], writer, ALONE, tracker)
-    assert made is not None
-    assert made.uri == spec.output
-    return made
+    return job("tokenizer", run, "test", {"images": ingest(run.data)})
 
 
 def history(manifest: Manifest) -> dict[str, list[list[float]]]:
@@ -72,28 +61,28 @@ def test_a_killed_job_ends_as_if_nothing_had_happened(
 ) -> None:
     run = config(*EVERYTHING)
     monkeypatch.setenv("LATENT_GPT_STORE", str(tmp_path / "whole"))
-    whole = train(spec_of(run))
+    whole = run_job(spec_of(run))
 
     monkeypatch.setenv("LATENT_GPT_STORE", str(tmp_path / "killed"))
     spec = spec_of(run)
     rate = vqvae.learning_rate
     with monkeypatch.context() as patch:
         patch.setattr(
-            train_vqvae,
+            vqvae,
             "learning_rate",
             lambda step, training: rate(step, training) if step < crash else pytest.fail("killed"),
         )
         with pytest.raises(pytest.fail.Exception):
-            train(spec)
+            run_job(spec)
     assert assets.find(spec.output) is None
-    resumed = train(spec)
+    resumed = run_job(spec)
     assert history(resumed) == history(whole)
     assert resumed.files == whole.files  # every weight, by SHA-256
 
 
 def test_the_set_is_the_best_validation_and_loads_as_a_tokenizer(store: str, tmp_path: Path) -> None:
     run = config("training.steps=40", "training.eval_every=10", "training.learning_rate=5e-3")
-    made = train(spec_of(run))
+    made = run_job(spec_of(run))
     curve = history(made)["validation/psnr"]
     assert [step for step, _ in curve] == [10, 20, 30, 40]
     assert made.info["psnr"] == max(value for _, value in curve)
@@ -102,14 +91,14 @@ def test_the_set_is_the_best_validation_and_loads_as_a_tokenizer(store: str, tmp
     assert not storage.list_sizes(storage.join(made.uri, "checkpoints"))
 
     tokenizer = load_tokenizer(assets.fetch(made, tmp_path / "tokenizer"))
-    held_out, _ = vqvae.load_images(assets.load(made.inputs["images"].uri), "validation")
+    held_out, _ = vqvae.load_images(made.input("images"), "validation")
     measured = vqvae.validate(tokenizer, held_out, ALONE)
     assert math.isclose(measured["psnr"], made.info["psnr"], abs_tol=1e-4)
 
 
 def test_finite_scalars_go_the_same_way(store: str, tmp_path: Path) -> None:
     run = config("quantizer=fsq", "fsq_levels=[4, 4]", "training.steps=20", "training.learning_rate=5e-3")
-    made = train(spec_of(run))
+    made = run_job(spec_of(run))
     losses = [value for _, value in history(made)["train/loss"]]
     assert losses[-1] < 0.8 * losses[0]
     assert made.info["vocabulary"] == 16
@@ -123,7 +112,7 @@ def test_the_adversary_plays_along_from_its_step_on(store: str) -> None:
     curves = []
     for start in (0.5, 1.0):
         overrides = ("training.steps=6", "loss.adversarial=0.5", f"loss.adversarial_from={start}")
-        made = train(spec_of(config(*overrides)))
+        made = run_job(spec_of(config(*overrides)))
         curves.append([value for _, value in history(made)["train/loss"]])
     early, never = curves  # the loss of reconstruction alone, before each step
     assert early[:4] == never[:4]
@@ -157,7 +146,7 @@ def test_two_processes_train_one_tokenizer(services: dict[str, str], tmp_path: P
     adversary = ("loss.adversarial=0.5", "loss.adversarial_from=0.3")
     run = config("training.steps=6", "training.eval_every=3", "training.checkpoint_every=4", *adversary)
     spec = spec_of(run)
-    made = launch(spec, run.jobs)
+    made = launch(spec)
     assert made.kind == "tokenizer"
     tokenizer = load_tokenizer(assets.fetch(made, tmp_path / "tokenizer"))
     assert tokenizer.vocabulary == 16
@@ -183,7 +172,7 @@ def test_the_same_job_imports_a_pretrained_tokenizer(services: dict[str, str], t
     run = load_config(
         "smoke", [f"tokenizer={{kind: pretrained, family: latent-gpt, ref: {tmp_path / 'reference'}}}"]
     )
-    made = launch(spec_of(run), run.jobs)
+    made = launch(spec_of(run))
     tokenizer = load_tokenizer(assets.fetch(made, tmp_path / "fetched"))
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     assert torch.equal(tokenizer.encode(images), net.encode(images))

@@ -6,15 +6,17 @@ from components.step import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def ingest(config: str, run: str, images: dsl.Output[dsl.Dataset]) -> None:
+def images(config: str, run: str, images: dsl.Output[dsl.Dataset]) -> None:
     """Validate, normalise, split and shard; bad pictures are quarantined with their reasons."""
     from components.step import alone, step, write
 
-    with step("ingest", run):
+    with step("images", run):
         from model.config import parse_config
         from model.data.ingest import ingest
+        from model.steps import writer
 
-        data = parse_config(config).data
-        with alone("ingest", data.model_dump_json()):
-            made = ingest(data)
+        settings = parse_config(config)
+        output = writer("images", settings, {})
+        with alone("images", output.uri):
+            made = ingest(settings.data, output)
         write(made, images)

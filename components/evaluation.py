@@ -6,13 +6,12 @@ from components.step import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def evaluate(
+def evaluation(
     config: str,
     run: str,
     images: dsl.Input[dsl.Dataset],
-    tokens: dsl.Input[dsl.Dataset],
     tokenizer: dsl.Input[dsl.Model],
-    clip: dsl.Input[dsl.Model],
+    text: dsl.Input[dsl.Model],
     judge: dsl.Input[dsl.Model],
     transformer: dsl.Input[dsl.Model],
     evaluation: dsl.Output[dsl.Artifact],
@@ -20,27 +19,23 @@ def evaluate(
     report: dsl.Output[dsl.HTML],
 ) -> None:
     """Metrics on held-out pictures, sample grids, curves and lineage in one self-contained page."""
-    from components.step import read, step, write
+    from components.step import make, step, write
 
-    with step("evaluate", run):
+    with step("evaluation", run):
         from pathlib import Path
 
-        from components.launcher import launch
-        from model.config import parse_config
         from model.plumbing import storage
-        from model.plumbing.steps import job
 
-        inputs = {
-            "images": read(images),
-            "tokens": read(tokens),
-            "tokenizer": read(tokenizer),
-            "text": read(clip),
-            "judge": read(judge),
-            "transformer": read(transformer),
-        }
-        settings = parse_config(config)
-        alone = settings.jobs.model_copy(update={"workers": 1, "processes_per_worker": 1})
-        made = launch(job("evaluation", "evaluate", settings, run, inputs), alone)
+        made = make(
+            "evaluation",
+            config,
+            run,
+            images=images,
+            tokenizer=tokenizer,
+            text=text,
+            judge=judge,
+            transformer=transformer,
+        )
         write(made, evaluation)
         for name, value in made.info.items():
             if isinstance(value, int | float):

@@ -1,0 +1,21 @@
+"""Step: every picture of every split into codes, and its captions into token ids."""
+
+from kfp import dsl
+
+from components.step import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def tokens(
+    config: str,
+    run: str,
+    images: dsl.Input[dsl.Dataset],
+    tokenizer: dsl.Input[dsl.Model],
+    text: dsl.Input[dsl.Model],
+    tokens: dsl.Output[dsl.Dataset],
+) -> None:
+    """Write token shards that the trainer reads without touching a picture again."""
+    from components.step import make, step, write
+
+    with step("tokens", run):
+        write(make("tokens", config, run, images=images, tokenizer=tokenizer, text=text), tokens)

@@ -1,0 +1,22 @@
+"""Step: the transformer over image tokens, conditioned on text."""
+
+from kfp import dsl
+
+from components.step import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def transformer(
+    config: str,
+    run: str,
+    tokens: dsl.Input[dsl.Dataset],
+    text: dsl.Input[dsl.Model],
+    tokenizer: dsl.Input[dsl.Model],
+    transformer: dsl.Output[dsl.Model],
+) -> None:
+    """Train as a job of as many processes as the config asks for."""
+    from components.step import make, step, write
+
+    with step("transformer", run):
+        made = make("transformer", config, run, tokens=tokens, text=text, tokenizer=tokenizer)
+        write(made, transformer)

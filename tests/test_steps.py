@@ -1,0 +1,215 @@
+"""The table of steps: what is reused when a setting changes, said for every setting and every step."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any, get_args
+
+import pytest
+from pydantic import BaseModel
+
+from model import steps
+from model.config import (
+    PretrainedCLIPConfig,
+    PretrainedTokenizerConfig,
+    RunConfig,
+    load_config,
+    parse_config,
+)
+from model.errors import UserError
+from model.plumbing.assets import AssetWriter, Kind, Manifest
+from model.steps import STEPS, job, settings
+
+# Which steps' own settings a section or setting decides; the longest name that fits holds. Steps further
+# down follow by the hashes of their inputs. A new setting that fits nothing fails the test.
+DECIDES: dict[str, set[str]] = {
+    "name": set(),  # of the preset: for people
+    "seed": {"tokenizer", "text", "judge", "tokens", "transformer"},
+    "data": {"images"},
+    "data.max_bad_share": set(),  # whether ingest goes on, not what it makes
+    "data.augment": {"tokenizer", "text", "judge", "tokens", "evaluation"},
+    "data.augment.views": {"tokens"},
+    "tokenizer": {"tokenizer"},
+    "tokenizer.training.log_every": set(),
+    "tokenizer.training.checkpoint_every": set(),
+    "clip": {"text", "judge"},
+    "clip.training.log_every": set(),
+    "clip.training.checkpoint_every": set(),
+    "transformer": {"transformer"},
+    "transformer.training.log_every": set(),
+    "transformer.training.checkpoint_every": set(),
+    "sampling": {"evaluation"},
+    "evaluation": {"evaluation"},
+    "jobs": set(),  # where a job runs, not what it makes
+}
+PRETRAINED = {
+    "tokenizer": PretrainedTokenizerConfig(ref="owner/name").model_dump(),
+    "clip": PretrainedCLIPConfig().model_dump(),
+}
+
+
+def configs() -> list[RunConfig]:
+    """Between them every member of the unions of models: trained here, and pretrained."""
+    ours = load_config("smoke", ["tokenizer.loss.perceptual=0.1"])
+    return [ours, parse_config(ours.model_dump() | PRETRAINED)]
+
+
+def leaves(section: BaseModel, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all settings below a section."""
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if name == "kind" and prefix:
+            continue  # of a union: it is another section then
+        if isinstance(value, BaseModel):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def with_another(config: RunConfig, path: str) -> RunConfig:
+    """The config with another value of a setting, whether it makes sense or not."""
+    *parents, leaf = path.split(".")
+    sections: list[BaseModel] = [config]
+    for name in parents:
+        sections.append(getattr(sections[-1], name))
+    changed: Any = another(getattr(sections[-1], leaf))
+    for section, name in zip(reversed(sections), [leaf, *reversed(parents)], strict=True):
+        changed = section.model_copy(update={name: changed})
+    assert isinstance(changed, RunConfig)
+    return changed
+
+
+def another(value: Any) -> Any:
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return value + 1
+        case str():
+            return f"{value}x"
+        case tuple():
+            return value[::-1] if value != value[::-1] else (*value[:-1], 7)
+        case list():
+            return [*value, 1]
+        case dict():
+            return {**value, "a": "b"}
+    raise TypeError(value)
+
+
+FIELDS = sorted({(which, path) for which, config in enumerate(configs()) for path in leaves(config)})
+
+
+@pytest.mark.parametrize(("which", "path"), FIELDS)
+def test_every_setting_moves_the_assets_that_it_decides_and_no_others(
+    which: int, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.data.sources.fingerprint", lambda source: source.model_dump_json())
+    before = configs()[which]
+    after = with_another(before, path)
+    names = [name for name in DECIDES if path == name or path.startswith(f"{name}.")]
+    assert names, f"{path} is new: say in DECIDES which steps it decides"
+    expected = DECIDES[max(names, key=len)]
+    if which == 1:  # what is pretrained does not depend on the run
+        trained_here = {"tokenizer", "text", "judge"}
+        expected = expected - trained_here if path.startswith(("seed", "data.augment")) else expected
+    moved = {kind for kind in STEPS if settings(kind, before) != settings(kind, after)}
+    assert moved == expected
+
+
+def test_every_name_that_decides_is_a_setting() -> None:
+    """So that a renamed setting does not leave its row behind."""
+    known = {path for _, path in FIELDS}
+    for name in DECIDES:
+        assert any(path == name or path.startswith(f"{name}.") for path in known), name
+
+
+def test_steps_follow_those_that_they_need() -> None:
+    kinds = list(STEPS)
+    for kind, step in STEPS.items():
+        assert all(kinds.index(needed) < kinds.index(kind) for needed in step.needs), kind
+        if step.module:
+            assert find_spec(step.module), step.module
+    assert set(kinds) <= set(get_args(Kind))
+
+
+def test_a_run_ends_with_the_tokenizer_where_there_is_no_transformer() -> None:
+    assert steps.names(load_config("smoke"))[-1] == "register"
+    assert steps.names(load_config("smoke", ["transformer=null"])) == ["prepare", "images", "tokenizer"]
+
+
+def published(store: str, kind: Kind, **settings: Any) -> Manifest:
+    writer = AssetWriter(kind, settings, {})
+    writer.add_bytes("a", b"a")
+    return writer.finish({})
+
+
+def test_a_job_says_all_that_its_worker_needs(store: str) -> None:
+    config = load_config("smoke")
+    inputs = {kind: published(store, kind) for kind in ("tokens", "text", "tokenizer")}
+    spec = job("transformer", config, "run", inputs)  # type: ignore[arg-type]
+    assert spec.module == "model.training.transformer"
+    assert spec.settings == settings("transformer", config)
+    assert spec.inputs == {name: made.as_input for name, made in inputs.items()}
+    assert spec.output == steps.writer("transformer", config, inputs).uri  # type: ignore[arg-type]
+    assert (spec.tracking.run, spec.tracking.step) == ("run", "transformer")
+    assert spec.jobs == config.jobs
+
+
+def test_other_inputs_than_a_step_needs_are_a_defect(store: str) -> None:
+    with pytest.raises(AssertionError, match="tokens needs"):
+        job("tokens", load_config("smoke"), "run", {"images": published(store, "images")})
+
+
+def test_text_encoder_and_judge_are_different_assets(store: str) -> None:
+    images = {"images": published(store, "images")}
+    config = load_config("smoke")
+    assert job("text", config, "r", images).output != job("judge", config, "r", images).output
+
+
+def test_the_evaluation_runs_in_one_process(store: str) -> None:
+    config = load_config("smoke", ["jobs.workers=2"])
+    inputs = {kind: published(store, kind) for kind in STEPS["evaluation"].needs}
+    spec = job("evaluation", config, "r", inputs)  # type: ignore[arg-type]
+    assert (spec.jobs.workers, spec.jobs.processes_per_worker) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "override"),
+    [
+        ("tokenizer", "tokenizer={{kind: pretrained, family: latent-gpt, ref: {}}}"),
+        ("tokenizer", "tokenizer.loss.perceptual_weights={}/model.safetensors"),
+        ("text", "clip={{kind: pretrained, weights: {}/model.safetensors}}"),
+    ],
+)
+def test_weights_made_elsewhere_are_known_by_their_content(kind: Kind, override: str, tmp_path: Any) -> None:
+    config = load_config("smoke", [override.format(tmp_path)])
+    with pytest.raises(UserError, match=r"^(tokenizer\.(ref|loss\.perceptual_weights)|clip\.weights): "):
+        settings(kind, config)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"one")
+    before = settings(kind, config)
+    assert settings(kind, config) == before
+    weights.write_bytes(b"two")
+    assert settings(kind, config) != before
+
+
+def test_weights_of_a_hub_are_known_by_name() -> None:
+    config = load_config("coco256-base")
+    assert "content" not in settings("tokenizer", config) | settings("text", config)
+
+
+def test_finding_out_that_there_is_nothing_to_do_needs_no_torch() -> None:
+    code = "import model.steps, components.launcher, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_vqvae_is_tracked_in_the_experiment_of_its_phase(store: str) -> None:
+    images = {"images": published(store, "images")}
+    config = load_config("smoke")
+    assert job("tokenizer", config, "r", images).tracking.experiment == "vqvae-training"
+    assert job("text", config, "r", images).tracking.experiment == "latent-gpt-custom-vqvae"
+    alone = load_config("smoke", ["transformer=null"])
+    assert job("tokenizer", alone, "r", images).tracking.experiment == alone.experiment
