@@ -26,6 +26,7 @@ from model.plumbing import tracking, worker
 def main(job: worker.Job) -> None:
     toy = job.spec.settings
     rank, end = job.processes.rank, toy["end"]
+    job.processes.barrier()  # a rank that is gone already would break the others' connection
     print(f"toy  rank {rank} of {os.environ['WORLD_SIZE']} on {os.environ['OMP_NUM_THREADS']} threads")
     open(f"{toy['folder']}/pid-{rank}", "w").write(str(os.getpid()))
     if end == "sleep":

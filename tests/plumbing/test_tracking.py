@@ -21,7 +21,7 @@ from model.plumbing.tracking import Tracker, check_server, flatten, mlflow_clien
 @pytest.fixture
 def ids(services: dict[str, str]) -> TrackingIds:
     """A step of a fresh pipeline run."""
-    return TrackingIds(experiment="vqvae-training", run=f"run-{uuid.uuid4().hex[:8]}", step="train_vqvae")
+    return TrackingIds(experiment="vqvae-training", run=f"run-{uuid.uuid4().hex[:8]}", step="tokenizer")
 
 
 @pytest.mark.parametrize("uri", ["", "sqlite:///mlflow.db", "./mlruns"])
