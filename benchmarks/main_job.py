@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import Part, Row
+from model.plumbing.speech import Said
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 0.2
@@ -42,16 +43,23 @@ class Timeline:
 
     @classmethod
     def read(cls, lines: Iterable[tuple[float, str]]) -> Timeline:
-        """From lines of the terminal, each with its time in seconds since the start."""
+        """From lines of the terminal, each with its time in seconds since the start.
+
+        A first line of progress comes after many counts (20 to 50 optimiser steps); its ETA, which carries
+        their mean pace on, says how long they took.
+        """
         timeline, step = cls(), None
         for when, line in lines:
             timeline.wall = when
             if match := re.fullmatch(r"\[\d+/\d+\] (\w+)", line.strip()):
                 step = timeline.steps[match[1]] = Step(when)
-            elif step and re.fullmatch(r"done in [\d.]+ s", line.strip()):
-                step.ended = when
-            elif step and step.worked is None and re.match(r"\s+[a-z' ]+ \d+(/\d+)?(  |$)", line):
-                step.worked = max(step.started, when - _since_the_first(line))
+            elif step:
+                said = Said("", line.strip())
+                if said.seconds is not None:
+                    step.ended = when
+                elif step.worked is None and (count := said.count):
+                    behind = count.eta * count.done / max(1, count.total - count.done)
+                    step.worked = max(step.started, when - behind)
         return timeline
 
     @property
@@ -67,18 +75,6 @@ class Timeline:
             for step in self.steps.values()
             if step.ended is not None
         )
-
-
-def _since_the_first(line: str) -> float:
-    """Seconds of work behind a line of progress, from its counts and its ETA; 0 where it has none.
-
-    A first line comes after many counts (20 to 50 optimiser steps), and its ETA carries their mean pace on.
-    """
-    found = re.search(r" (\d+)/(\d+) .*ETA (?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?$", line.rstrip())
-    if not found:
-        return 0.0
-    done, total, hours, minutes, seconds = (int(part or 0) for part in found.groups())
-    return (3600 * hours + 60 * minutes + seconds) * done / max(1, total - done)
 
 
 def main_job(device: torch.device) -> Iterator[Row]:

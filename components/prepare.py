@@ -18,18 +18,19 @@ def prepare(
     Returns "transformer" or "tokenizer", what the run is to end with: the pipeline branches on it. (It is
     the function's return value because kfp.local takes the named outputs of a task in a condition for unset.)
     """
-    from components.step import say, step
+    from components.step import step
 
     with step("prepare"):
         from pathlib import Path
 
         from components.preflight import preflight
         from model.config import load_config
+        from model.plumbing import speech
         from model.plumbing.tracking import open_pipeline_run
 
         resolved = load_config(preset, overrides.split("\n") if overrides else [])
         for line in preflight(resolved):
-            say("prepare", line)
+            speech.say("prepare", line)
         Path(config).write_text(resolved.model_dump_json())
         name = f"{resolved.name}-{job}"
         open_pipeline_run(resolved.experiment, name, resolved.model_dump(mode="json"))

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from components.step import say
 from model.config import RunConfig
-from model.plumbing import registry
+from model.plumbing import registry, speech
 from model.plumbing.assets import Manifest
 from model.plumbing.jobs import TrackingIds
 
@@ -31,14 +30,14 @@ def register_model(
     lineage = {f"latent_gpt.{name}": one.sha256 for name, one in {**sets, "evaluation": evaluation}.items()}
     version = registry.find(lineage)
     if version is not None:
-        say("register", f"reused {registry.MODEL} version {version}")
+        speech.reused("register", f"{registry.MODEL} version {version}")
     else:
         version = _register(config, run, sets, lineage)
     better, reason = _judge(config, sets, evaluation, version)
     if better:
         registry.promote(version)
     alias = registry.CHAMPION if registry.version_of(registry.CHAMPION) == version else registry.CHALLENGER
-    say("register", f"{registry.MODEL} version {version} is {alias}: {reason}")
+    speech.say("register", f"{registry.MODEL} version {version} is {alias}: {reason}")
     metrics = {name: value for name, value in evaluation.info.items() if isinstance(value, int | float)}
     return Registered(
         version=version, alias=alias, reason=reason, report=f"{evaluation.uri}/report.html", metrics=metrics

@@ -1,13 +1,9 @@
-"""What every step does around its one call: say when it starts and ends, and why it failed.
-
-The lines are for people and for the local runner alike: `NAME  text`, two spaces after a step's name.
-"""
+"""What every step does around its one call: say when it starts and ends, and why it failed."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import sys
 import tempfile
 import time
@@ -18,20 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError
+from model.plumbing import environment, outcome, speech
 
 if TYPE_CHECKING:
     from model.plumbing.assets import Kind, Manifest
 
-IMAGE = os.environ.get("LATENT_GPT_IMAGE", "latent-gpt:dev")  # of every step; by digest on a cluster
-
-
-class JobFailed(Exception):
-    """A job ended without its asset. The first line of the message is for people, the rest for the log."""
-
-
-def say(name: str, text: str) -> None:
-    """Print a line of a step's progress."""
-    print(f"{name}  {text}", flush=True)
+IMAGE = environment.IMAGE.get()  # of every step; by digest on a cluster
 
 
 @contextmanager
@@ -39,39 +27,34 @@ def step(name: str, run: str = "") -> Iterator[None]:
     """Report a step's start, end and failure; a failure leaves with a non-zero status.
 
     A `UserError` comes out as its one line. Anything else is a defect: its trace goes to the step's log,
-    and the line says so. Either way MLflow's run of the pipeline, if it is named, has failed with it.
+    and the line says so. The reason is left as an outcome too, and as the container's termination message;
+    MLflow's run of the pipeline, if it is named, has failed with it.
     """
-    started = time.monotonic()
-    say(name, "started")
+    began = time.monotonic()
+    speech.started(name)
     try:
-        yield
+        with outcome.recorded(name):
+            yield
     except Exception as error:
-        expected = isinstance(error, UserError)
-        if not expected or os.environ.get("LATENT_GPT_DEBUG"):
+        end = outcome.of(error)
+        if not end.expected or environment.DEBUG.get():
             traceback.print_exc()
-        print(f"error: {_reason(name, error)}", flush=True)
+        reason = end.told_of(name)
+        print(f"error: {reason}", flush=True)
+        outcome.tell_container(reason)
         if run:
-            _record_failure(run)
-        sys.exit(2 if expected else 1)
-    say(name, f"done in {time.monotonic() - started:.1f} s")
+            _record_failure(name, run)
+        sys.exit(2 if end.expected else 1)
+    speech.done(name, time.monotonic() - began)
 
 
-def _reason(name: str, error: Exception) -> str:
-    if isinstance(error, UserError):
-        return str(error)
-    first = str(error).partition("\n")[0]
-    if isinstance(error, JobFailed):
-        return f"{name} failed: {first}"
-    return f"{name} failed: {type(error).__name__}: {first}"
-
-
-def _record_failure(run: str) -> None:
+def _record_failure(name: str, run: str) -> None:
     from model.plumbing.tracking import finish_pipeline_run
 
     try:
         finish_pipeline_run(run, "FAILED")
     except UserError as error:  # the reason of the failure itself is said already, and matters more
-        print(f"warning: {error}", flush=True)
+        speech.warn(name, str(error))
 
 
 @contextmanager
@@ -81,20 +64,20 @@ def alone(name: str, work: str) -> Iterator[None]:
     Runs that share a state folder see each other; the kernel lets go of the lock of one that dies. On a
     cluster the job's name does the same.
     """
-    folder = Path(os.environ.get("LATENT_GPT_CACHE") or tempfile.gettempdir()) / "locks"
+    folder = Path(environment.CACHE.get() or tempfile.gettempdir()) / "locks"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / hashlib.sha256(work.encode()).hexdigest()[:16], "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(name, "waits for another run that does the same")
+            speech.say(name, "waits for another run that does the same")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def make(kind: Kind, config: str, run: str, **inputs: Any) -> Manifest:
     """Make the asset of a kind from the artifacts of others, by a job; or find it made."""
-    from components.launcher import launch
+    from components.launch import launch
     from model import steps
     from model.config import parse_config
 

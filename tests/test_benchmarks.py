@@ -219,7 +219,7 @@ def test_a_module_that_cannot_be_loaded_is_named_and_the_others_are_offered(
 def test_a_run_of_the_job_is_split_into_work_and_the_rest() -> None:
     lines = [
         (1.0, "[1/2] images"),
-        (2.0, "      image 10/20  50%"),
+        (2.0, "      picture 10/20  50%"),
         (4.0, "      done in 3.0 s"),
         (5.0, "[2/2] register"),
         (7.0, "      done in 2.0 s"),

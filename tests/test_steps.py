@@ -202,7 +202,7 @@ def test_weights_of_a_hub_are_known_by_name() -> None:
 
 
 def test_finding_out_that_there_is_nothing_to_do_needs_no_torch() -> None:
-    code = "import model.steps, components.launcher, sys; sys.exit('torch' in sys.modules)"
+    code = "import model.steps, components.launch, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

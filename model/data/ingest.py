@@ -32,10 +32,10 @@ from model.config import DataConfig
 from model.data import sources
 from model.data.sources import Record
 from model.errors import UserError
-from model.plumbing import storage
+from model.plumbing import speech, storage
 from model.plumbing.assets import AssetWriter, File, Manifest, find
 from model.plumbing.parallel import cores, parallel_map, single_threaded
-from model.plumbing.progress import Progress
+from model.plumbing.speech import Progress
 
 SPLITS = ("train", "validation", "composition")
 QUARANTINE = "quarantine.jsonl"
@@ -57,7 +57,7 @@ def ingest(config: DataConfig, writer: AssetWriter) -> Manifest:
             nothing is left behind.
     """
     if done := find(writer.uri):
-        print(f"images  reused {done.uri}", flush=True)
+        speech.reused("images", done.uri)
         return done
     with tempfile.TemporaryDirectory(prefix="latent-gpt-ingest-") as scratch:
         try:
@@ -104,7 +104,7 @@ def _ingest(config: DataConfig, writer: AssetWriter, scratch: Path) -> Manifest:
     if not counts["train"]:
         raise Refused(f"data.source ({config.source.kind}) gave no picture to train on: {_tally(counts)}")
     progress.update(counts["read"])
-    print(f"images  {_tally(counts)}", flush=True)
+    speech.say("images", _tally(counts))
     writer.add_file(QUARANTINE, scratch / QUARANTINE)
     manifest = writer.finish({**counts, "image_size": config.image_size, "shards": shards})
     storage.delete_prefix(journal)
@@ -348,7 +348,7 @@ def _check_share(config: DataConfig, counts: Counter[str], total: int, quarantin
         for line in lines:
             entry = json.loads(line)
             if reasons.total() < LISTED:
-                print(f"images  bad: {entry['source']}: {entry['reason']}", flush=True)
+                speech.say("images", f"bad: {entry['source']}: {entry['reason']}")
             reasons[entry["reason"]] += 1
             examples.setdefault(entry["reason"], entry["source"])
     shown = "; ".join(f"{n} x {reason} ({examples[reason]})" for reason, n in reasons.most_common(5))

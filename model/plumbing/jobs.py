@@ -5,9 +5,6 @@ A worker is `python -m <module> <spec uri>` (see `worker.py`); it needs nothing 
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -74,11 +71,3 @@ def read_spec(uri: str) -> JobSpec:
     except ValidationError as error:
         what = " ".join(str(error).split())[:300]
         raise UserError(f"{uri} is not a job spec of this version: {what}") from None
-
-
-def die_with_parent(number: int = signal.SIGKILL) -> None:
-    """Ask the kernel for a signal when the parent dies, however it dies."""
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it died in between
-        os.kill(os.getpid(), number)

@@ -31,6 +31,7 @@ Kind = Literal[
     "refused",  # bad input, and the reason says what would be right
     "diverged",  # a training whose figures are no longer finite
     "failed",  # a defect, or a machine's fault
+    "lost",  # another process of the job ended, or could not be reached: the cause is there
     "killed",  # by a signal
 ]
 
@@ -59,7 +60,7 @@ class Outcome(BaseModel):
         """The reason with who ended so, where that is not plain from the reason itself."""
         if self.expected or self.well:
             return self.reason
-        return f"{who} {self.reason}" if self.kind == "killed" else f"{who} failed: {self.reason}"
+        return f"{who} failed: {self.reason}"
 
     def error(self) -> UserError | JobFailed:
         """The exception that stands for it in the process that learns of it."""
@@ -82,26 +83,34 @@ def of(error: Exception) -> Outcome:
         return Outcome(kind="failed", reason=error.outcome.reason, last_lines=error.outcome.last_lines)
     if isinstance(error, UserError):
         return Outcome(kind="diverged" if isinstance(error, Diverged) else "refused", reason=str(error))
-    said = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    said = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".removesuffix(": ")
     trace = "".join(traceback.format_exception(error)).splitlines()
-    return Outcome(kind="failed", reason=said.removesuffix(": "), last_lines=tuple(trace[-LAST_LINES:]))
+    kind: Kind = "lost" if _lost_another(error) else "failed"
+    return Outcome(kind=kind, reason=said, last_lines=tuple(trace[-LAST_LINES:]))
 
 
-def of_status(status: int, log: Sequence[str] = ()) -> Outcome:
+def _lost_another(error: Exception) -> bool:
+    """Whether torch says with this that another process did not answer; gloo has no type for it."""
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and (isinstance(error, dist.DistError) or "/gloo/transport/" in str(error))
+
+
+def of_status(who: str, status: int, log: Sequence[str] = ()) -> Outcome:
     """How a process ended that left no outcome.
 
     Args:
+        who: it is, for the reason.
         status: the exit code, or the negative number of the signal that ended it.
         log: the lines that it printed.
     """
     last = f" ({log[-1].strip()[:LINE]})" if log else ""
     lines = tuple(log[-LAST_LINES:])
     if status >= 0:
-        return Outcome(kind="failed", reason=f"ended with exit code {status}{last}", last_lines=lines)
+        return Outcome(kind="failed", reason=f"{who} ended with exit code {status}{last}", last_lines=lines)
     if status == -signal.SIGKILL:
-        how = "was killed (SIGKILL; most often the machine ran out of memory)"
+        how = f"{who} was killed (SIGKILL; most often the machine ran out of memory)"
     else:
-        how = f"was ended by signal {-status}"
+        how = f"{who} was ended by signal {-status}"
         with suppress(ValueError):
             how += f" ({signal.Signals(-status).name})"
     return Outcome(kind="killed", reason=how + last, last_lines=lines)

@@ -8,7 +8,6 @@ What a job may read and where it writes is what its spec names, and nothing else
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -17,11 +16,13 @@ from dataclasses import dataclass
 
 from model.config import RunConfig
 from model.errors import UserError
+from model.plumbing import environment, outcome
 from model.plumbing.assets import AssetWriter, Manifest, find
 from model.plumbing.checkpoints import Checkpointer
 from model.plumbing.distributed import Distributed, setup
-from model.plumbing.jobs import JobSpec, die_with_parent, read_spec
-from model.plumbing.progress import Progress
+from model.plumbing.jobs import JobSpec, read_spec
+from model.plumbing.processes import tie_to_parent
+from model.plumbing.speech import Progress
 from model.plumbing.tracking import Tracker
 
 
@@ -85,12 +86,12 @@ def run(spec: JobSpec, main: Main, track: bool = True) -> Manifest | None:
 def run_worker(main: Main) -> None:
     """Entry point of a worker: read the spec named on the command line, set up logging, open the job, run it.
 
-    A `UserError` ends in one line, `error: …`, and status
-    2; anything else in a trace and status 1.
+    A `UserError` ends in one line, `error: …`, and status 2; anything else in a trace and status 1. In either
+    case the launcher finds an outcome.
     """
-    rank = int(os.environ.get("RANK", "0"))
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun puts its workers into sessions of their own
-        die_with_parent()
+    rank = environment.rank()
+    if environment.under_torchrun():  # it puts its workers into sessions of their own
+        tie_to_parent()
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",
@@ -99,11 +100,12 @@ def run_worker(main: Main) -> None:
     for chatty in ("botocore", "boto3", "s3transfer", "urllib3", "httpx"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        if len(sys.argv) != 2:
-            raise UserError(f"usage: python -m {main.__module__} SPEC_URI")
-        run(read_spec(sys.argv[1]), main)
+        with outcome.recorded(str(rank)):
+            if len(sys.argv) != 2:
+                raise UserError(f"usage: python -m {main.__module__} SPEC_URI")
+            run(read_spec(sys.argv[1]), main)
     except UserError as error:
-        if os.environ.get("LATENT_GPT_DEBUG"):
+        if environment.DEBUG.get():
             traceback.print_exc()
         print(f"error: {error}", flush=True)
         sys.exit(2)

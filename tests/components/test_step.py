@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import uuid
+from pathlib import Path
 
 import pytest
 
-from components.step import JobFailed, step
+from components.step import step
 from model.errors import UserError
+from model.plumbing import outcome
+from model.plumbing.outcome import JobFailed, Outcome
+
+KILLED = Outcome(kind="killed", reason="process 1 was killed", last_lines=("its log",))
 
 
 def ended(name: str, error: Exception | None = None, run: str = "") -> int:
@@ -24,15 +29,15 @@ def ended(name: str, error: Exception | None = None, run: str = "") -> int:
 def test_a_step_says_when_it_starts_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended("tokens") == 0
     first, last = capsys.readouterr().out.splitlines()
-    assert first == "tokens  started"
-    assert last.startswith("tokens  done in 0.0 s")
+    assert first == "tokens | started"
+    assert last.startswith("tokens | done in 0.0 s")
 
 
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
         (UserError("data.source.path: nowhere"), 2, "error: data.source.path: nowhere"),
-        (JobFailed("process 1 was killed\nits log"), 1, "error: tokens failed: process 1 was killed"),
+        (JobFailed(KILLED), 1, "error: tokens failed: process 1 was killed"),
         (ZeroDivisionError("by zero"), 1, "error: tokens failed: ZeroDivisionError: by zero"),
     ],
 )
@@ -44,6 +49,21 @@ def test_a_failed_step_ends_with_its_reason_and_its_status(
     assert said in shown.out.splitlines()
     assert "done in" not in shown.out
     assert ("Traceback" in shown.err) is not isinstance(error, UserError), "a defect leaves its trace"
+
+
+def test_a_failed_step_says_why_to_the_run_and_to_its_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = tmp_path / "termination-log"
+    message.touch()
+    monkeypatch.setattr(outcome, "TERMINATION_LOG", message)
+    monkeypatch.setenv("LATENT_GPT_OUTCOMES", str(tmp_path / "outcomes"))
+    ended("images")
+    assert message.read_text() == ""
+    ended("tokens", JobFailed(KILLED))
+    left = outcome.left_in(str(tmp_path / "outcomes"))
+    assert (left["images"].well, left["tokens"].reason) == (True, "process 1 was killed")
+    assert message.read_text() == "tokens failed: process 1 was killed"
 
 
 @pytest.mark.slow
@@ -66,4 +86,4 @@ def test_mlflow_that_went_away_does_not_hide_the_reason(
     assert ended("tokens", UserError("bad input"), "some-run") == 2
     said = capsys.readouterr().out.splitlines()
     assert "error: bad input" in said
-    assert said[-1].startswith("warning: MLflow at http://127.0.0.1:1 cannot be reached")
+    assert said[-1].startswith("tokens | warning: MLflow at http://127.0.0.1:1 cannot be reached")

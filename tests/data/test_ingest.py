@@ -158,12 +158,12 @@ def test_a_set_that_is_found_costs_no_import_of_torch(store):
     command = [sys.executable, "-c", program, wanted.model_dump_json()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"images  reused {made.uri}\n"
+    assert done.stdout == f"images | reused {made.uri}\n"
 
 
 def test_progress_has_a_percent_where_the_source_knows_its_number(store, here, capsys):
     ingest(shapes())
-    assert "images  picture 100/100  100%" in capsys.readouterr().out
+    assert "images | picture 100/100  100%" in capsys.readouterr().out
     ingest(shards(here))
     assert "%" not in capsys.readouterr().out
 

@@ -62,6 +62,15 @@ def test_a_defect_comes_with_the_last_lines_of_its_trace(folder: str) -> None:
     assert any("raise error" in line for line in lines)
 
 
+def test_who_only_lost_another_process_says_so(folder: str) -> None:
+    from torch import distributed
+
+    end(distributed.DistBackendError("NCCL error: remote process exited"), "0")
+    end(RuntimeError("[/x/gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer"), "1")
+    end(RuntimeError("shapes do not match"), "2")
+    assert [left.kind for left in outcome.left_in(folder).values()] == ["lost", "lost", "failed"]
+
+
 def test_each_process_of_an_attempt_has_its_own_and_an_older_attempt_is_not_seen(
     folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,17 +154,21 @@ def test_a_termination_log_that_cannot_be_written_is_passed_over(
 @pytest.mark.parametrize(
     ("status", "kind", "reason"),
     [
-        (-9, "killed", "was killed (SIGKILL; most often the machine ran out of memory) (the last words)"),
-        (-11, "killed", "was ended by signal 11 (SIGSEGV) (the last words)"),
-        (-99, "killed", "was ended by signal 99 (the last words)"),
-        (3, "failed", "ended with exit code 3 (the last words)"),
+        (
+            -9,
+            "killed",
+            "process 1 was killed (SIGKILL; most often the machine ran out of memory) (the last words)",
+        ),
+        (-11, "killed", "process 1 was ended by signal 11 (SIGSEGV) (the last words)"),
+        (-99, "killed", "process 1 was ended by signal 99 (the last words)"),
+        (3, "failed", "process 1 ended with exit code 3 (the last words)"),
     ],
 )
 def test_who_says_nothing_is_judged_by_its_exit_status(status: int, kind: str, reason: str) -> None:
-    found = outcome.of_status(status, ["first", "  the last words "])
+    found = outcome.of_status("process 1", status, ["first", "  the last words "])
     assert (found.kind, found.reason) == (kind, reason)
     assert found.last_lines == ("first", "  the last words ")
-    assert "()" not in outcome.of_status(status).reason
+    assert "()" not in outcome.of_status("process 1", status).reason
 
 
 @pytest.mark.parametrize(
@@ -164,7 +177,7 @@ def test_who_says_nothing_is_judged_by_its_exit_status(status: int, kind: str, r
         ("refused", "why"),
         ("diverged", "why"),
         ("failed", "tokenizer failed: why"),
-        ("killed", "tokenizer why"),
+        ("killed", "tokenizer failed: why"),
     ],
 )
 def test_it_is_said_who_failed_unless_the_reason_says_it_all(kind: outcome.Kind, told: str) -> None:
@@ -178,8 +191,8 @@ def test_an_error_for_people_crosses_processes_as_itself(error: UserError) -> No
 
 
 def test_any_other_end_is_a_failed_job_with_its_last_lines() -> None:
-    error = outcome.of_status(-9, ["a", "b"]).error()
+    error = outcome.of_status("process 1", -9, ["a", "b"]).error()
     assert isinstance(error, JobFailed)
     first, *rest = str(error).splitlines()
-    assert first.startswith("was killed")
+    assert first.startswith("process 1 was killed")
     assert rest == ["a", "b"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from components.launcher import launch
+from components.launch import launch
 from model.config import RunConfig, load_config
 from model.data.images import to_pixels, to_tensor
 from model.nets.tokenizers import load_tokenizer

@@ -1,4 +1,4 @@
-"""The job launcher on real processes: success, every way to fail, and stopping."""
+"""Jobs on real processes: success, every way to fail, and stopping."""
 
 import os
 import signal
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from components.launcher import launch
-from components.step import JobFailed
+from components.launch import launch
 from model.config import JobConfig, load_config
 from model.errors import UserError
 from model.plumbing.jobs import JobSpec, TrackingIds
+from model.plumbing.outcome import JobFailed
 from tests import ROOT
 
 pytestmark = pytest.mark.slow
@@ -26,8 +26,7 @@ from model.plumbing import tracking, worker
 def main(job: worker.Job) -> None:
     toy = job.spec.settings
     rank, end = job.processes.rank, toy["end"]
-    job.processes.barrier()  # a rank that is gone already would break the others' connection
-    print(f"toy  rank {rank} of {os.environ['WORLD_SIZE']} on {os.environ['OMP_NUM_THREADS']} threads")
+    print(f"toy | rank {rank} of {os.environ['WORLD_SIZE']} on {os.environ['OMP_NUM_THREADS']} threads")
     open(f"{toy['folder']}/pid-{rank}", "w").write(str(os.getpid()))
     if end == "sleep":
         time.sleep(60)
@@ -36,11 +35,17 @@ def main(job: worker.Job) -> None:
     if rank == 1 and end == "exit":
         print("the last words")
         sys.exit(3)
+    if rank == 1 and end == "defect":
+        raise ZeroDivisionError("by zero")
     if rank == 1 and end == "kill":
+        print("error: could not open /dev/foo, falling back", flush=True)  # what a library might print
         os.kill(os.getpid(), 9)
-    if rank == 0 and end == "well":
+    if rank == 0 and end.startswith("well"):
         job.output.add_bytes("a.txt", b"a")
         job.output.finish({})
+    job.processes.barrier()  # who waits here for one that has ended loses it
+    if end == "well, then killed":
+        os.kill(os.getpid(), 9)
 
 if __name__ == "__main__":
     worker.Tracker = lambda ids, params, enabled: tracking.Tracker(ids, params, False)
@@ -75,16 +80,16 @@ def test_a_job_runs_on_its_processes_and_returns_its_asset(
     made = launch(spec(store, "well"))
     assert [file.name for file in made.files] == ["a.txt"]
     shown = capfd.readouterr().out
-    assert "toy  rank 0 of 2" in shown
+    assert "toy | rank 0 of 2" in shown
     assert "rank 1 of 2" not in shown, "only rank 0 speaks"
     logs = [path.read_text() for path in (store / "logs").rglob("stdout.log")]
     assert sorted(line.split(" on ")[0] for log in logs for line in log.splitlines()) == [
-        "toy  rank 0 of 2",
-        "toy  rank 1 of 2",
+        "toy | rank 0 of 2",
+        "toy | rank 1 of 2",
     ]
     (store / "pid-0").unlink()
     assert launch(spec(store, "well")) == made
-    assert "toy  reused" in capfd.readouterr().out
+    assert "toy | reused" in capfd.readouterr().out
     assert not (store / "pid-0").exists(), "an asset that is there is not made again"
 
 
@@ -98,9 +103,35 @@ def test_an_exit_code_comes_with_rank_and_last_lines(store: Path) -> None:
         launch(spec(store, "exit"))
 
 
-def test_a_killed_process_is_named_with_its_signal(store: Path) -> None:
-    with pytest.raises(JobFailed, match="process 1 was killed"):
+def test_a_defect_is_named_and_its_trace_is_at_hand(store: Path) -> None:
+    with pytest.raises(JobFailed) as caught:
+        launch(spec(store, "defect"))
+    first, *rest = str(caught.value).splitlines()
+    assert first.startswith("process 1 failed: ZeroDivisionError: by zero; its log is under ")
+    assert rest[-1] == "ZeroDivisionError: by zero"
+
+
+def test_a_process_that_was_killed_was_killed_whatever_its_log_says(store: Path) -> None:
+    with pytest.raises(JobFailed, match=r"^process 1 was killed \(SIGKILL; most often the machine ran out"):
         launch(spec(store, "kill"))
+
+
+def test_an_asset_that_is_complete_is_made_however_the_job_ended(
+    store: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = launch(spec(store, "well, then killed"))
+    assert [file.name for file in made.files] == ["a.txt"]
+    assert "toy | warning: process 0 was killed" in capfd.readouterr().out
+
+
+def test_an_older_outcome_is_not_taken_for_this_one(store: Path) -> None:
+    with pytest.raises(UserError):
+        launch(spec(store, "user error"))
+    (old,) = (store / "logs").glob("toy-*/outcomes/1.json")
+    with pytest.raises(UserError):
+        launch(spec(store, "user error"))
+    assert len(list((store / "logs").glob("toy-*/outcomes/1.json"))) == 2
+    assert old.exists()
 
 
 def test_a_job_that_ends_well_without_its_asset_has_failed(store: Path) -> None:
@@ -108,17 +139,18 @@ def test_a_job_that_ends_well_without_its_asset_has_failed(store: Path) -> None:
         launch(spec(store, "nothing made"))
 
 
-def test_a_job_in_a_pod_is_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
-    with pytest.raises(UserError, match="not built yet"):
-        launch(spec(store, "well"))
+def test_what_else_is_in_the_environment_chooses_no_launcher(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")  # a notebook in a pod
+    launch(spec(store, "well"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_workers(store: Path, number: signal.Signals) -> None:
     code = (
         "import sys; from model.plumbing.jobs import JobSpec;"
-        "from components.launcher import launch;"
+        "from components.launch import launch;"
         "launch(JobSpec.model_validate_json(sys.argv[1]))"
     )
     text = spec(store, "sleep").model_dump_json()
@@ -137,7 +169,7 @@ def test_a_signal_ends_the_workers(store: Path, number: signal.Signals) -> None:
 def test_two_launches_of_the_same_work_side_by_side_do_it_once(store: Path) -> None:
     code = (
         "import sys; from model.plumbing.jobs import JobSpec;"
-        "from components.launcher import launch;"
+        "from components.launch import launch;"
         "launch(JobSpec.model_validate_json(sys.argv[1]))"
     )
     command = [sys.executable, "-c", code, spec(store, "well").model_dump_json()]
@@ -148,5 +180,14 @@ def test_two_launches_of_the_same_work_side_by_side_do_it_once(store: Path) -> N
     ]
     said = sorted(process.communicate(timeout=120)[0] for process in both)
     assert [process.returncode for process in both] == [0, 0]
-    assert [text.count("toy  rank 0 of 2") for text in said] in ([0, 1], [1, 0])
-    assert sum(text.count("toy  reused") for text in said) == 1
+    assert [text.count("toy | rank 0 of 2") for text in said] in ([0, 1], [1, 0])
+    assert sum(text.count("toy | reused") for text in said) == 1
+
+
+@pytest.mark.parametrize("name", ["pytorchjob", "slurm"])
+def test_a_launcher_that_is_not_there_is_refused(
+    store: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("LATENT_GPT_LAUNCHER", name)
+    with pytest.raises(UserError, match=f"^LATENT_GPT_LAUNCHER is '{name}'; there is torchrun so far$"):
+        launch(spec(store, "well"))

@@ -1,0 +1,144 @@
+"""The commands. Each imports what it needs when it runs, so that `--help` is instant.
+
+A function is its command: its parameters are the options, its docstring is the help.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from model.errors import UserError
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+Preset = Annotated[str, typer.Option(help="Name of a shipped preset, or a .yaml file.")]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045 (typer reads it at run time)
+    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a setting; may be repeated."),
+]
+
+
+def run(preset: Preset = "openmoji-tiny", overrides: Overrides = None) -> None:
+    """Run the whole pipeline on this machine."""
+    from pipelines.run import run
+
+    run(preset, tuple(overrides or ()))
+
+
+def compile_(
+    out: Annotated[Path, typer.Option(help="Where the pipeline's YAML goes.")] = Path("latent-gpt.yaml"),
+) -> None:
+    """Compile the pipeline for a KFP cluster."""
+    from kfp import compiler
+
+    from pipelines.dag import text_to_image
+
+    if out.suffix not in (".yaml", ".yml", ".json"):
+        raise UserError(f"--out {out} must end in .yaml")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    compiler.Compiler().compile(text_to_image, str(out))
+    print(f"wrote {out}")
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")] = "",
+    out: Annotated[Path, typer.Option(help="Picture file; more than one are numbered.")] = Path("out.png"),
+    model: Annotated[
+        str, typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION, a folder, or s3://…")
+    ] = "models:/latent-gpt@champion",
+    num_images: Annotated[int, typer.Option(min=1)] = 1,
+    seed: Annotated[int, typer.Option(help="Of the first picture; the next ones count on.")] = 0,
+    cfg_scale: Annotated[Optional[float], typer.Option(min=0, help="Guidance; 1 is none.")] = None,  # noqa: UP045
+    temperature: Annotated[Optional[float], typer.Option(min=0, help="0 is greedy.")] = None,  # noqa: UP045
+    top_k: Annotated[Optional[int], typer.Option(min=0, help="0 keeps all.")] = None,  # noqa: UP045
+    top_p: Annotated[Optional[float], typer.Option(min=0, max=1, help="1 keeps all.")] = None,  # noqa: UP045
+    unconditional: Annotated[bool, typer.Option("--unconditional", help="Draw without a prompt.")] = False,
+) -> None:
+    """Draw pictures from a prompt. Options left out are those that the model was registered with."""
+    if out.suffix.lower() not in PICTURES:
+        raise UserError(f"--out {out} must end in .png, .jpg or .webp")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: folder {out.parent} does not exist")
+    from model.inference.generate import Generator, check_prompt
+    from model.plumbing import registry
+
+    if not unconditional:
+        check_prompt(prompt)
+    needs_services = model.startswith(("models:/", "s3://"))
+    with _services() if needs_services else contextlib.nullcontext():
+        folder = registry.resolve(model)
+    generator = Generator.load(folder)
+    options = {"cfg_scale": cfg_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    given = {name: value for name, value in options.items() if value is not None}
+    sampling = generator.sampling.model_copy(update=given)
+    seeds = list(range(seed, seed + num_images))
+    pictures = generator.generate([prompt] * num_images, seeds, sampling, unconditional)
+    for number, picture in enumerate(pictures):
+        path = out if num_images == 1 else out.with_stem(f"{out.stem}-{number}")
+        picture.save(path)
+        print(path)
+
+
+def mlflow_ui() -> None:
+    """Keep MLflow and S3 running on what the runs left, until Ctrl-C."""
+    with _services() as environment:
+        print(f"MLflow is at {environment['MLFLOW_TRACKING_URI']}; Ctrl-C stops it", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.pause()
+
+
+def preflight(preset: Preset = "openmoji-tiny", overrides: Overrides = None) -> None:
+    """Check config, source, storage, tracking and disk without running anything."""
+    from model.config import load_config
+
+    config = load_config(preset, overrides or [])
+    from components.preflight import preflight
+
+    with _services():
+        print("\n".join(preflight(config)))
+
+
+def plan(
+    preset: Annotated[str, typer.Argument(help="Name of a shipped preset, or a .yaml file.")],
+    hardware: Annotated[str, typer.Option(help="cpu, l4, a100, h100 or h200.")] = "a100",
+    overrides: Overrides = None,
+) -> None:
+    """Say what a preset needs: parameters, memory, steps, tokens, estimated hours."""
+    from model.config import load_config
+    from pipelines.plan import plan
+
+    print(plan(load_config(preset, overrides or []), hardware).render())
+
+
+def rollback() -> None:
+    """Put the previous champion back in use."""
+    from model.plumbing import registry
+
+    with _services():
+        print(f"{registry.MODEL} version {registry.rollback()} is champion")
+
+
+def presets() -> None:
+    """List the shipped presets and what each promises."""
+    from model.config import PRESETS, preset_names
+
+    for name in preset_names():
+        header = (PRESETS / f"{name}.yaml").read_text().splitlines()[0]
+        print(f"{name:20} {header.lstrip('# ')}")
+
+
+@contextlib.contextmanager
+def _services() -> Iterator[dict[str, str]]:
+    """S3 and MLflow as a run would have them, until the block ends or SIGTERM comes."""
+    from model.plumbing.processes import stopping_on_sigterm
+    from pipelines.embedded.services import services
+    from pipelines.run import state_folder
+
+    with stopping_on_sigterm(), services(state_folder()) as environment:
+        yield environment

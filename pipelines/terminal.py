@@ -1,0 +1,96 @@
+"""What a person sees of a run: the lines of its steps while it runs, and what came of it at the end."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from model.plumbing import speech
+
+HEADING = re.compile(r"\[\d+/\d+\] (\w+)")  # of a step
+MAIN_METRICS = {  # of the closing lines; the report has all. Of held-out pictures and captions:
+    "validation/psnr": "PSNR {:.1f} dB",
+    "codebook_use": "codebook use {:.0%}",
+    "validation/nll": "NLL {:.2f} nats/token",
+    "validation/clip_score": "CLIP score {:.1f}",
+    "validation/clip_score_real": "real pictures {:.1f}",
+    "validation/retrieval": "retrieval {:.2f}",
+    "validation/retrieval_chance": "chance {:.2f}",
+    "composition/oracle_all_right": "all attributes right on held-out combinations {:.2f}",
+}
+
+
+@dataclass
+class Follower:
+    """Turns a run's output into progress on the terminal, and remembers how its steps went."""
+
+    steps: list[str]
+    out: TextIO = sys.stdout
+    running: str = ""  # the step
+    seconds: dict[str, float] = field(default_factory=dict)  # of the steps that have ended well
+    reused: set[str] = field(default_factory=set)
+    last: str = ""  # the last line of a step, whoever printed it; KFP indents them, and not its own
+    _started: int = 0
+    _open: bool = False  # a progress line stands on the terminal that the next one replaces
+
+    def line(self, text: str) -> None:
+        """Take one line of output."""
+        if text[:1].isspace() and text.strip():
+            self.last = text.strip()
+        said = speech.read(text, self.steps)
+        if said and said.started:
+            self.running = said.name
+            self._started += 1
+            self._print(f"[{self._started}/{len(self.steps)}] {said.name}")
+        elif said and said.name == self.running:
+            if said.seconds is not None:
+                self.seconds[said.name] = said.seconds
+                self.running = ""
+            if said.reused:
+                self.reused.add(said.name)
+            self._print(f"      {said.text}", replaceable=bool(said.count and said.count.total))
+
+    def _print(self, text: str, replaceable: bool = False) -> None:
+        tty = self.out.isatty()
+        if tty and self._open:
+            self.out.write("\r\033[2K" if replaceable else "\n")
+        self._open = tty and replaceable
+        self.out.write(text if self._open else f"{text}\n")
+        self.out.flush()
+
+    def end_line(self) -> None:
+        """Leave the terminal at the start of a line."""
+        if self._open:
+            self.out.write("\n")
+            self._open = False
+
+
+def summary(follower: Follower, folder: Path, total: float, registered: dict[str, Any] | None) -> str:
+    """What came of a run, in a few lines.
+
+    Args:
+        follower: of the run.
+        folder: the run's, with log and report.
+        total: seconds from its start to its end.
+        registered: `components.registration.Registered`, if the run ended with a model.
+    """
+    steps = sum(follower.seconds.values())
+    times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in follower.seconds.items())
+    lines = ["", f"finished in {total:.0f} s, {100 * (1 - steps / total):.0f} % of it outside the steps"]
+    lines.append(f"{'steps':10}{times}")
+    if reused := [name for name in follower.seconds if name in follower.reused]:
+        lines.append(f"{'reused':10}{', '.join(reused)}")
+    if registered:
+        measured = registered["metrics"]
+        metrics = [text.format(measured[name]) for name, text in MAIN_METRICS.items() if name in measured]
+        lines.append(f"{'model':10}latent-gpt version {registered['version']}, {registered['alias']}")
+        lines.append(f"{'':10}{registered['reason']}")
+        lines.append(f"{'metrics':10}{', '.join(metrics)}")
+        lines.append(f"{'report':10}{folder / 'report.html'}")
+        lines.append(f'{"draw":10}make generate PROMPT="red apple" OUT=apple.png')
+    lines.append(f"{'MLflow':10}make mlflow-ui")
+    lines.append(f"{'log':10}{folder / 'log.txt'}")
+    return "\n".join(lines)

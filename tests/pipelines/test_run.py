@@ -1,0 +1,59 @@
+"""The local runner's parts: folders, and why a run stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from model.errors import UserError
+from model.plumbing import outcome
+from model.plumbing.outcome import JobFailed, Outcome
+from pipelines.run import _new_folder, _why, state_folder
+from pipelines.terminal import Follower
+
+
+def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
+    assert len({_new_folder(tmp_path) for _ in range(3)}) == 3
+
+
+def test_the_state_folder_can_be_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATENT_GPT_STATE", str(tmp_path / "elsewhere"))
+    assert state_folder() == tmp_path / "elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (UserError("no captions in /x"), "no captions in /x"),
+        (KeyError("psnr"), "tokenizer failed: KeyError: 'psnr'; see {folder}/log.txt"),
+        (
+            JobFailed(Outcome(kind="killed", reason="process 1 was killed", last_lines=("error: not this",))),
+            "tokenizer failed: process 1 was killed; see {folder}/log.txt",
+        ),
+    ],
+)
+def test_a_run_stops_for_the_reason_that_its_step_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, why: str
+) -> None:
+    monkeypatch.setenv("LATENT_GPT_OUTCOMES", str(tmp_path / "outcomes"))
+    with outcome.recorded("prepare"):
+        pass
+    with pytest.raises(type(error)), outcome.recorded("tokenizer"):
+        raise error
+    follower = Follower([], running="tokenizer", last="error: what a library said")
+    assert _why(follower, tmp_path, 1) == why.format(folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("running", "last", "why"),
+    [
+        ("tokenizer", "Killed", "tokenizer stopped (status 1): Killed; see {folder}/log.txt"),
+        ("", "sh: /a: not found", "the pipeline stopped (status 1): sh: /a: not found; see {folder}/log.txt"),
+        ("", "", "the pipeline stopped (status 1); see {folder}/log.txt"),
+    ],
+)
+def test_where_no_step_says_why_the_last_line_of_the_log_does(
+    tmp_path: Path, running: str, last: str, why: str
+) -> None:
+    assert _why(Follower([], running=running, last=last), tmp_path, 1) == why.format(folder=tmp_path)
