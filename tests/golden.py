@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ RECORDED = Path(__file__).parent / "golden.json"
 TRAINING = {"steps": 6, "batch_size": 16, "warmup_steps": 1, "log_every": 2, "eval_every": 3, "ema": 0.5}
 
 
-def results() -> dict[str, Any]:
+def results(make: Callable[..., Manifest] = make) -> dict[str, Any]:
     """Version and result of every step, each made of what those before it made, in the store at hand."""
     tiny = config()
     run = config(

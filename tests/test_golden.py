@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,44 @@ from typing import Any
 import numpy as np
 import pytest
 
+from model.config import RunConfig
+from model.plumbing.assets import Kind, Manifest
 from model.steps import STEPS
 from tests import golden
+from tests.instances import make
+
+opened: list[str] = []  # by whatever runs while the list is in use
+
+
+def _note(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and isinstance(arguments[0], str | Path):
+        opened.append(str(arguments[0]))
 
 
 @pytest.fixture(scope="module")
-def now(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def read() -> dict[str, tuple[set[str], set[str]]]:
+    """Of each kind: the assets that its job may read, and those in the store that it did read."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def now(
+    tmp_path_factory: pytest.TempPathFactory, read: dict[str, tuple[set[str], set[str]]]
+) -> Iterator[dict[str, Any]]:
     store: Path = tmp_path_factory.mktemp("store")
+    sys.addaudithook(_note)
+
+    def watched(kind: Kind, run: RunConfig, inputs: dict[str, Manifest]) -> Manifest:
+        opened.clear()
+        made = make(kind, run, inputs)
+        assets = {tuple(Path(path).relative_to(store).parts[:2]) for path in opened if str(store) in path}
+        named = [one.uri for one in (made, *inputs.values())]
+        read[kind] = {"/".join(Path(uri).parts[-2:]) for uri in named}, {"/".join(one) for one in assets}
+        return made
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LATENT_GPT_STORE", str(store))
-        yield golden.results()
+        yield golden.results(watched)
 
 
 @pytest.mark.slow
@@ -34,6 +63,16 @@ def test_a_step_makes_what_its_version_made(kind: str, now: dict[str, Any]) -> N
     assert recorded.keys() == now[kind].keys(), advice
     for name, before in recorded.items():
         assert alike(before, now[kind][name]), f"{name}: {before} is now {now[kind][name]}; {advice}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in STEPS if kind != "images"])
+def test_a_job_reads_what_its_spec_names_and_nothing_else(
+    kind: str, now: dict[str, Any], read: dict[str, tuple[set[str], set[str]]]
+) -> None:
+    named, found = read[kind]
+    assert found
+    assert found <= named
 
 
 def alike(before: Any, after: Any) -> bool:
