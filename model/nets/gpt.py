@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from model.config import TransformerConfig
 from model.errors import UserError
+from model.nets.attention import Cache, StaticCache, attend, rotate
 
 ROPE_BASE = 100.0  # grids are 8 to 32 wide: the slowest pair still turns visibly across one
 
@@ -32,42 +33,6 @@ class Context(NamedTuple):
 
     keys_values: list[tuple[Tensor, Tensor]]  # per block, (B, H, S, d) each
     mask: Tensor | None  # (B, 1, 1, S) bool, True = attend, or added to the scores; None attends to all
-
-
-class Cache:
-    """Keys and values of the image tokens so far, allocated once for the whole picture.
-
-    `at` is where the next token goes: an int on the plain path, which then attends to exactly what is
-    filled, or a 0-d tensor on the static path (compiled, CUDA graph), which attends to the first `span`
-    places under a mask, so that every step is the same program.
-    """
-
-    def __init__(self, gpt: GPT, batch: int, dtype: torch.dtype = torch.float32) -> None:
-        config = gpt.config
-        shape = (batch, config.heads, gpt.tokens, config.width // config.heads)
-        device = gpt.embedding.weight.device
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in gpt.blocks]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in gpt.blocks]
-        self.places = torch.arange(gpt.tokens, device=device)
-        self.at: int | Tensor = 0
-        self.span = gpt.tokens
-
-    def extend(
-        self, block: int, k: Float[Tensor, "B H n d"], v: Float[Tensor, "B H n d"]
-    ) -> tuple[Float[Tensor, "B H N d"], Float[Tensor, "B H N d"], Bool[Tensor, "1 1 n N"] | None]:
-        """Put keys and values at `at`; returns what may be attended to, and its mask."""
-        keys, values = self.keys[block], self.values[block]
-        if isinstance(self.at, int):
-            end = self.at + k.shape[2]
-            keys[:, :, self.at : end] = k
-            values[:, :, self.at : end] = v
-            one = k.shape[2] == 1  # which may see all that is there
-            mask = None if one else (self.places[:end] <= self.places[self.at : end, None])[None, None]
-            return keys[:, :, :end], values[:, :, :end], mask
-        keys.index_copy_(2, self.at.view(1), k)
-        values.index_copy_(2, self.at.view(1), v)
-        mask = (self.places[: self.span] <= self.at).view(1, 1, 1, -1)
-        return keys[:, :, : self.span], values[:, :, : self.span], mask
 
 
 class SelfAttention(nn.Module):
@@ -89,7 +54,7 @@ class SelfAttention(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         rope: Float[Tensor, "2 *rows T 2 1 d"] | None,
-        cache: Cache | None = None,
+        cache: Cache | StaticCache | None = None,
         block: int = 0,
     ) -> Float[Tensor, "B T D"]:
         B, T, D = x.shape
@@ -183,7 +148,7 @@ class Block(nn.Module):
         rope: Float[Tensor, "2 *rows T 2 1 d"] | None,
         keys_values: tuple[Float[Tensor, "B H S d"], Float[Tensor, "B H S d"]],
         mask: Shaped[Tensor, "B 1 1 S"] | None,
-        cache: Cache | None = None,
+        cache: Cache | StaticCache | None = None,
         block: int = 0,
     ) -> Float[Tensor, "B T D"]:
         x = x + self.dropout(self.attention(self.norms[0](x), rope, cache, block))
@@ -278,7 +243,7 @@ class GPT(nn.Module):
         inputs: Int[Tensor, "B n"],
         context: Context,
         order: Int[Tensor, "*rows n"] | None = None,
-        cache: Cache | None = None,
+        cache: Cache | StaticCache | None = None,
     ) -> Float[Tensor, "B n K"]:
         """From the tokens that stand before them (start token first) to the logits of n codes.
 
@@ -294,11 +259,16 @@ class GPT(nn.Module):
             return F.linear(x, self.embedding.weight[: self.vocabulary])  # (B, n, K)
         return self.head(x)  # (B, n, K)
 
+    def cache(self, batch: int) -> Cache:
+        """An empty cache for `batch` rows, in the type that the transformer computes in."""
+        heads, weight = self.config.heads, self.embedding.weight
+        return Cache(self.config.depth, (batch, heads, self.tokens, self.config.width // heads), weight)
+
     def _blocks(self) -> list[Block]:
         return list(self.blocks)  # type: ignore[arg-type]
 
     def _positions(
-        self, n: int, order: Int[Tensor, "*rows n"] | None, cache: Cache | None
+        self, n: int, order: Int[Tensor, "*rows n"] | None, cache: Cache | StaticCache | None
     ) -> tuple[Int[Tensor, "*rows n"], Float[Tensor, "2 *rows n 2 1 d"] | None]:
         """Grid positions of n predicted tokens, and the rotations of their queries and keys."""
         places = torch.arange(n, device=self.rope.device)
@@ -393,70 +363,6 @@ def load_gpt(folder: str | Path, device: str | torch.device = "cpu") -> GPT:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise UserError(f"{folder}: model.safetensors does not fit config.json: {first}") from None
     return gpt.to(device).eval()
-
-
-def attend(
-    q: Float[Tensor, "B H n d"],
-    k: Float[Tensor, "B H N d"],
-    v: Float[Tensor, "B H N d"],
-    mask: Shaped[Tensor, "#B #H #n N"] | None = None,
-    causal: bool = False,
-) -> Float[Tensor, "B H n d"]:
-    """Attention of n queries over N keys and values; the mask as for `Context`.
-
-    To train on a CPU, cross-attention is made of products (in bf16 with scores in bf16, shares in fp32) and
-    causal attention computed in fp32: PyTorch's kernels take up to twice as long for the one, and in bf16
-    three to five times for the other's backward pass (figures in `docs/EXPERIMENTS.md`).
-    """
-    if q.is_cpu and q.requires_grad:
-        if not causal:
-            return _attend_by_products(q, k, v, mask)
-        if q.dtype == torch.bfloat16:
-            with torch.autocast("cpu", enabled=False):
-                q, k, v = q.float(), k.float(), v.float()
-                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    if q.is_cpu and q.shape[2] == 1 and torch.compiler.is_compiling():
-        return _attend_one(q, k, v, mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-
-
-def _attend_one(
-    q: Float[Tensor, "B H 1 d"],
-    k: Float[Tensor, "B H N d"],
-    v: Float[Tensor, "B H N d"],
-    mask: Shaped[Tensor, "#B #H 1 N"] | None,
-) -> Float[Tensor, "B H 1 d"]:
-    """Attention of one query in a form that inductor fuses on a CPU: one pass over the keys, one
-    over the values. PyTorch's kernel, made for many queries, takes a fifth to a half longer."""
-    scores = (q.float() * k.float()).sum(-1) / math.sqrt(q.shape[-1])  # (B, H, N)
-    shares = _masked(scores, None if mask is None else mask.squeeze(-2)).softmax(-1)
-    return (shares[..., None] * v.float()).sum(-2, keepdim=True).to(v.dtype)
-
-
-def _attend_by_products(
-    q: Float[Tensor, "B H n d"],
-    k: Float[Tensor, "B H N d"],
-    v: Float[Tensor, "B H N d"],
-    mask: Shaped[Tensor, "#B #H #n N"] | None,
-) -> Float[Tensor, "B H n d"]:
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, n, N)
-    return _masked(scores, mask).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
-
-
-def _masked(
-    scores: Float[Tensor, "*scores"], mask: Shaped[Tensor, "*#scores"] | None
-) -> Float[Tensor, "*scores"]:
-    if mask is None:
-        return scores
-    return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-
-
-def rotate(
-    qk: Float[Tensor, "B n 2 H d"], rope: Float[Tensor, "2 *rows n 2 1 d"]
-) -> Float[Tensor, "B n 2 H d"]:
-    """Turn pairs (i, i + d/2) of queries and keys."""
-    cosine, sine = rope.to(qk.dtype)
-    return torch.addcmul(qk * cosine, qk.roll(qk.shape[-1] // 2, dims=-1), sine)
 
 
 def _norm(config: TransformerConfig) -> nn.Module:

@@ -23,7 +23,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from model.config import SamplingConfig
-from model.nets.gpt import GPT, Cache, Context
+from model.nets.attention import StaticCache
+from model.nets.gpt import GPT, Context
 
 OnToken = Callable[[int, Tensor], None]  # (position, codes (B,) of that position)
 Rerank = Callable[[Tensor], Tensor]  # codes (B, n, T) -> scores (B, n), higher is better
@@ -181,7 +182,7 @@ class _Program:
     def __init__(self, gpt: GPT, config: SamplingConfig, batch: int, guided: bool) -> None:
         self.gpt, self.config, self.guided = gpt, config, guided
         weight = gpt.embedding.weight
-        self.cache = Cache(gpt, batch * (1 + guided), dtype=weight.dtype)
+        self.cache = gpt.cache(batch * (1 + guided))
         self.seeds = torch.zeros(batch, 1, dtype=torch.long, device=weight.device)
         self.keys = noise_keys(gpt.vocabulary, weight.device)
 
@@ -298,8 +299,7 @@ class _StaticProgram(_Program):
 
     def _prepare(self, span: int, at: int) -> Callable[[], None]:
         """Compile the step for the first `span` places; on a GPU capture it."""
-        cache = Cache.__new__(Cache)  # the same buffers under a fixed span and a position on the device
-        cache.__dict__ = self.cache.__dict__ | {"at": self.at, "span": span}
+        cache = StaticCache(self.cache, self.at, span)
         guided, config, gpt, context = self.guided, self.config, self.gpt, self.context
         inputs, codes, scales, position = self.inputs, self.codes, self.scales, self.at
         seeds, keys = self.seeds, self.keys

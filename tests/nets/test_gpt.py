@@ -7,7 +7,8 @@ import torch
 
 from model.config import TrainingConfig, TransformerConfig
 from model.errors import UserError
-from model.nets.gpt import GPT, _attend_one, attend, build, load_gpt
+from model.nets.attention import _attend_one, attend
+from model.nets.gpt import GPT, build, load_gpt
 
 TRAINING = TrainingConfig(steps=10, batch_size=4, warmup_steps=1)
 
@@ -126,7 +127,7 @@ def test_rotary_knows_the_grid_and_order_changes_only_the_order() -> None:
         alone = gpt(codes[row : row + 1], text[row : row + 1], mask[row : row + 1], order=per_row[row])
         torch.testing.assert_close(mixed[row : row + 1], alone, atol=1e-5, rtol=0)
     # The table's start entry stands at (-1, -1); neighbours across a line's end are one row apart.
-    from model.nets.gpt import rotate
+    from model.nets.attention import rotate
 
     def score(query: int, key: int) -> float:
         torch.manual_seed(3)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from model.config import SamplingConfig, TrainingConfig, TransformerConfig
-from model.nets.gpt import GPT, Cache
+from model.nets.attention import StaticCache
+from model.nets.gpt import GPT
 from model.nets.sampler import Sampler, candidate_seed, guidance, gumbel, noise_keys, sample
 
 TRAINING = TrainingConfig(steps=10, batch_size=4, warmup_steps=1)
@@ -58,15 +59,14 @@ def test_cached_logits_equal_uncached(arch: str) -> None:
         full = gpt(codes, text, mask)
         inputs = torch.cat([torch.full((3, 1), 24), codes[:, :-1]], dim=1)
         context = gpt.read(text, mask)
-        cache = Cache(gpt, 3)
+        cache = gpt.cache(3)
         ahead = gpt.decode(inputs[:, :5], context, cache=cache)  # a prefix in one pass
         steps = [ahead]
         for t in range(5, 12):
             cache.at = t
             steps.append(gpt.decode(inputs[:, t : t + 1], context, cache=cache))
         torch.testing.assert_close(torch.cat(steps, dim=1), full, atol=1e-5, rtol=0)
-        static = Cache(gpt, 3)
-        static.at = torch.tensor(0)
+        static = StaticCache(gpt.cache(3), torch.tensor(0), span=12)
         masked = []
         for t in range(12):
             static.at.fill_(t)

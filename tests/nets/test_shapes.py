@@ -10,7 +10,8 @@ from jaxtyping import TypeCheckError
 
 from model.config import SamplingConfig, TrainingConfig, TransformerConfig, VQVAEConfig
 from model.nets import clip, metrics, quantize, sampler
-from model.nets.gpt import GPT, attend
+from model.nets.attention import attend
+from model.nets.gpt import GPT
 from model.nets.tokenizers import Pretrained
 from model.nets.vqvae import VQVAE
 
