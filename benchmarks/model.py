@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor, LogitsPro
 
 from benchmarks.harness import FLOOR, Part, Row, compare, copy_bandwidth, gemm_rate
 from model.config import SamplingConfig, TrainingConfig, TransformerConfig
+from model.nets.compiled import CompiledSampler
 from model.nets.gpt import GPT
 from model.nets.sampler import Sampler
 from model.training.optim import adamw
@@ -64,7 +65,7 @@ def _generate(
     twin = hugging_face_twin(gpt).to(gpt.embedding.weight.dtype)
     text = torch.randn(batch, TEXT, gpt.text_width, device=device, dtype=gpt.embedding.weight.dtype)
     config = SamplingConfig(temperature=0, cfg_scale=SCALE if guided else 1)
-    sampler = Sampler(gpt, compile=compiled)
+    sampler = CompiledSampler(gpt) if compiled else Sampler(gpt)
     ways: dict[str, Callable[[], Tensor]] = {
         "ours": lambda: sampler(text, None, config, range(batch)),
         "transformers": lambda: twin_generate(gpt, twin, text, guided),

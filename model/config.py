@@ -282,7 +282,6 @@ class SamplingConfig(Section):
     cfg_scale: Annotated[float, Field(ge=0)] = 2.0  # classifier-free guidance; 1 is plain conditional
     cfg_schedule: Literal["constant", "power-cosine"] = "constant"
     best_of: Positive = 1  # draws per picture; the CLIP judge keeps the best
-    speculate: Annotated[int, Field(ge=0)] = 0  # codes drawn ahead and checked per pass, same picture; 0: off
 
 
 class EvaluationConfig(Section):

@@ -25,6 +25,7 @@ from model.config import SamplingConfig
 from model.data.images import to_pixels
 from model.errors import UserError
 from model.nets.clip import Judge, TextEncoder, load_judge, load_text_encoder
+from model.nets.compiled import CompiledSampler
 from model.nets.gpt import GPT, load_gpt
 from model.nets.sampler import OnToken, Rerank, Sampler
 from model.nets.tokenizers import Tokenizer, load_tokenizer
@@ -79,7 +80,7 @@ class Generator:
             tokenizer, text, gpt: on one device, in evaluation mode.
             judge: chooses where `best_of` asks for several draws.
             sampling: settings of draws that bring none.
-            compile: see `model.nets.sampler.Sampler`.
+            compile: see `model.nets.compiled`.
         """
         if gpt.vocabulary != tokenizer.vocabulary or gpt.text_width != text.width:
             raise UserError(
@@ -89,7 +90,7 @@ class Generator:
             )
         self.tokenizer, self.text, self.gpt, self.judge = tokenizer, text, gpt, judge
         self.sampling = sampling or SamplingConfig()
-        self.sampler = Sampler(gpt, compile)
+        self.sampler = CompiledSampler(gpt) if compile else Sampler(gpt)
 
     @classmethod
     def load(

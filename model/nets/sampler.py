@@ -23,39 +23,26 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from model.config import SamplingConfig
-from model.nets.attention import StaticCache
 from model.nets.gpt import GPT, Context
 
 OnToken = Callable[[int, Tensor], None]  # (position, codes (B,) of that position)
 Rerank = Callable[[Tensor], Tensor]  # codes (B, n, T) -> scores (B, n), higher is better
 
 
-# Freezing packs the weights for the CPU's GEMM kernels; without it compilation gains nothing there.
-CPU_OPTIONS: dict[str, Any] = {
-    "freezing": True,
-    "max_autotune_gemm": True,
-    "max_autotune_gemm_backends": "CPP,ATEN",
-}
 PACKS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+AHEAD = 16  # codes that a pass draws of a single picture; measured in docs/EXPERIMENTS.md, on CPUs alone
 PACKED_ROWS = 16  # weights are packed for; the blocks chosen for 16 rows serve 1 and 2 best as well
-PROGRAMS = 4  # compiled per sequence, at most; one where the weights that each reads outweigh the cache
-STEPS_COMPILED = 1024  # in a process, at most: to dynamo all are one function, whose ninth program it refuses
 
 
 class Sampler:
-    """Draws from one transformer and keeps what can be reused between draws.
+    """Draws from one transformer; `compiled.CompiledSampler` is the same for many pictures.
 
     Args:
         gpt: the transformer, in eval mode, on the device and in the type to compute in.
-        compile: compile the step (about a minute on a CPU, once per batch size and number of text tokens); on
-            a GPU each step is then one CUDA graph without a synchronisation. Worth it for a server or a large
-            evaluation.
     """
 
-    def __init__(self, gpt: GPT, compile: bool = False) -> None:
-        self.gpt = gpt if compile else packed(gpt)
-        self.compile = compile
-        self._programs: dict[Any, _Program] = {}
+    def __init__(self, gpt: GPT) -> None:
+        self.gpt = packed(gpt)
 
     @torch.no_grad()
     def __call__(
@@ -80,12 +67,10 @@ class Sampler:
             rerank: chooses among `config.best_of` draws; needed where that exceeds 1.
 
         Raises:
-            ValueError: where rows, seeds and prefix do not fit together, or a compiled step should speculate.
+            ValueError: where rows, seeds and prefix do not fit together.
         """
         gpt, n = self.gpt, config.best_of
         device = gpt.embedding.weight.device
-        if self.compile and config.speculate > 1:
-            raise ValueError("sampling.speculate: a compiled step draws one code; compile or speculate")
         if text is not None and len(text) != len(seeds):
             raise ValueError(f"{len(seeds)} seeds for {len(text)} text rows; one seed per picture is needed")
         if prefix is not None and (len(prefix) != len(seeds) or prefix.shape[1] >= gpt.tokens):
@@ -109,19 +94,13 @@ class Sampler:
         context = _read(gpt, text, text_mask, len(seeds), guided)
         start = torch.full((len(seeds), 1), gpt.vocabulary, device=device)
         inputs = start if prefix is None else torch.cat([start, prefix.to(device)], dim=1)  # (B, P + 1)
-        program = self._program(context, config, len(seeds), guided)
+        program = self.program(context, config, len(seeds), guided)
         codes = program.run(inputs, context, seeds, torch.tensor(scales, device=device), on_token)
         return codes.clone()  # the program's buffer, or a tensor of inference mode
 
-    def _program(self, context: Context, config: SamplingConfig, batch: int, guided: bool) -> _Program:
-        if not self.compile:
-            return _Program(self.gpt, config, batch, guided)
-        text_tokens = context.keys_values[0][0].shape[2]
-        drawn_by = (config.temperature, config.top_k, config.top_p)
-        key = (batch, guided, text_tokens, context.mask is None, drawn_by)
-        if key not in self._programs:
-            self._programs[key] = _StaticProgram(self.gpt, config, batch, guided)
-        return self._programs[key]
+    def program(self, context: Context, config: SamplingConfig, batch: int, guided: bool) -> Program:
+        """What draws a batch of pictures from this text with these settings."""
+        return Program(self.gpt, config, batch, guided)
 
 
 def sample(
@@ -169,14 +148,14 @@ def packed(gpt: GPT) -> GPT:
     return copy
 
 
-class _Program:
+class Program:
     """The plain path: each pass of the transformer goes over exactly the keys that are filled.
 
-    With `speculate` n a pass draws n codes, all but the first after guesses: those of the pass before and,
-    where there are none yet, draws from the logits one place earlier. Codes are settled up to and including
-    the first that differs from its guess. As a draw is a function of the logits, the seed and the position,
-    what is settled is what drawing one by one gives, but for rounding (see `draw`): predictive sampling,
-    arXiv:2002.09928; Jacobi decoding of pictures, arXiv:2410.01699. A batch moves on with its slowest row.
+    For a single picture a pass draws `AHEAD` codes, all but the first after guesses: those of the pass before
+    and, where there are none yet, draws from the logits one place earlier. Codes are settled up to and
+    including the first that differs from its guess. As a draw is a function of the logits, the seed and the
+    position, what is settled is what drawing one by one gives, but for rounding (see `draw`): predictive
+    sampling, arXiv:2002.09928; Jacobi decoding of pictures, arXiv:2410.01699.
     """
 
     def __init__(self, gpt: GPT, config: SamplingConfig, batch: int, guided: bool) -> None:
@@ -189,14 +168,15 @@ class _Program:
     @torch.inference_mode()
     def run(
         self,
-        inputs: Tensor,
+        inputs: Int[Tensor, "B P"],
         context: Context,
         seeds: Sequence[int],
-        scales: Tensor,
+        scales: Float[Tensor, " T"],
         on_token: OnToken | None,
-    ) -> Tensor:
-        """Start token and prefix (B, P + 1), guidance scales (T,) -> all codes (B, T)."""
-        tokens, places, ahead = self.gpt.tokens, self.cache.places, max(self.config.speculate, 1)
+    ) -> Int[Tensor, "B T"]:
+        """All codes, from start token and prefix, and the guidance scale of each position."""
+        tokens, places = self.gpt.tokens, self.cache.places
+        ahead = AHEAD if len(inputs) == 1 and inputs.is_cpu else 1  # a batch would wait for its slowest row
         self.seeds.copy_(torch.tensor(list(seeds), dtype=torch.long)[:, None])
         at = inputs.shape[1] - 1  # codes that are settled
         sequence = F.pad(inputs, (0, tokens - at))  # (B, 1 + T): start token, settled codes, guesses
@@ -221,8 +201,10 @@ class _Program:
             end = reach
         return sequence[:, 1:]
 
-    def logits(self, inputs: Tensor, context: Context, scales: Tensor) -> Tensor:
-        """The logits (B, n, K) of the last n codes after `inputs`, which continue the cache."""
+    def logits(
+        self, inputs: Int[Tensor, "B _"], context: Context, scales: Float[Tensor, " n"]
+    ) -> Float[Tensor, "B n K"]:
+        """The logits of the last n codes after `inputs`, which continue the cache."""
         if self.guided:
             inputs = torch.cat([inputs, inputs])
         logits = self.gpt.decode(inputs, context, cache=self.cache)[:, -len(scales) :].float()  # (R, n, K)
@@ -232,125 +214,13 @@ class _Program:
         return torch.lerp(without, with_text, scales[:, None])
 
 
-class _StaticProgram(_Program):
-    """The compiled path: every step the same program over fixed buffers, on a GPU a CUDA graph.
-
-    Large batches have up to four programs, for a quarter of the sequence each, so that early steps do not
-    read a cache that is still empty. The first step (start token and prefix) takes the plain path.
-    """
-
-    def __init__(self, gpt: GPT, config: SamplingConfig, batch: int, guided: bool) -> None:
-        super().__init__(gpt, config, batch, guided)
-        device = gpt.embedding.weight.device
-        self.codes = torch.zeros(batch, gpt.tokens, dtype=torch.long, device=device)
-        self.inputs = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        self.at = torch.zeros((), dtype=torch.long, device=device)
-        self.scales = torch.ones(gpt.tokens, device=device)
-        self.context: Context | None = None
-        self.steps: dict[int, Callable[[], None]] = {}
-        cache = sum(tensor.nbytes for tensor in [*self.cache.keys, *self.cache.values])
-        programs = PROGRAMS if cache > sum(weight.nbytes for weight in gpt.parameters()) else 1
-        self.part = max(-(-gpt.tokens // programs), 64)  # tokens; fewer are not worth one more
-
-    def run(
-        self,
-        inputs: Tensor,
-        context: Context,
-        seeds: Sequence[int],
-        scales: Tensor,
-        on_token: OnToken | None,
-    ) -> Tensor:
-        """As the plain path; the loop launches work and waits for nothing."""
-        tokens, first = self.gpt.tokens, inputs.shape[1] - 1
-        self._refill(context)
-        self.seeds.copy_(torch.tensor(list(seeds), dtype=torch.long)[:, None])
-        self.scales.copy_(scales)
-        self.codes[:, :first] = inputs[:, 1:]
-        self.cache.at = 0
-        logits = self.logits(inputs, context, scales[first : first + 1])
-        self.inputs.copy_(draw(logits, self.config, self.seeds, first, self.keys))
-        self.codes[:, first] = self.inputs[:, 0]
-        if on_token is not None:
-            on_token(first, self.codes[:, first])
-        for at in range(first + 1, tokens):
-            span = min((at // self.part + 1) * self.part, tokens)
-            if span not in self.steps:
-                self.steps[span] = self._prepare(span, at)
-            if at == first + 1 or at % self.part == 0:
-                self.at.fill_(at)
-            self.steps[span]()
-            if on_token is not None:
-                on_token(at, self.codes[:, at])
-        return self.codes
-
-    def _refill(self, context: Context) -> None:
-        """Programs hold addresses: later texts are copied to where the first one was."""
-        if self.context is None:
-            self.context = Context(
-                [(k.clone(), v.clone()) for k, v in context.keys_values],
-                None if context.mask is None else context.mask.clone(),
-            )
-            return
-        for (k, v), (new_k, new_v) in zip(self.context.keys_values, context.keys_values, strict=True):
-            k.copy_(new_k)
-            v.copy_(new_v)
-        if context.mask is not None and self.context.mask is not None:
-            self.context.mask.copy_(context.mask)
-
-    def _prepare(self, span: int, at: int) -> Callable[[], None]:
-        """Compile the step for the first `span` places; on a GPU capture it."""
-        cache = StaticCache(self.cache, self.at, span)
-        guided, config, gpt, context = self.guided, self.config, self.gpt, self.context
-        inputs, codes, scales, position = self.inputs, self.codes, self.scales, self.at
-        seeds, keys = self.seeds, self.keys
-        assert context is not None
-
-        def step() -> None:
-            rows = torch.cat([inputs, inputs]) if guided else inputs  # (R, 1)
-            logits = gpt.decode(rows, context, cache=cache).float()  # (R, 1, K)
-            if guided:
-                with_text, without = logits.chunk(2)
-                scale = scales.index_select(0, position.view(1))  # `scales[position]` breaks PyTorch 2.11
-                logits = torch.lerp(without, with_text, scale)  # (B, 1, K)
-            drawn = draw(logits, config, seeds, position, keys)  # (B, 1)
-            codes.index_copy_(1, position.view(1), drawn)
-            inputs.copy_(drawn)
-            position.add_(1)
-
-        from torch._dynamo import config as dynamo
-        from torch._inductor import config as inductor
-
-        cuda = inputs.is_cuda
-        compiled = torch.compile(step, fullgraph=True, dynamic=False)
-        saved = inputs.clone(), codes.clone()
-
-        def rewind() -> None:  # compiling and capturing run the step; its effects are taken back
-            inputs.copy_(saved[0])
-            codes.copy_(saved[1])
-            position.fill_(at)
-
-        position.fill_(at)
-        # Not as options of `compile`: already tracing must know that weights are constants.
-        with inductor.patch({} if cuda else CPU_OPTIONS), dynamo.patch(recompile_limit=STEPS_COMPILED):
-            compiled()
-        rewind()
-        if not cuda:
-            return compiled
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                compiled()
-                rewind()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            compiled()
-        rewind()
-        return graph.replay
-
-
-def _read(gpt: GPT, text: Tensor | None, text_mask: Tensor | None, batch: int, guided: bool) -> Context:
+def _read(
+    gpt: GPT,
+    text: Float[Tensor, "B S W"] | None,
+    text_mask: Bool[Tensor, "B S"] | None,
+    batch: int,
+    guided: bool,
+) -> Context:
     """The text's keys and values, followed by those of the null text where guidance needs both.
 
     The mask becomes what is added to the scores: attention would make that of it in every step again.
@@ -427,7 +297,7 @@ def noise_keys(vocabulary: int, device: torch.device | str = "cpu") -> Int[Tenso
     return torch.arange(vocabulary, device=device) * 0x2545F4914F6CDD1D
 
 
-def _scramble(x: Tensor) -> Tensor:
+def _scramble(x: Int[Tensor, "*rows"]) -> Int[Tensor, "*rows"]:
     """SplitMix64's finalizer on wrapping int64 (Steele et al. 2014); shifts are masked to be logical."""
     x = x + -0x61C8864680B583EB
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from functools import partial
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torch
 from model.config import SamplingConfig, TrainingConfig, TransformerConfig
 from model.nets.attention import StaticCache
 from model.nets.gpt import GPT
-from model.nets.sampler import Sampler, candidate_seed, guidance, gumbel, noise_keys, sample
+from model.nets.sampler import AHEAD, candidate_seed, guidance, gumbel, noise_keys, sample
 
 TRAINING = TrainingConfig(steps=10, batch_size=4, warmup_steps=1)
 GREEDY = SamplingConfig(temperature=0, cfg_scale=1)
@@ -222,7 +221,7 @@ def test_tokens_are_streamed_in_order() -> None:
     assert torch.equal(torch.tensor([drawn for _, drawn in seen]).T, codes)
 
 
-@pytest.mark.parametrize("window", [2, 5, 40])
+@pytest.mark.parametrize("grid", [(1, 3), (5, 7), (6, 12)], ids=["below a window", "two windows", "many"])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -230,46 +229,47 @@ def test_tokens_are_streamed_in_order() -> None:
         {"temperature": 0},
         {"cfg_scale": 3, "cfg_schedule": "power-cosine"},
         {"top_k": 3, "temperature": 0.5},
-        {"top_p": 0.8, "best_of": 2},
+        {"top_p": 0.8},
     ],
     ids=["plain", "greedy", "guided", "top-k", "top-p"],
 )
-def test_speculation_draws_the_same_pictures(changes: dict[str, object], window: int) -> None:
-    gpt = tiny(grid=(5, 7))
+def test_a_single_picture_is_drawn_ahead_and_is_the_same(
+    changes: dict[str, object], grid: tuple[int, int]
+) -> None:
+    """Beside others a picture is drawn code by code; alone in windows that are guessed and checked."""
+    gpt = tiny(grid=grid)
     text, mask = texts()
     config = SamplingConfig(**({"cfg_scale": 1} | changes))
-    ahead = config.model_copy(update={"speculate": window})
-
-    def rerank(codes: torch.Tensor) -> torch.Tensor:
-        return codes[:, :, -1].float()
-
-    seen: list[tuple[int, list[int]]] = []
+    seen: list[tuple[int, int]] = []
 
     def on_token(place: int, drawn: torch.Tensor) -> None:
-        seen.append((place, drawn.tolist()))
+        seen.append((place, int(drawn)))
 
     for seeds in ([1, 2, 3], [40, 50, 60], [7, 7, 7]):
-        plain = sample(gpt, text, mask, config, seeds, rerank=rerank)
-        seen.clear()
-        assert torch.equal(sample(gpt, text, mask, ahead, seeds, None, on_token, rerank), plain)
-        assert [place for place, _ in seen] == list(range(35))
-        if config.best_of == 1:
-            assert torch.equal(torch.tensor([drawn for _, drawn in seen]).T, plain)
-            assert torch.equal(sample(gpt, text, mask, ahead, seeds, plain[:, :9]), plain)
+        together = sample(gpt, text, mask, config, seeds)
+        for row, seed in enumerate(seeds):
+            one = slice(row, row + 1)
+            seen.clear()
+            alone = sample(gpt, text[one], mask[one], config, [seed], None, on_token)
+            assert torch.equal(alone, together[one])
+            assert seen == list(enumerate(alone[0].tolist()))
+            prefix = alone[:, : gpt.tokens // 2]
+            assert torch.equal(sample(gpt, text[one], mask[one], config, [seed], prefix), alone)
 
 
-def test_speculation_saves_passes_where_guesses_are_right() -> None:
+def test_drawing_ahead_saves_passes_where_guesses_are_right() -> None:
     """A picture of one code is guessed at once: the first pass draws one code, the others a window each."""
     gpt = tiny(grid=(5, 7))
     with torch.no_grad():
         gpt.head.weight.zero_()  # all codes alike: greedy takes the first, whatever came before
     passes = []
     gpt.norm.register_forward_hook(lambda *_: passes.append(1))
-    codes = sample(gpt, None, None, SamplingConfig(temperature=0, speculate=8), seeds=[0, 1])
-    assert not codes.any()
-    assert len(passes) == 1 + -(-34 // 8)
-    with pytest.raises(ValueError, match="speculate"):
-        Sampler(gpt, compile=True)(None, None, SamplingConfig(speculate=8), [0])
+    greedy = SamplingConfig(temperature=0)
+    assert not sample(gpt, None, None, greedy, seeds=[0]).any()
+    assert len(passes) == 1 + -(-34 // AHEAD)
+    passes.clear()
+    assert not sample(gpt, None, None, greedy, seeds=[0, 1]).any()
+    assert len(passes) == 35
 
 
 def test_best_of_keeps_what_the_judge_prefers() -> None:
@@ -293,34 +293,3 @@ def test_best_of_keeps_what_the_judge_prefers() -> None:
         sample(gpt, text, mask, config, seeds=[1, 2, 3])
     with pytest.raises(ValueError, match="seeds"):
         sample(gpt, text, mask, single, seeds=[1])
-
-
-@pytest.mark.slow
-@pytest.mark.compiles
-def test_compiled_draws_the_same_pictures() -> None:
-    """Two programs (of 64 and of 72 tokens), buffers refilled by a second batch, a prefix."""
-    gpt = tiny(grid=(6, 12))
-    text, mask = texts()
-    config = SamplingConfig(cfg_scale=2, top_k=9, top_p=0.9)
-    fast = Sampler(gpt, compile=True)
-    for seeds, rows in [([1, 2, 3], [0, 1, 2]), ([5, 6, 7], [2, 0, 1])]:
-        plain = sample(gpt, text[rows], mask[rows], config, seeds)
-        assert torch.equal(fast(text[rows], mask[rows], config, seeds), plain)
-    again = fast(text[rows], mask[rows], config, seeds, prefix=plain[:, :66])
-    assert torch.equal(again, plain)
-    (program,) = fast._programs.values()
-    assert sorted(program.steps) == [64, 72]
-
-
-@pytest.mark.slow
-@pytest.mark.compiles
-def test_a_server_may_compile_for_many_batch_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dynamo by itself refuses the ninth program of one function."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # tracing is what is tried
-    gpt = tiny(grid=(1, 2))
-    fast = Sampler(gpt, compile=True)
-    config = SamplingConfig(cfg_scale=1)
-    for batch in range(1, 11):
-        seeds = list(range(batch))
-        assert torch.equal(fast(None, None, config, seeds), sample(gpt, None, None, config, seeds))
-    assert len(fast._programs) == 10
