@@ -169,7 +169,6 @@ class VQVAEConfig(Section):
     code_dim: Positive = 8  # vq: dimension of an entry, looked up after l2 normalisation
     fsq_levels: list[Positive] = [8, 5, 5, 5]  # fsq: levels per dimension; their product is the codebook size
     beta: float = 0.25  # commitment weight
-    estimator: Literal["straight-through", "rotation"] = "rotation"
     reset_after: Annotated[int, Field(ge=0)] = 100  # steps unused before a code is reset; 0 never resets
     loss: TokenizerLoss = TokenizerLoss()
     training: TrainingConfig

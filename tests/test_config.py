@@ -120,7 +120,6 @@ NOT_NEGATIVE = [
     "sampling.temperature",
     "sampling.top_k",
     "sampling.cfg_scale",
-    "sampling.speculate",
     "jobs.gpus_per_worker",
     "jobs.max_restarts",
 ]

@@ -83,11 +83,10 @@ class VectorQuantizer(nn.Module):
     unused: Tensor  # (K,) steps since a code was last used
     _gathered: Tensor  # (K, 2D + 1) what forward saw since the last update
 
-    def __init__(self, size: int, dim: int, beta: float, estimator: str, reset_after: int) -> None:
+    def __init__(self, size: int, dim: int, beta: float, reset_after: int) -> None:
         super().__init__()
         self.vocabulary = size
         self.beta = beta
-        self.estimator = estimator
         self.reset_after = reset_after
         self.register_buffer("codebook", F.normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("unused", torch.zeros(size, dtype=torch.int64))
@@ -107,10 +106,7 @@ class VectorQuantizer(nn.Module):
             loss = self.beta * F.mse_loss(flat, quantized)
             if self.training:
                 self._gather(flat.detach(), codes)
-            if self.estimator == "rotation":
-                quantized = rotate(flat, quantized)
-            else:
-                quantized = flat + (quantized - flat).detach()
+            quantized = rotate(flat, quantized)
         return _to_grid(quantized, batch, height, width), codes.view(batch, height, width), loss
 
     def lookup(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B D h w"]:
@@ -214,9 +210,7 @@ def build_quantizer(config: VQVAEConfig) -> VectorQuantizer | FiniteScalarQuanti
     """The quantizer that the config names."""
     if config.quantizer == "fsq":
         return FiniteScalarQuantizer(config.fsq_levels)
-    return VectorQuantizer(
-        config.codebook_size, config.code_dim, config.beta, config.estimator, config.reset_after
-    )
+    return VectorQuantizer(config.codebook_size, config.code_dim, config.beta, config.reset_after)
 
 
 def _to_grid(flat: Float[Tensor, "N D"], batch: int, height: int, width: int) -> Float[Tensor, "B D h w"]:
