@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
 from model.config import RunConfig
 from model.errors import UserError
+from model.plumbing import environment
 
 FREE_BYTES = 2 * 2**30  # a run of a small preset with its services, checkpoints and logs fits
 
@@ -31,7 +31,7 @@ def preflight(config: RunConfig) -> list[str]:
         if step.taken(config):
             step.settings(config)  # looks at the weights that the config names by path or URI
     tracking.check_server()
-    found.append(f"tracking  {os.environ['MLFLOW_TRACKING_URI']}")
+    found.append(f"tracking  {environment.MLFLOW_TRACKING_URI.get()}")
     return found
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from model.errors import UserError
-from model.plumbing import storage
+from model.plumbing import environment, storage
 from model.plumbing.assets import Manifest
 
 CACHE_GIB = 64  # of downloaded shards kept on the local disk, where the environment says nothing else
@@ -83,7 +83,7 @@ class ShardCache:
 
 
 def _cache_bytes() -> int:
-    return int(storage.number_from_environment("LATENT_GPT_CACHE_GIB", CACHE_GIB, "GiB") * 2**30)
+    return int(environment.CACHE_GIB.get() * 2**30)
 
 
 @contextmanager

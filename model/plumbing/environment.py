@@ -65,41 +65,41 @@ class Number:
         return number
 
 
-S3_ENDPOINT_URL = Variable("S3_ENDPOINT_URL", "the S3 server", "SeaweedFS is started on loopback")
-AWS_ACCESS_KEY_ID = Variable("AWS_ACCESS_KEY_ID", "who we are to it", "boto3 looks where it always does")
-AWS_SECRET_ACCESS_KEY = Variable("AWS_SECRET_ACCESS_KEY", "and the proof", "the same")
-AWS_SESSION_TOKEN = Variable("AWS_SESSION_TOKEN", "of credentials that expire", "the same")
-AWS_DEFAULT_REGION = Variable(
-    "AWS_DEFAULT_REGION", "where its buckets are", "the same; `us-east-1` for parquet"
-)
+S3_ENDPOINT_URL = Variable("S3_ENDPOINT_URL", "address of the S3 server", "SeaweedFS is started on loopback")
+AWS_ACCESS_KEY_ID = Variable("AWS_ACCESS_KEY_ID", "its user", "what boto3 finds")
+AWS_SECRET_ACCESS_KEY = Variable("AWS_SECRET_ACCESS_KEY", "that user's secret", "what boto3 finds")
+AWS_SESSION_TOKEN = Variable("AWS_SESSION_TOKEN", "of a secret that expires", "none")
+AWS_DEFAULT_REGION = Variable("AWS_DEFAULT_REGION", "region of S3", "`us-east-1`", default="us-east-1")
 STORE = Variable(
     "LATENT_GPT_STORE",
-    "where assets go, `s3://bucket/prefix` or a folder",
+    "where assets go: `s3://bucket/prefix`, or a folder",
     "a bucket of the embedded server",
 )
-MLFLOW_TRACKING_URI = Variable("MLFLOW_TRACKING_URI", "the MLflow server", "one is started on loopback")
-MLFLOW_TRACKING_TOKEN = Variable("MLFLOW_TRACKING_TOKEN", "who we are to it", "the next two")
-MLFLOW_TRACKING_USERNAME = Variable("MLFLOW_TRACKING_USERNAME", "the same, by name", "nobody")
-MLFLOW_TRACKING_PASSWORD = Variable("MLFLOW_TRACKING_PASSWORD", "and the proof", "none")
+MLFLOW_TRACKING_URI = Variable(
+    "MLFLOW_TRACKING_URI", "address of the MLflow server", "one is started on loopback"
+)
+MLFLOW_TRACKING_USERNAME = Variable("MLFLOW_TRACKING_USERNAME", "its user", "nobody in particular")
+MLFLOW_TRACKING_PASSWORD = Variable("MLFLOW_TRACKING_PASSWORD", "that user's password", "none")
+MLFLOW_TRACKING_TOKEN = Variable("MLFLOW_TRACKING_TOKEN", "a token instead of both", "none")
 STATE = Variable("LATENT_GPT_STATE", "folder of the embedded services and of run logs", "`.latent-gpt`")
 CACHE = Variable("LATENT_GPT_CACHE", "folder for copies of what lies in S3", "`cache` in that folder")
-CACHE_GIB = Number("LATENT_GPT_CACHE_GIB", "GiB that they may take", 64, "GiB")
+CACHE_GIB = Number("LATENT_GPT_CACHE_GIB", "how large it may become, in GiB", 64, "GiB")
 S3_PATIENCE = Number(
     "LATENT_GPT_S3_PATIENCE", "seconds to wait for one answer of S3 (eleven are asked for)", 10, "seconds"
 )
 LAUNCHER = Variable(
     "LATENT_GPT_LAUNCHER",
-    "what runs training jobs: `torchrun`, or `pytorchjob` on a cluster",
-    "`torchrun`, processes where the step is",
+    "what runs training jobs; so far there is `torchrun`",
+    "`torchrun`, processes of this machine",
     default="torchrun",
 )
 IMAGE = Variable(
     "LATENT_GPT_IMAGE",
-    "image of every step when the pipeline is compiled; by digest on a cluster",
+    "image of all steps, when the pipeline is compiled",
     "`latent-gpt:dev`",
     default="latent-gpt:dev",
 )
-DEBUG = Variable("LATENT_GPT_DEBUG", "anything: errors come with their stack traces", "as `--debug` says")
+DEBUG = Variable("LATENT_GPT_DEBUG", "anything: every error comes with its stack trace", "defects alone do")
 
 # What one of our processes says to another that it starts:
 LOGS = Variable("LATENT_GPT_LOGS", "folder for the logs of training jobs", "a temporary one")
@@ -108,7 +108,7 @@ OUTCOMES = Variable("LATENT_GPT_OUTCOMES", "where a process leaves how it ended;
 FOR_PEOPLE = (
     *(S3_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_DEFAULT_REGION),
     *(STORE, MLFLOW_TRACKING_URI),
-    *(MLFLOW_TRACKING_TOKEN, MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD),
+    *(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN),
     *(STATE, CACHE, CACHE_GIB, S3_PATIENCE, LAUNCHER, IMAGE, DEBUG),
 )
 
@@ -149,6 +149,11 @@ def of_a_child(*changes: Mapping[str, str]) -> dict[str, str]:
 def rank() -> int:
     """This process's number in its job, as torchrun gives it; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
+
+
+def ranks_here() -> int:
+    """Processes of this one's job on this machine; 1 without torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def under_torchrun() -> bool:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import TypeVar
 
+from model.plumbing import environment
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -18,7 +20,7 @@ Result = TypeVar("Result")
 def cores() -> int:
     """Cores this process may use: its part of them where several ranks share the machine."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, here // environment.ranks_here())
 
 
 def parallel_map(
@@ -52,7 +54,9 @@ def parallel_map(
 
 
 def _alone() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded: every core has a process of its own
+    environment.put(
+        {"OMP_NUM_THREADS": "1"}
+    )  # read when torch is loaded: every core has a process of its own
 
 
 @contextmanager

@@ -14,7 +14,6 @@ import errno
 import functools
 import hashlib
 import io
-import math
 import os
 import shutil
 import tempfile
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from model.errors import UserError
+from model.plumbing import environment
 
 if TYPE_CHECKING:
     from boto3.s3.transfer import TransferConfig
@@ -56,7 +56,7 @@ def join(uri: str, *parts: str) -> str:
 
 def store_root() -> str:
     """Where sets are kept: the environment's `LATENT_GPT_STORE`, an S3 URI or a local folder."""
-    root = os.environ.get("LATENT_GPT_STORE", "")
+    root = environment.STORE.get()
     if not root:
         raise UserError("LATENT_GPT_STORE is not set; give a place for data, e.g. s3://latent-gpt or /data")
     return root.rstrip("/") if is_s3(root) else str(Path(root).expanduser().absolute())
@@ -326,34 +326,19 @@ def client(patience: float | None = None, attempts: int = ATTEMPTS) -> S3Client:
         attempts: tries of one request.
     """
     if patience is None:
-        patience = default_patience()
+        patience = environment.S3_PATIENCE.get()
     # Connections must not be shared with a forked child, and tests move from server to server.
-    place = tuple(os.environ.get(name, "") for name in ("S3_ENDPOINT_URL", *CREDENTIALS))
+    place = tuple(one.get() for one in PLACE)
     return _client(os.getpid(), place, patience, attempts)
 
 
-def default_patience() -> float:
-    """Seconds to wait for one answer of S3. Raises UserError where the environment says something else."""
-    return number_from_environment("LATENT_GPT_S3_PATIENCE", 10, "seconds")
-
-
-def number_from_environment(name: str, default: float, unit: str) -> float:
-    """What the environment says, or the default.
-
-    Raises:
-        UserError: it is no number above 0.
-    """
-    given = os.environ.get(name) or str(default)
-    try:
-        number = float(given)
-    except ValueError:
-        number = 0
-    if not 0 < number < math.inf:
-        raise UserError(f"{name} is '{given}'; it must be a number of {unit} above 0, e.g. {default:g}")
-    return number
-
-
-CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION")
+PLACE = (  # of an S3, and who asks it: another one needs another client
+    environment.S3_ENDPOINT_URL,
+    environment.AWS_ACCESS_KEY_ID,
+    environment.AWS_SECRET_ACCESS_KEY,
+    environment.AWS_SESSION_TOKEN,
+    environment.AWS_DEFAULT_REGION,
+)
 
 
 @functools.cache
@@ -377,9 +362,7 @@ def _client(process: int, place: tuple[str, ...], patience: float, attempts: int
     # Not boto3's default session: that one keeps the first credentials it has seen.
     session = boto3.session.Session()
     try:
-        return session.client(
-            "s3", endpoint_url=endpoint or None, region_name=region or "us-east-1", config=config
-        )
+        return session.client("s3", endpoint_url=endpoint or None, region_name=region, config=config)
     except PartialCredentialsError:
         raise UserError(
             "S3 credentials are incomplete; set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
@@ -579,7 +562,7 @@ def _s3_error(uri: str, error: Exception) -> Exception:
     """What a person can do about an S3 failure."""
     from botocore import exceptions as boto
 
-    endpoint = os.environ.get("S3_ENDPOINT_URL") or "AWS S3"
+    endpoint = environment.S3_ENDPOINT_URL.get() or "AWS S3"
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
         return UserError(f"{uri}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     if isinstance(error, boto.ClientError):

@@ -10,7 +10,6 @@ import base64
 import contextlib
 import json
 import logging
-import os
 import time
 import urllib.error
 import urllib.request
@@ -20,6 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from model.errors import UserError
+from model.plumbing import environment
 from model.plumbing.jobs import TrackingIds
 
 if TYPE_CHECKING:
@@ -55,10 +55,10 @@ def mlflow_client() -> MlflowClient:
         UserError: it names none, or it does not answer.
     """
     check_server()
-    os.environ.update(MLFLOW_SETTINGS)
+    environment.put(MLFLOW_SETTINGS)
     from mlflow import MlflowClient
 
-    uri = os.environ["MLFLOW_TRACKING_URI"]
+    uri = environment.MLFLOW_TRACKING_URI.get()
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -71,7 +71,7 @@ def check_server(patience: float = 10.0) -> None:
     Raises:
         UserError: `MLFLOW_TRACKING_URI` is missing or wrong, or the server does not answer as MLflow does.
     """
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    uri = environment.MLFLOW_TRACKING_URI.get()
     if not uri.startswith(("http://", "https://")):
         raise UserError(
             f"MLFLOW_TRACKING_URI is '{uri}'; it must name an MLflow server, e.g. http://127.0.0.1:5000"
@@ -105,10 +105,10 @@ def check_server(patience: float = 10.0) -> None:
 
 
 def _authorization() -> dict[str, str]:
-    if token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
+    if token := environment.MLFLOW_TRACKING_TOKEN.get():
         return {"Authorization": f"Bearer {token}"}
-    if user := os.environ.get("MLFLOW_TRACKING_USERNAME"):
-        both = f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}"
+    if user := environment.MLFLOW_TRACKING_USERNAME.get():
+        both = f"{user}:{environment.MLFLOW_TRACKING_PASSWORD.get()}"
         return {"Authorization": f"Basic {base64.b64encode(both.encode()).decode()}"}
     return {}
 
@@ -324,4 +324,4 @@ def explained() -> Iterator[None]:
         yield
     except MlflowException as error:
         what = " ".join(str(error).split())[:300]
-        raise UserError(f"MLflow at {os.environ.get('MLFLOW_TRACKING_URI')} refuses: {what}") from None
+        raise UserError(f"MLflow at {environment.MLFLOW_TRACKING_URI.get()} refuses: {what}") from None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import os
 
 import pytest
 
 from model.errors import UserError
 from model.plumbing import environment
-from model.plumbing.environment import CACHE_GIB, LAUNCHER
+from model.plumbing.environment import CACHE_GIB, FOR_PEOPLE, LAUNCHER, Number, Variable
+from tests import ROOT
 
 
 def test_a_value_is_read_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,3 +47,52 @@ def test_a_child_gets_ours_and_the_last_change(monkeypatch: pytest.MonkeyPatch) 
     child = environment.of_a_child({"A": "1", "B": "1"}, {"B": "2"})
     assert (child["LATENT_GPT_STORE"], child["A"], child["B"]) == ("/ours", "1", "2")
     assert "A" not in os.environ
+
+
+def test_the_readme_repeats_the_table() -> None:
+    assert environment.table() in (ROOT / "README.md").read_text()
+
+
+def test_every_variable_of_ours_is_for_people_or_between_processes() -> None:
+    declared = [one for one in vars(environment).values() if isinstance(one, Variable | Number)]
+    assert {one.name for one in declared} - {one.name for one in FOR_PEOPLE} == {
+        "LATENT_GPT_LOGS",
+        "LATENT_GPT_OUTCOMES",
+    }
+
+
+OTHERS = {  # that may read the environment themselves
+    "model/plumbing/environment.py": "the one place",
+    "model/plumbing/distributed.py": "what torchrun says",
+    "model/plumbing/cache.py": "for an hour",
+    "model/plumbing/registry.py": "for an hour",
+    "pipelines/embedded": "environments of the servers that it starts",
+}
+
+
+def test_nobody_else_reads_the_environment() -> None:
+    found = []
+    for layer in ("model", "components", "pipelines"):
+        for path in sorted((ROOT / layer).rglob("*.py")):
+            name = path.relative_to(ROOT).as_posix()
+            if not name.startswith(tuple(OTHERS)):
+                found += [f"{name}:{line}" for line in accesses(path.read_text())]
+    assert not found, "goes through model.plumbing.environment"
+
+
+def accesses(code: str) -> list[int]:
+    """Lines in which code reaches for the environment by itself."""
+    lines = []
+    for node in ast.walk(ast.parse(code)):
+        attribute = isinstance(node, ast.Attribute) and node.attr in REACHES
+        imported = isinstance(node, ast.ImportFrom) and any(alias.name in REACHES for alias in node.names)
+        if attribute or imported:
+            lines.append(node.lineno)
+    return sorted(lines)
+
+
+REACHES = {"environ", "environb", "getenv", "putenv", "unsetenv"}
+
+
+def test_that_check_sees_what_it_looks_for() -> None:
+    assert accesses("import os\nos.environ['A']\nos.getenv('A')\nfrom os import environ\n") == [2, 3, 4]

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from model.config import ParquetSource
 from model.data.sources import Record
 from model.errors import UserError
-from model.plumbing import storage
+from model.plumbing import environment, storage
 
 BATCH = 64  # rows read at a time
 SIDE_BY_SIDE = 16  # files looked at together
@@ -119,12 +119,12 @@ def _files(config: ParquetSource) -> tuple[pafs.FileSystem, list[pafs.FileInfo]]
 def _filesystem(path: str) -> tuple[pafs.FileSystem, str]:
     if not path.startswith("s3://"):
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path))
-    scheme, _, endpoint = os.environ.get("S3_ENDPOINT_URL", "").rpartition("://")
-    patience = storage.default_patience()
+    scheme, _, endpoint = environment.S3_ENDPOINT_URL.get().rpartition("://")
+    patience = environment.S3_PATIENCE.get()
     filesystem = pafs.S3FileSystem(
         endpoint_override=endpoint or None,
         scheme=scheme or "https",
-        region=os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
+        region=environment.AWS_DEFAULT_REGION.get(),
         connect_timeout=patience,
         request_timeout=patience,
         retry_strategy=pafs.AwsStandardS3RetryStrategy(storage.ATTEMPTS),
