@@ -1,14 +1,13 @@
 """Text as the transformer reads it, and the judge of picture and prompt: open_clip models, used frozen.
 
-A `clip` set is a folder with `model.safetensors` and a `config.json` that holds the open_clip architecture,
-so a model this project trained and a pretrained one are loaded through the same door.
+A `text` or `judge` asset is a folder with `model.safetensors` and a `config.json` that holds the open_clip
+architecture, so a model this project trained and a pretrained one are loaded through the same door.
 
 Letters: B batch, S text tokens, W width of the text tower, E width of the shared embedding.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from model.config import PretrainedCLIPConfig, TrainedCLIPConfig
 from model.errors import UserError
+from model.nets.folder import fit, load
 
 log = logging.getLogger(__name__)
 
@@ -222,30 +222,16 @@ def build_clip(description: dict[str, Any]) -> CLIPModel:
 
 
 def load_text_encoder(folder: str | Path, device: str | torch.device = "cpu") -> TextEncoder:
-    """The text encoder of a `clip` set's folder, in the precision that the set names, so that a transformer
+    """The text encoder of a `text` asset's folder, in the precision that it names, so that a transformer
     reads the same states wherever it is used. Raises UserError where a file is missing or does not fit."""
-    model, description = load_clip(folder)
+    model, description = load(folder, build_clip)
     return TextEncoder(model, device, DTYPES[description.get("precision", "fp32")])
 
 
 def load_judge(folder: str | Path, device: str | torch.device = "cpu") -> Judge:
-    """The judge of a `clip` set's folder. Raises UserError where a file is missing or does not fit."""
-    model, description = load_clip(folder)
+    """The judge of a `judge` asset's folder. Raises UserError as `load`."""
+    model, description = load(folder, build_clip)
     return Judge(model, description["preprocess"], device)
-
-
-def load_clip(folder: str | Path) -> tuple[CLIPModel, dict[str, Any]]:
-    """Model and `config.json` of a `clip` set's folder."""
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder}: no {name}; a clip folder holds config.json and model.safetensors")
-    description = json.loads((folder / "config.json").read_text())
-    model = build_clip(description)
-    _load_weights(model, load_file(folder / "model.safetensors"), str(folder))
-    return model.eval(), description
 
 
 def import_pretrained(config: PretrainedCLIPConfig) -> tuple[CLIPModel, dict[str, Any]]:
@@ -276,7 +262,10 @@ def import_pretrained(config: PretrainedCLIPConfig) -> tuple[CLIPModel, dict[str
         },
     }
     model = build_clip(description)
-    _load_weights(model, _pretrained_tensors(config, tag), config.weights)
+    tensors = _pretrained_tensors(config, tag)
+    for name in ("attn_mask", "text.attn_mask"):  # a buffer in older checkpoints
+        tensors.pop(name, None)
+    fit(model, tensors, config.weights)
     return model.eval(), description
 
 
@@ -321,16 +310,6 @@ def _pretrained_tensors(config: PretrainedCLIPConfig, tag: dict[str, Any]) -> di
         return load_file(ref)
     except (FileNotFoundError, SafetensorError) as error:
         raise UserError(f"clip.weights '{ref}' cannot be read ({error}); {how}") from None
-
-
-def _load_weights(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    for name in ("attn_mask", "text.attn_mask"):  # a buffer in older checkpoints
-        tensors.pop(name, None)
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:]]
-        raise UserError(f"{where}: the weights do not fit the architecture: {lines[0][:160]}") from None
 
 
 class _TextTower(nn.Module):

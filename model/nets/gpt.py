@@ -10,7 +10,6 @@ of the text states, L blocks.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +21,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from model.config import TransformerConfig
-from model.errors import UserError
 from model.nets.attention import Cache, StaticCache, attend, rotate
+from model.nets.folder import load
 
 ROPE_BASE = 100.0  # grids are 8 to 32 wide: the slowest pair still turns visibly across one
 
@@ -327,7 +326,7 @@ class GPT(nn.Module):
         return 6 * weights + attention
 
     def description(self) -> dict[str, Any]:
-        """What `build` needs to make this architecture again: the `config.json` of a `transformer` set."""
+        """What `build` needs to make this architecture again: the `config.json` of a `transformer` asset."""
         return {
             "transformer": self.config.model_dump(mode="json"),
             "vocabulary": self.vocabulary,
@@ -343,26 +342,9 @@ def build(description: dict[str, Any]) -> GPT:
 
 
 def load_gpt(folder: str | Path, device: str | torch.device = "cpu") -> GPT:
-    """The transformer of a `transformer` set's folder, ready to sample from.
-
-    Raises:
-        UserError: where the folder lacks a file or the weights are of another architecture.
-    """
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise UserError(
-                f"{folder}: no {name}; a transformer folder holds config.json and model.safetensors"
-            )
-    gpt = build(json.loads((folder / "config.json").read_text()))
-    try:
-        gpt.load_state_dict(load_file(folder / "model.safetensors"))
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UserError(f"{folder}: model.safetensors does not fit config.json: {first}") from None
-    return gpt.to(device).eval()
+    """The transformer of a `transformer` asset's folder, ready to sample from. Raises UserError as `load`."""
+    gpt, _ = load(folder, build)
+    return gpt.to(device)
 
 
 def _norm(config: TransformerConfig) -> nn.Module:

@@ -1,8 +1,8 @@
-"""Tokenizers behind one interface, ours and pretrained ones, and the set they are kept in.
+"""Tokenizers behind one interface, ours and pretrained ones, and the asset they are kept in.
 
-A tokenizer set is `model.safetensors` beside `config.json`; `load_tokenizer` opens it without knowing who
-trained it. Weights made elsewhere enter once, through `import_pretrained`, and are a set like any other after
-that: hashed, versioned, safetensors only.
+A tokenizer asset is `model.safetensors` beside `config.json`; `load_tokenizer` opens it without knowing who
+trained it. Weights made elsewhere enter once, through `import_pretrained`, and are an asset like any other
+after that: hashed, versioned, safetensors only.
 
 Letters: B batch, H W pixels, h w token grid (H / factor, W / factor), D code dimension, K codes.
 """
@@ -12,24 +12,24 @@ from __future__ import annotations
 import json
 import tempfile
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from model.config import PretrainedTokenizerConfig, VQVAEConfig
 from model.errors import UserError
+from model.nets.folder import load
 from model.nets.quantize import nearest_codes
 from model.nets.vqvae import VQVAE, check_sides
 from model.plumbing import storage
 from model.plumbing.assets import AssetWriter, Manifest
-from model.plumbing.checkpoints import CONFIG, WEIGHTS, load_model, save_model
+from model.plumbing.checkpoints import CONFIG, WEIGHTS, save_model
 
 
 @runtime_checkable
@@ -105,11 +105,13 @@ class Janus(Pretrained):
     load, which makes search and lookup agree, and the convolutions take any grid.
     """
 
-    def __init__(self, architecture: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    @staticmethod
+    def build(architecture: dict[str, Any]) -> nn.Module:
         from transformers import JanusVQVAE, JanusVQVAEConfig
 
-        net = JanusVQVAE(JanusVQVAEConfig.from_dict(architecture))
-        load_weights(net, weights)
+        return JanusVQVAE(JanusVQVAEConfig.from_dict(architecture))
+
+    def __init__(self, net: Any) -> None:
         super().__init__(nn.functional.normalize(net.quantize.embedding.weight.detach(), dim=1))
         self.net = net
         self.factor = 2 ** (len(net.config.channel_multiplier) - 1)
@@ -124,11 +126,13 @@ class Janus(Pretrained):
 class Diffusers(Pretrained):
     """`VQModel` of diffusers: taming-transformers' and latent diffusion's VQ autoencoders."""
 
-    def __init__(self, architecture: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    @staticmethod
+    def build(architecture: dict[str, Any]) -> nn.Module:
         from diffusers import VQModel
 
-        net = VQModel.from_config(architecture)
-        load_weights(net, weights)
+        return VQModel.from_config(architecture)
+
+    def __init__(self, net: Any) -> None:
         super().__init__(net.quantize.embedding.weight.detach())
         self.net = net
         self.factor = 2 ** (len(net.config.block_out_channels) - 1)
@@ -143,11 +147,13 @@ class Diffusers(Pretrained):
 class Emu3(Pretrained):
     """`Emu3VQVAE` of transformers: a video tokenizer; a picture is a clip of identical frames."""
 
-    def __init__(self, architecture: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    @staticmethod
+    def build(architecture: dict[str, Any]) -> nn.Module:
         from transformers import Emu3VQVAE, Emu3VQVAEConfig
 
-        net = Emu3VQVAE(Emu3VQVAEConfig.from_dict(architecture))
-        load_weights(net, weights)
+        return Emu3VQVAE(Emu3VQVAEConfig.from_dict(architecture))
+
+    def __init__(self, net: Any) -> None:
         super().__init__(net.quantize.embedding.weight.detach())
         self.net = net
         self.factor = net.spatial_scale_factor
@@ -160,62 +166,42 @@ class Emu3(Pretrained):
         return self.net.decode(codes)
 
 
-FAMILIES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Pretrained]] = {
+FAMILIES: dict[str, type[Janus] | type[Diffusers] | type[Emu3]] = {
     "janus": Janus,
     "diffusers": Diffusers,
     "emu3": Emu3,
 }
 
 
-# ── sets ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── assets ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def load_tokenizer(folder: Path, device: torch.device | str = "cpu") -> Tokenizer:
-    """Open the files of a tokenizer set, fetched to `folder`; frozen and in evaluation mode.
+    """Open the files of a tokenizer asset, fetched to `folder`; frozen and in evaluation mode.
 
     Raises:
         UserError: when the folder holds no tokenizer or its weights do not fit its config.
     """
-    weights, config = load_model(folder)
-    tokenizer: nn.Module
-    match config.get("kind"):
-        case "vqvae":
-            try:
-                tokenizer = VQVAE(VQVAEConfig.model_validate(config))
-            except ValidationError as error:
-                raise UserError(f"{folder / CONFIG}: {error.errors()[0]['msg']}") from None
-            load_weights(tokenizer, weights)
-        case "pretrained":
-            tokenizer = FAMILIES[config["family"]](config["architecture"], weights)
-        case other:
-            raise UserError(f"{folder / CONFIG}: kind is {other!r}; a tokenizer is 'vqvae' or 'pretrained'")
+    net, config = load(folder, _build)
+    tokenizer = net if config["kind"] == "vqvae" else FAMILIES[config["family"]](net)
     return tokenizer.to(device).eval().requires_grad_(False)  # type: ignore[return-value]
 
 
-def load_weights(net: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Strict `load_state_dict` whose complaint is one line.
-
-    Raises:
-        UserError: naming the first tensors that are missing, unknown or of another shape.
-    """
-    own = net.state_dict()
-    wrong = [f"{name} is missing" for name in own.keys() - weights.keys()]
-    wrong += [f"{name} is unknown" for name in weights.keys() - own.keys()]
-    wrong += [
-        f"{name} is {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own.keys() & weights.keys()
-        if own[name].shape != weights[name].shape
-    ]
-    if wrong:
-        raise UserError(f"weights do not fit {type(net).__name__}: {'; '.join(sorted(wrong)[:3])}")
-    net.load_state_dict(weights)
+def _build(config: dict[str, Any]) -> nn.Module:
+    match config.get("kind"):
+        case "vqvae":
+            return VQVAE(VQVAEConfig.model_validate(config))
+        case "pretrained":
+            return FAMILIES[config["family"]].build(config["architecture"])
+        case other:
+            raise ValueError(f"kind is {other!r}; a tokenizer is 'vqvae' or 'pretrained'")
 
 
 # ── import ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def import_pretrained(config: PretrainedTokenizerConfig, writer: AssetWriter) -> Manifest:
-    """Publish a tokenizer trained elsewhere as the set that `writer` stands for.
+    """Publish a tokenizer trained elsewhere as the asset that `writer` stands for.
 
     `config.ref` is a local folder, an `s3://` folder, or a hub id `owner/name[/subfolder][@revision]`; it
     must hold `config.json` and safetensors.

@@ -157,7 +157,7 @@ def test_missing_files_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json"):
         load_text_encoder(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(DESCRIPTION))
-    with pytest.raises(UserError, match=r"no model\.safetensors"):
+    with pytest.raises(UserError, match=r"model\.safetensors does not exist"):
         load_text_encoder(tmp_path)
     save_file({"positional_embedding": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="do not fit"):

@@ -184,7 +184,7 @@ def test_folder_round_trip_and_its_refusals(tmp_path) -> None:
     other = gpt.description()
     other["transformer"]["depth"] = 3
     (tmp_path / "config.json").write_text(json.dumps(other))
-    with pytest.raises(UserError, match="does not fit"):
+    with pytest.raises(UserError, match=r"do not fit GPT: blocks\.2"):
         load_gpt(tmp_path)
     assert build(gpt.description()).parameter_count() == gpt.parameter_count()
 
