@@ -32,9 +32,8 @@ from model.data.images import decode, encode, to_tensor
 from model.data.token_shards import TokenReader, TokenShard
 from model.nets.tokenizers import Tokenizer, load_tokenizer
 from model.nets.vqvae import VQVAE
-from model.plumbing import worker
-from model.plumbing.assets import AssetWriter, Manifest, fetch
-from model.plumbing.cache import ShardCache
+from model.plumbing import cache, worker
+from model.plumbing.assets import AssetWriter, Manifest
 from model.plumbing.checkpoints import save_model
 from model.plumbing.parallel import cores, parallel_map, single_threaded
 from model.steps import image_settings, job
@@ -148,7 +147,7 @@ def files_to_tokens(device: torch.device) -> Iterator[Row]:
 def _files_to_tokens(folder: Path, root: Path, count: int, device: torch.device) -> Iterator[Row]:
     run = _run(folder)
     models = _models(run)
-    tokenizer = load_tokenizer(fetch(models["tokenizer"], root / "local"), device)
+    tokenizer = load_tokenizer(cache.folder(models["tokenizer"]), device)
     turn = iter(range(10**6))
 
     plain_net = copy.deepcopy(tokenizer).to(memory_format=torch.contiguous_format)
@@ -237,11 +236,11 @@ def _stage_by_stage(
     encoded = [encode(picture, lossless=True)[1] for picture in pixels]
     batch = to_tensor(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()).to(device)
     images = ingest(run.data)
-    cache = ShardCache(images, root / "cache")
-    entries = [e for name in images.info["shards"] for e in tar_index(cache.path(name))][: len(paths)]
+    shards = [cache.path(images, name) for name in images.info["shards"]]
+    entries = [entry for shard in shards for entry in tar_index(shard)][: len(paths)]
     pictures = sum(images.info["shards"].values())
     codes = np.zeros((len(paths), 1, (SIDE // tokenizer.factor) ** 2), np.int64)
-    data, turn = b"".join(encoded), iter(range(10**6))
+    data = b"".join(encoded)
     writer = AssetWriter("tokens", {"bench": "stages"}, {})
 
     parts = batch.split(max(1, BATCH_PIXELS[device.type] // SIDE**2))
@@ -258,8 +257,9 @@ def _stage_by_stage(
             list(parallel_map(codes_of, parts, threads=True))
 
     def fetch_shards() -> None:
+        cache._right.clear()  # each file is verified once per process
         for name in images.info["shards"]:
-            ShardCache(images, root / f"cache{next(turn)}").path(name)
+            cache.path(images, name)
 
     def unpacked(data: bytes) -> np.ndarray:
         return np.asarray(Image.open(io.BytesIO(data)))
@@ -472,9 +472,8 @@ def batches(device: torch.device) -> Iterator[Row]:
     codes = rng.integers(0, 16384, (PICTURES, TOKENS)).astype(np.uint16)
     with store() as root:
         manifest = token_set(codes)
-        verified = ShardCache(manifest)
         ways: dict[str, Callable[[], tuple[int, int]]] = {
-            "ours": lambda: drain(b.codes for b in islice(_reader(manifest, verified), PICTURES // BATCH)),
+            "ours": lambda: drain(b.codes for b in islice(_reader(manifest), PICTURES // BATCH)),
             "DataLoader": _per_sample(codes, root / "codes.npy"),
             "DataLoader, npy": _per_file(codes, root / "npy"),
             "webdataset": _webdataset(codes, root / "wds"),
@@ -505,13 +504,20 @@ def reader_alone(manifest: Manifest) -> Row:
     """What an epoch costs beside the batches themselves, and how it compares to what training needs."""
     batches = _reader(manifest)
     next(batches)
+
+    def first_epoch() -> tuple[int, int]:
+        cache._right.clear()  # each file is verified once per process
+        return drain(batch.codes for batch in islice(_reader(manifest), PICTURES // BATCH))
+
+    def sums() -> list[Path]:
+        cache._right.clear()
+        return [cache.path(manifest, file.name) for file in manifest.files]
+
     comparison = compare(
         {
-            "first epoch": lambda: drain(b.codes for b in islice(_reader(manifest), PICTURES // BATCH)),
+            "first epoch": first_epoch,
             "later epochs": lambda: drain(b.codes for b in islice(batches, PICTURES // BATCH)),
-            "SHA-256 of the shards": lambda: [
-                ShardCache(manifest).path(file.name) for file in manifest.files
-            ],
+            "SHA-256 of the shards": sums,
         },
         rounds=9,
     )
@@ -544,8 +550,8 @@ def token_set(codes: np.ndarray, name: str = "bench", pictures: int = 0) -> Mani
     return writer.finish({"shards": shards, "tokens": codes.shape[1], "context_length": 77})
 
 
-def _reader(manifest: Manifest, cache: ShardCache | None = None) -> Iterator[Any]:
-    return TokenReader(manifest, "train", BATCH, seed=0, cache=cache).batches()
+def _reader(manifest: Manifest) -> Iterator[Any]:
+    return TokenReader(manifest, "train", BATCH, seed=0).batches()
 
 
 def drain(found: Iterator[torch.Tensor]) -> tuple[int, int]:

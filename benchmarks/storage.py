@@ -19,9 +19,8 @@ import torch
 from benchmarks.data import BATCH, TOKENS, drain, token_set
 from benchmarks.harness import Part, Row, compare
 from model.data.token_shards import TokenReader
-from model.plumbing import storage
+from model.plumbing import environment, storage
 from model.plumbing.assets import Manifest
-from model.plumbing.cache import ShardCache
 from pipelines.embedded.services import services
 
 SIZE = 10**9  # bytes of the checkpoint
@@ -146,20 +145,20 @@ def _shards(folder: Path, peers: Peers) -> Row:
     prefix = storage.split(manifest.uri)[1]
     turn = count()
 
-    def epoch(manifest: Manifest, cache: ShardCache) -> tuple[int, int]:
-        batches = TokenReader(manifest, "train", BATCH, seed=0, cache=cache).batches()
+    def epoch(manifest: Manifest) -> tuple[int, int]:
+        batches = TokenReader(manifest, "train", BATCH, seed=0).batches()
         return drain(batch.codes for batch in islice(batches, PICTURES // BATCH))
 
     def ours() -> tuple[int, int]:
-        return epoch(manifest, ShardCache(manifest, folder / f"cache-{next(turn)}"))
+        with environment.within({"LATENT_GPT_CACHE": str(folder / f"cache-{next(turn)}")}):
+            return epoch(manifest)
 
     def after(download: Callable[[Path], None]) -> Callable[[], tuple[int, int]]:
         def call() -> tuple[int, int]:
             target = folder / f"copy-{next(turn)}"
             target.mkdir()
             download(target)
-            here = manifest.model_copy(update={"uri": str(target)})
-            return epoch(here, ShardCache(here))
+            return epoch(manifest.at(str(target)))
 
         return call
 

@@ -19,23 +19,21 @@ def evaluation(
     report: dsl.Output[dsl.HTML],
 ) -> None:
     """Metrics on held-out pictures, sample grids, curves and lineage in one self-contained page."""
-    from components.step import make, step, write
+    from components.step import read, step, write
 
     with step("evaluation", run):
         from pathlib import Path
 
+        from components.launch import launch
+        from model import steps
+        from model.config import parse_config
+        from model.inference.bundle import make_bundle
         from model.plumbing import storage
 
-        made = make(
-            "evaluation",
-            config,
-            run,
-            images=images,
-            tokenizer=tokenizer,
-            text=text,
-            judge=judge,
-            transformer=transformer,
-        )
+        parts = {"tokenizer": tokenizer, "text": text, "judge": judge, "transformer": transformer}
+        settings = parse_config(config)
+        model = make_bundle(settings, {name: read(part) for name, part in parts.items()})
+        made = launch(steps.job("evaluation", settings, run, {"images": read(images), "model": model}))
         write(made, evaluation)
         for name, value in made.info.items():
             if isinstance(value, int | float):

@@ -9,11 +9,6 @@ from components.step import IMAGE
 def register(
     config: str,
     run: str,
-    images: dsl.Input[dsl.Dataset],
-    tokenizer: dsl.Input[dsl.Model],
-    text: dsl.Input[dsl.Model],
-    judge: dsl.Input[dsl.Model],
-    transformer: dsl.Input[dsl.Model],
     evaluation: dsl.Input[dsl.Artifact],
 ) -> str:
     """Log the model as a pyfunc that loads without pickle; returns what was registered, as JSON."""
@@ -24,14 +19,7 @@ def register(
         from model.config import parse_config
         from model.plumbing.tracking import finish_pipeline_run
 
-        sets = {
-            "images": read(images),
-            "tokenizer": read(tokenizer),
-            "text": read(text),
-            "judge": read(judge),
-            "transformer": read(transformer),
-        }
         with alone("register", "register"):
-            registered = register_model(parse_config(config), run, sets, read(evaluation))
+            registered = register_model(parse_config(config), run, read(evaluation))
         finish_pipeline_run(run)
     return registered.model_dump_json()

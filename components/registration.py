@@ -1,71 +1,100 @@
-"""The model of a run into the registry, and the decision which version is in use."""
+"""The model of a run into the registry, and the decision which version is in use.
+
+Versions of one registered model do the same task, so they can be compared: the champion is measured anew on
+the pictures, prompts and seeds of this run. A champion that was made from other pictures is not, as nobody
+knows what it saw of these: it keeps its place. One that is of no use to anybody loses it.
+"""
 
 from __future__ import annotations
-
-import tempfile
-from pathlib import Path
 
 from pydantic import BaseModel
 
 from model.config import RunConfig
-from model.plumbing import registry, speech
+from model.errors import UserError
+from model.plumbing import cache, registry, speech, storage
 from model.plumbing.assets import Manifest
 from model.plumbing.jobs import TrackingIds
+
+IMAGES_TAG = "latent_gpt.images"  # of a version: hash of the pictures it was made from
 
 
 class Registered(BaseModel):
     """What became of the model of a run."""
 
+    model: str  # name of the registered model
     version: int
     alias: str  # "champion", or "challenger" where the champion stayed
     reason: str
     report: str  # URI
-    metrics: dict[str, float]
+    headline: list[tuple[str, str, str]]  # value, name and note of the figures that are named first
+    headline_of: str  # which pictures they are of
 
 
-def register_model(
-    config: RunConfig, run: str, sets: dict[str, Manifest], evaluation: Manifest
-) -> Registered:
-    """Register the bundle of these sets as challenger; the better one of it and the champion is champion."""
-    lineage = {f"latent_gpt.{name}": one.sha256 for name, one in {**sets, "evaluation": evaluation}.items()}
-    version = registry.find(lineage)
+def register_model(config: RunConfig, run: str, evaluation: Manifest) -> Registered:
+    """Register the model of an evaluation as challenger; the better one of it and the champion is champion.
+
+    Raises:
+        UserError: MLflow or the store cannot be reached, or do not hold what they should.
+    """
+    model, name = evaluation.input("model"), config.registered_model
+    version = registry.find(model.sha256, name)
     if version is not None:
-        speech.reused("register", f"{registry.MODEL} version {version}")
+        speech.reused("register", f"{name} version {version}")
     else:
-        version = _register(config, run, sets, lineage)
-    better, reason = _judge(config, sets, evaluation, version)
+        version = _register(config, run, model, evaluation)
+    better, reason = _judge(config, evaluation, name, version)
     if better:
-        registry.promote(version)
-    alias = registry.CHAMPION if registry.version_of(registry.CHAMPION) == version else registry.CHALLENGER
-    speech.say("register", f"{registry.MODEL} version {version} is {alias}: {reason}")
-    metrics = {name: value for name, value in evaluation.info.items() if isinstance(value, int | float)}
+        registry.promote(version, name)
+    in_use = registry.version_of(registry.CHAMPION, name) == version
+    alias = registry.CHAMPION if in_use else registry.CHALLENGER
+    speech.say("register", f"{name} version {version} is {alias}: {reason}")
     return Registered(
-        version=version, alias=alias, reason=reason, report=f"{evaluation.uri}/report.html", metrics=metrics
+        model=name,
+        version=version,
+        alias=alias,
+        reason=reason,
+        report=storage.join(evaluation.uri, "report.html"),
+        headline=evaluation.info["headline"],
+        headline_of=evaluation.info["headline_of"],
     )
 
 
-def _register(config: RunConfig, run: str, sets: dict[str, Manifest], lineage: dict[str, str]) -> int:
-    from model.inference.generate import write_bundle
+def _register(config: RunConfig, run: str, model: Manifest, evaluation: Manifest) -> int:
     from model.inference.serving import log_model
 
+    made_from = {**model.inputs, **evaluation.inputs, "evaluation": evaluation.as_input}
+    lineage = {f"latent_gpt.{name}": one.sha256 for name, one in made_from.items()}
     ids = TrackingIds(experiment=config.experiment, run=run, step="register")
-    with tempfile.TemporaryDirectory() as scratch:
-        bundle = write_bundle(sets, config.sampling, Path(scratch) / "bundle")
-        version, _ = registry.register(ids, bundle, log_model, lineage)
-    return version
+    return registry.register(ids, cache.folder(model), log_model, lineage, config.registered_model)
 
 
-def _judge(
-    config: RunConfig, sets: dict[str, Manifest], evaluation: Manifest, version: int
-) -> tuple[bool, str]:
+def _judge(config: RunConfig, evaluation: Manifest, name: str, version: int) -> tuple[bool, str]:
     """Whether a version takes the champion's place, and why."""
-    champion = registry.version_of(registry.CHAMPION)
+    from model.evaluation.evaluate import compare, finite, remeasure
+    from model.inference.generate import Generator, Unfit
+
+    if not finite(evaluation.info["scores"]):
+        return False, "its scores are not finite"
+    champion = registry.version_of(registry.CHAMPION, name)
     if champion is None:
-        return True, "the first version"
+        return True, "no other is in use"
     if champion == version:
         return False, "it was before"
-    from model.evaluation.evaluate import compare, remeasure
-
-    folder = registry.resolve(f"models:/{registry.MODEL}/{champion}")
-    verdict = compare(evaluation.info, remeasure(config, sets, folder))
+    try:
+        folder = registry.resolve(f"models:/{name}/{champion}")
+    except (storage.NotFound, storage.Damaged) as error:
+        return True, f"the champion is lost: {error}"
+    try:
+        generator = Generator.load(folder)
+    except UserError as error:  # all of it is here and whole: nobody can draw with it
+        return True, f"the champion, version {champion}, cannot be used: {error}"
+    if registry.tags_of(champion, name).get(IMAGES_TAG) != evaluation.inputs["images"].sha256:
+        return False, (
+            f"not compared with the champion, version {champion}, which was made from other pictures; draw"
+            f" with models:/{name}/{version}, or give this task a name of its own: model_name"
+        )
+    try:
+        verdict = compare(evaluation.info, remeasure(config, evaluation, generator))
+    except Unfit as error:
+        return True, f"the champion, version {champion}, cannot be used: {error}"
     return verdict.better, verdict.reason

@@ -316,6 +316,8 @@ class RunConfig(Section):
     """One run of the pipeline."""
 
     name: str  # of the preset
+    model_name: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")] = ""  # of the registered
+    # model, one per task: what is compared has the same one; empty is latent-gpt-<name>
     seed: int = 0
     data: DataConfig
     clip: CLIP
@@ -349,6 +351,11 @@ class RunConfig(Section):
                     f" accumulate ({processes} x {training.accumulate})"
                 )
         return self
+
+    @property
+    def registered_model(self) -> str:
+        """The name that versions of the model are registered under."""
+        return self.model_name or f"latent-gpt-{re.sub('[^A-Za-z0-9._-]+', '-', self.name)}"
 
     @property
     def experiment(self) -> str:

@@ -75,8 +75,7 @@ def _transformer(config: RunConfig) -> Settings:
 
 
 def _evaluation(config: RunConfig) -> Settings:
-    measured = {"evaluation": _plain(config.evaluation), "augment": _moves(config.data)}
-    return measured | {"sampling": _plain(config.sampling)}
+    return {"evaluation": _plain(config.evaluation), "augment": _moves(config.data)}
 
 
 STEPS: dict[Kind, Step] = {  # in the order of the pipeline
@@ -88,12 +87,14 @@ STEPS: dict[Kind, Step] = {  # in the order of the pipeline
     "transformer": Step(
         "Transformer", _transformer, ("tokens", "text", "tokenizer"), "model.training.transformer"
     ),
+    "model": Step(
+        "Model",
+        lambda config: {"sampling": _plain(config.sampling)},
+        ("tokenizer", "text", "judge", "transformer"),
+        within="evaluation",
+    ),
     "evaluation": Step(
-        "Evaluation",
-        _evaluation,
-        ("images", "tokenizer", "text", "judge", "transformer"),
-        "model.evaluation.evaluate",
-        one_process=True,
+        "Evaluation", _evaluation, ("images", "model"), "model.evaluation.evaluate", one_process=True
     ),
 }
 

@@ -50,8 +50,12 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")] = "",
     out: Annotated[Path, typer.Option(help="Picture file; more than one are numbered.")] = Path("out.png"),
     model: Annotated[
-        str, typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION, a folder, or s3://…")
-    ] = "models:/latent-gpt@champion",
+        str,
+        typer.Option(
+            help="models:/NAME@ALIAS, models:/NAME/VERSION, a folder, or s3://…; left out, the champion of"
+            " the model registered last."
+        ),
+    ] = "",
     num_images: Annotated[int, typer.Option(min=1)] = 1,
     seed: Annotated[int, typer.Option(help="Of the first picture; the next ones count on.")] = 0,
     cfg_scale: Annotated[Optional[float], typer.Option(min=0, help="Guidance; 1 is none.")] = None,  # noqa: UP045
@@ -70,8 +74,13 @@ def generate(
 
     if not unconditional:
         check_prompt(prompt)
-    needs_services = model.startswith(("models:/", "s3://"))
+    needs_services = not model or model.startswith(("models:/", "s3://"))
+    shared = _shared()
     with _services() if needs_services else contextlib.nullcontext():
+        if not model:
+            name = registry.last_registered(shared)
+            model = f"models:/{name}@{registry.CHAMPION}"
+            print(f"draws with {name}, version {registry.version_of(registry.CHAMPION, name)}")
         folder = registry.resolve(model)
     generator = Generator.load(folder)
     options = {"cfg_scale": cfg_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -116,12 +125,16 @@ def plan(
     print(plan(load_config(preset, overrides or []), hardware).render())
 
 
-def rollback() -> None:
+def rollback(
+    model: Annotated[str, typer.Option(help="Name of a registered model; left out, the last one.")] = "",
+) -> None:
     """Put the previous champion back in use."""
     from model.plumbing import registry
 
+    shared = _shared()
     with _services():
-        print(f"{registry.MODEL} version {registry.rollback()} is champion")
+        name = model or registry.last_registered(shared)
+        print(f"{name} version {registry.rollback(name)} is champion")
 
 
 def presets() -> None:
@@ -131,6 +144,13 @@ def presets() -> None:
     for name in preset_names():
         header = (PRESETS / f"{name}.yaml").read_text().splitlines()[0]
         print(f"{name:20} {header.lstrip('# ')}")
+
+
+def _shared() -> bool:
+    """Whether the environment names the MLflow server, which then is not this state folder's alone."""
+    from model.plumbing import environment
+
+    return bool(environment.MLFLOW_TRACKING_URI.get())
 
 
 @contextlib.contextmanager

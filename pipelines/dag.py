@@ -46,5 +46,6 @@ def text_to_image(preset: str = "openmoji-tiny", overrides: str = "") -> None:
         made["judge"] = _named(judge(**of, images=made["images"])).output
         made["tokens"] = _named(tokens(**of, **_of(made, "tokens"))).output
         made["transformer"] = _named(transformer(**of, **_of(made, "transformer"))).output
-        judged = _named(evaluation(**of, **_of(made, "evaluation"))).outputs["evaluation"]
-        _named(register(**of, **_of(made, "evaluation"), evaluation=judged), "Register")
+        parts = {"images": made["images"], **_of(made, "model")}
+        judged = _named(evaluation(**of, **parts)).outputs["evaluation"]
+        _named(register(**of, evaluation=judged), "Register")

@@ -11,16 +11,6 @@ from typing import Any, TextIO
 from model.plumbing import speech
 
 HEADING = re.compile(r"\[\d+/\d+\] (\w+)")  # of a step
-MAIN_METRICS = {  # of the closing lines; the report has all. Of held-out pictures and captions:
-    "validation/psnr": "PSNR {:.1f} dB",
-    "codebook_use": "codebook use {:.0%}",
-    "validation/nll": "NLL {:.2f} nats/token",
-    "validation/clip_score": "CLIP score {:.1f}",
-    "validation/clip_score_real": "real pictures {:.1f}",
-    "validation/retrieval": "retrieval {:.2f}",
-    "validation/retrieval_chance": "chance {:.2f}",
-    "composition/oracle_all_right": "all attributes right on held-out combinations {:.2f}",
-}
 
 
 @dataclass
@@ -84,13 +74,15 @@ def summary(follower: Follower, folder: Path, total: float, registered: dict[str
     if reused := [name for name in follower.seconds if name in follower.reused]:
         lines.append(f"{'reused':10}{', '.join(reused)}")
     if registered:
-        measured = registered["metrics"]
-        metrics = [text.format(measured[name]) for name, text in MAIN_METRICS.items() if name in measured]
-        lines.append(f"{'model':10}latent-gpt version {registered['version']}, {registered['alias']}")
+        name, version = registered["model"], registered["version"]
+        lines.append(f"{'model':10}{name} version {version}, {registered['alias']}")
         lines.append(f"{'':10}{registered['reason']}")
-        lines.append(f"{'metrics':10}{', '.join(metrics)}")
+        lines.append(f"{'measured':10}on {registered['headline_of']}:")
+        lines += [f"{'':10}{value} {what} ({note})" for value, what, note in registered["headline"]]
         lines.append(f"{'report':10}{folder / 'report.html'}")
-        lines.append(f'{"draw":10}make generate PROMPT="red apple" OUT=apple.png')
+        in_use = registered["alias"] == "champion"
+        which = "" if in_use else f' ARGS="--model models:/{name}/{version}"'
+        lines.append(f'{"draw":10}make generate PROMPT="red apple" OUT=apple.png{which}')
     lines.append(f"{'MLflow':10}make mlflow-ui")
     lines.append(f"{'log':10}{folder / 'log.txt'}")
     return "\n".join(lines)

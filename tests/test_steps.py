@@ -27,6 +27,7 @@ from model.steps import STEPS, job, settings
 # down follow by the hashes of their inputs. A new setting that fits nothing fails the test.
 DECIDES: dict[str, set[str]] = {
     "name": set(),  # of the preset: for people
+    "model_name": set(),  # under which it is registered
     "seed": {"tokenizer", "text", "judge", "tokens", "transformer"},
     "data": {"images"},
     "data.max_bad_share": set(),  # whether ingest goes on, not what it makes
@@ -41,7 +42,7 @@ DECIDES: dict[str, set[str]] = {
     "transformer": {"transformer"},
     "transformer.training.log_every": set(),
     "transformer.training.checkpoint_every": set(),
-    "sampling": {"evaluation"},
+    "sampling": {"model"},
     "evaluation": {"evaluation"},
     "jobs": set(),  # where a job runs, not what it makes
 }

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from model.data.order import shards_of, share_of, shuffled
+from model.plumbing import cache
 from model.plumbing.assets import Manifest
-from model.plumbing.cache import ShardCache
 from model.plumbing.parallel import parallel_map
 
 IMAGE_WINDOW = 32_768  # pictures shuffled together; their shards are some hundred times larger than tokens
@@ -31,24 +31,21 @@ class ImageBatch(NamedTuple):
     captions: list[str]
 
 
-def load_images(
-    manifest: Manifest, split: str, limit: int = 0, cache: ShardCache | None = None
-) -> tuple[torch.Tensor, list[list[str]]]:
+def load_images(manifest: Manifest, split: str, limit: int = 0) -> tuple[torch.Tensor, list[list[str]]]:
     """A split's first `limit` pictures (0: all) in their fixed order: uint8 (N, 3, H, W), and all captions.
 
     Raises:
         UserError: when the split is empty, or a shard is not what the manifest says.
     """
-    cache = cache or ShardCache(manifest)
     shards = shards_of(manifest, split)
     count = min(limit or sum(shards.values()), sum(shards.values()))
-    entries = list(islice((entry for name in shards for entry in tar_index(cache.path(name))), count))
+    entries = list(islice((entry for name in shards for entry in _index(manifest, name)), count))
     parts = [entries[first : first + 64] for first in range(0, count, 64)]
-    pixels = (
-        [decode_entries(part) for part in parts]
-        if count <= 64
-        else parallel_map(decode_entries, parts, threads=True)
-    )
+
+    def decode(part: list[TarEntry]) -> torch.Tensor:
+        return _decode(manifest, part)
+
+    pixels = map(decode, parts) if count <= 64 else parallel_map(decode, parts, threads=True)
     return torch.cat(list(pixels)), [entry.captions for entry in entries]
 
 
@@ -60,7 +57,6 @@ def image_batches(
     start: int = 0,
     rank: int = 0,
     world: int = 1,
-    cache: ShardCache | None = None,
 ) -> Iterator[ImageBatch]:
     """Endless shuffled batches; rank `rank` of `world` gets its `batch_size / world` pictures of each.
 
@@ -71,12 +67,11 @@ def image_batches(
         batch_size: pictures of all ranks together.
         start: pictures that all ranks have consumed together before: step x batch size.
     """
-    cache = cache or ShardCache(manifest)
     shards = shards_of(manifest, split)
     side = manifest.info["image_size"]
     picks = _picks(list(shards.values()), batch_size, seed, start, rank, world)
     if sum(shards.values()) * side * side * 3 <= RESIDENT_BYTES:
-        images, captions = load_images(manifest, split, cache=cache)
+        images, captions = load_images(manifest, split)
         first = np.cumsum([0, *shards.values()])
         for shard, row, chance in picks:
             index = first[shard] + row
@@ -84,13 +79,13 @@ def image_batches(
             yield ImageBatch(images[torch.from_numpy(index)], chosen)
     names = list(shards)
     index_of = lru_cache(maxsize=2 * IMAGE_WINDOW // max(1, min(shards.values())) + 2)(
-        lambda number: tar_index(cache.path(names[number]))
+        lambda number: _index(manifest, names[number])
     )
 
     def load(pick: tuple[np.ndarray, np.ndarray, np.ndarray]) -> ImageBatch:
         entries = [index_of(shard)[row] for shard, row in zip(*pick[:2], strict=True)]
         chosen = [_choose(entry.captions, c) for entry, c in zip(entries, pick[2], strict=True)]
-        return ImageBatch(decode_entries(entries), chosen)
+        return ImageBatch(_decode(manifest, entries), chosen)
 
     yield from parallel_map(load, picks, threads=True)
 
@@ -122,6 +117,16 @@ class TarEntry(NamedTuple):
     offset: int
     size: int
     captions: list[str]
+
+
+def _index(manifest: Manifest, name: str) -> list[TarEntry]:
+    """As `tar_index`, of a shard wherever it lies."""
+    return cache.use(manifest, [name], lambda: tar_index(cache.path(manifest, name)))
+
+
+def _decode(manifest: Manifest, entries: Sequence[TarEntry]) -> torch.Tensor:
+    """As `decode_entries`; shards that had to make room in the cache since are fetched again."""
+    return cache.use(manifest, {entry.tar.name for entry in entries}, lambda: decode_entries(entries))
 
 
 def tar_index(path: Path) -> list[TarEntry]:

@@ -20,7 +20,6 @@ import math
 import mmap
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,8 +29,8 @@ import torch
 
 from model.data.order import WINDOW, Window, shards_of, share_of, shuffled
 from model.errors import UserError
+from model.plumbing import cache
 from model.plumbing.assets import Manifest
-from model.plumbing.cache import ShardCache
 
 STRETCH = 2048  # pictures of a rank that are gathered together
 DOWNLOADS = 4  # shards fetched or verified side by side, a window ahead
@@ -137,7 +136,6 @@ class TokenReader:
         seed: of order, views and captions.
         rank: of this process, of `world`.
         world: number of processes; each gets its slice of every batch.
-        cache: where copies of remote shards are kept.
 
     Raises:
         UserError: the split is empty, the batch cannot be shared evenly, or a shard is damaged.
@@ -151,7 +149,6 @@ class TokenReader:
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
-        cache: ShardCache | None = None,
     ) -> None:
         if batch_size % world:
             raise UserError(f"batch_size ({batch_size}) must be a multiple of the processes ({world})")
@@ -161,7 +158,7 @@ class TokenReader:
         self.tokens: int = manifest.info["tokens"]  # of a picture: T
         self.context_length: int = manifest.info["context_length"]  # of a caption: S
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
-        self.cache = cache or ShardCache(manifest)
+        self.manifest = manifest
         self._masks = np.tri(self.context_length + 1, self.context_length, -1, bool)  # row n: n tokens
 
     def batches(self, start: int = 0) -> Iterator[TokenBatch]:
@@ -180,7 +177,7 @@ class TokenReader:
         """
         left = limit or self.count
         for name in self.names:
-            shard = TokenShard.open(self.cache.path(name))
+            shard = self._shard(name)
             rows = np.arange(min(left, len(shard.codes)))
             left -= len(rows)
             captions = Captions.of([shard]).choose(rows, np.zeros(len(rows)), self.context_length)
@@ -222,17 +219,19 @@ class TokenReader:
             window = following
 
     def _open(self, number: int) -> TokenShard:
-        for _ in range(100):
-            path = self.cache.path(self.names[number])
-            with suppress(FileNotFoundError):  # a small cache may have made room for the next one meanwhile
-                shard = TokenShard.open(path)
-                if shard.codes.shape[::2] != (self.sizes[number], self.tokens):
-                    raise UserError(
-                        f"{path}: codes of shape {shard.codes.shape}; the manifest says {self.sizes[number]}"
-                        f" pictures of {self.tokens} tokens; delete the set, so that it is made again"
-                    )
-                return shard
-        raise UserError(f"{self.names[number]} vanishes from {self.cache.folder} as soon as it is there")
+        name = self.names[number]
+        shard = self._shard(name)
+        if shard.codes.shape[::2] != (self.sizes[number], self.tokens):
+            raise UserError(
+                f"{self.manifest.uri}/{name}: codes of shape {shard.codes.shape}; the manifest says"
+                f" {self.sizes[number]} pictures of {self.tokens} tokens; delete the asset, so that it is"
+                " made again"
+            )
+        return shard
+
+    def _shard(self, name: str) -> TokenShard:
+        manifest = self.manifest
+        return cache.use(manifest, [name], lambda: TokenShard.open(cache.path(manifest, name)))
 
     def _gather(
         self, window: Window, part: np.ndarray, shards: dict[int, TokenShard], captions: Captions

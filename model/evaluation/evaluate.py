@@ -3,7 +3,7 @@
     python -m model.evaluation.evaluate SPEC_URI
 
 Prompts, seeds and judge are pinned by config and data, so that two models are compared on equal terms:
-`evaluate` measures the model of a run, `remeasure` another one by the same measure, `compare` decides.
+`main` measures the model of a run, `remeasure` another one by the same measure, `compare` decides.
 
 Every score of samples stands between ceilings, the same score of real pictures and of what the tokenizer
 leaves of them, and a floor, that of the samples with other captions. The judge is a CLIP of the pipeline's
@@ -17,76 +17,31 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from model.config import RunConfig, config_hash
-from model.data.image_shards import load_images
+from model.config import EvaluationConfig, RunConfig
 from model.data.images import to_tensor
-from model.data.sources.shapes import Scene, parse
 from model.errors import UserError
 from model.evaluation import oracle, report, sheets
-from model.inference.generate import Generator, write_bundle
+from model.evaluation.benchmark import FORWARD, Benchmark, Drawn, load_benchmark, spread
+from model.inference import bundle
+from model.inference.generate import Generator, Unfit
 from model.nets import metrics
-from model.nets.clip import Judge, load_judge
-from model.plumbing import assets, storage
+from model.nets.clip import load_judge
+from model.plumbing import cache
 from model.plumbing.assets import Manifest
 from model.plumbing.curves import HISTORY
-from model.plumbing.progress import Progress
+from model.plumbing.speech import Progress
 from model.plumbing.worker import Job, run_worker
 
-SPLITS = ("validation", "train", "composition")  # captions held out, captions seen, combinations held out
-READ, READ_BYTES = 10_000, 2**30  # pictures of a split looked at, at most
-SEARCH_SIDE = 32  # near-duplicates are searched among pictures of this size, pixels
-SEARCH_SHIFT = 2  # and up to so many pixels away, where training shifts its pictures
-FORWARD = 64  # pictures per forward pass
 PROMPTS, UNCONDITIONAL, PAIRS = 12, 16, 12  # rows of a grid, pictures without text, reconstructions shown
 GRID_SEEDS = 1_000_000  # seeds of the grids start here, so that they show none of the scored pictures
-
-
-class Pictures(NamedTuple):
-    """A pinned choice of captioned pictures of one split."""
-
-    images: Tensor  # uint8 (N, 3, H, W)
-    captions: list[str]  # one per picture
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """What models are measured on: the same pictures, captions and seeds for all of them."""
-
-    splits: dict[str, Pictures]  # of SPLITS those that the data have
-    training: Tensor  # uint8 (M, 3, s, s): where copies are searched
-    seed: int
-    shapes: bool  # captions describe scenes that the oracle reads
-    shift: int  # at SEARCH_SIDE, pixels
-    flip: bool
-    key: str  # hash: scores with the same key can be compared
-
-    def scenes(self, split: str) -> list[Scene]:
-        """What the pictures of a split should show."""
-        return [parse(caption) for caption in self.splits[split].captions]
-
-    def seeds(self, split: str) -> list[int]:
-        """The seed of each sample."""
-        first = self.seed + SPLITS.index(split) * 100_000
-        return list(range(first, first + len(self.splits[split].captions)))
-
-
-@dataclass
-class Measured:
-    """Figures of a model, and the pictures they were taken from."""
-
-    metrics: dict[str, float] = field(default_factory=dict)
-    scores: list[float] = field(default_factory=list)  # one per prompt, what `compare` goes by
-    samples: dict[str, Tensor] = field(default_factory=dict)  # per split, (N, 3, H, W)
 
 
 @dataclass(frozen=True)
@@ -101,81 +56,99 @@ class Verdict:
 
 
 def main(job: Job) -> Manifest:
-    """Measure the model of `tokenizer`, `text`, `transformer`, `judge` on `images`; write its report.
+    """Measure the job's `model` on its `images`; write the report.
 
     Raises:
-        UserError: where an asset is damaged, or they do not belong together.
+        UserError: where an asset is damaged, the model's parts do not belong together, or what it draws is
+            no picture (`Unfit`).
     """
-    config, sets = job.config, job.inputs
-    with tempfile.TemporaryDirectory() as scratch:
-        generator = Generator.load(write_bundle(sets, config.sampling, Path(scratch) / "bundle"))
-    judge = generator.judge
-    assert judge is not None  # the bundle has one
-    benchmark = load_benchmark(config, sets)
-    progress = job.progress(_pictures_to_draw(config, benchmark), "img", counted="picture")
-    drawn = Drawn(generator, progress)
+    config, images, model = job.config, job.inputs["images"], job.inputs["model"]
+    folder = cache.folder(model)
+    generator = Generator.load(folder)
+    assert generator.judge is not None  # every bundle of ours has one
+    benchmark = load_benchmark(config, images, model.inputs["judge"].sha256)
+    total = _pictures_to_draw(config.evaluation, benchmark, generator.sampling.cfg_scale)
+    drawn = Drawn(generator, generator.judge, benchmark, job.progress(total, "img", counted="picture"))
 
-    measured = Measured()
-    measured.metrics |= tokenizer_metrics(generator, benchmark)
-    measured.metrics |= likelihoods(generator, benchmark)
-    score(measured, drawn, judge, benchmark)
-    copies = originality(measured, generator, benchmark)
-    sweep = guidance_sweep(config, drawn, judge, benchmark)
-
+    figures: dict[str, float] = {}
+    for measure in MEASURES:
+        figures |= measure(drawn)
+    _check(figures)
+    sweep = guidance_sweep(drawn, config.evaluation.cfg_sweep)
+    counts = {split: len(chosen.captions) for split, chosen in benchmark.splits.items()}
     page = report.Page(
         config=config,
-        sets=sets,
-        metrics=measured.metrics,
+        images=images,
+        model=model,
+        metrics=figures,
+        pictures=counts,
         parameters={
             "transformer": generator.gpt.parameter_count(),
             "tokenizer": _weights(generator.tokenizer),
         },
-        grids=_grids(config, drawn, benchmark, measured, copies),
-        reconstructions=_reconstructions(generator, benchmark),
-        unconditional=drawn([""] * UNCONDITIONAL, GRID_SEEDS, unconditional=True),
+        grids=_grids(config.evaluation, drawn),
+        reconstructions=_reconstructions(drawn),
+        unconditional=drawn.draw([""] * UNCONDITIONAL, GRID_SEEDS, unconditional=True),
         sweep=sweep,
-        histories=_histories(sets),
-        pictures={split: len(chosen.captions) for split, chosen in benchmark.splits.items()},
+        histories=_histories(folder),
     )
     files = report.files(page)
-    for file, data in files.items():
-        job.output.add_bytes(file, data)
-    info = {**measured.metrics, "scores": measured.scores, "benchmark": benchmark.key}
-    job.output.add_bytes("metrics.json", json.dumps({**info, "guidance": sweep}, indent=1).encode())
-    job.tracker.metrics(0, **measured.metrics)
+    measured = {**figures, "scores": scores(drawn), "benchmark": benchmark.key}
+    files["metrics.json"] = json.dumps({**measured, "guidance": sweep}, indent=1).encode()
+    for name, data in files.items():
+        job.output.add_bytes(name, data)
+    job.tracker.metrics(0, **figures)
     job.tracker.text("report.html", files["report.html"].decode())
-    return job.output.finish(info)
+    said = {"headline": [list(figure) for figure in page.headline], "headline_of": page.headline_of}
+    return job.output.finish({**measured, **said, "software": report.software()})
 
 
-def remeasure(config: RunConfig, sets: dict[str, Manifest], bundle: str | Path) -> dict[str, Any]:
-    """Scores of another model, a bundle, on the pictures, prompts and seeds of this run and by its judge.
+def remeasure(config: RunConfig, evaluation: Manifest, generator: Generator) -> dict[str, Any]:
+    """Scores of another model on the pictures, prompts and seeds of an evaluation, and by its judge.
 
-    The model draws with its own sampling settings. Returns what `compare` needs.
+    Args:
+        config: of the run that the evaluation belongs to.
+        evaluation: names pictures and judge.
+        generator: the other model, which draws with its own sampling settings.
+
+    Returns:
+        What `compare` needs.
+
+    Raises:
+        Unfit: what the other model makes of the pictures is no number.
     """
-    benchmark = load_benchmark(config, sets)
-    with tempfile.TemporaryDirectory() as scratch:
-        assets.fetch(sets["judge"], scratch)
-        generator = Generator.load(bundle)
-        judge = load_judge(scratch, generator.device)
-    measured = Measured()
+    images, model = evaluation.input("images"), evaluation.input("model")
+    benchmark = load_benchmark(config, images, model.inputs["judge"].sha256)
+    ours = cache.folder(model, [file.name for file in model.files if file.name.startswith("judge/")])
+    judge = load_judge(ours / "judge", generator.device)
     total = sum(len(chosen.captions) for chosen in benchmark.splits.values())
-    drawn = Drawn(generator, Progress("register", total, "img", counted="champion's picture"))
-    score(measured, drawn, judge, benchmark)
-    return {**measured.metrics, "scores": measured.scores, "benchmark": benchmark.key}
+    progress = Progress("register", total, "img", counted="champion's picture")
+    drawn = Drawn(generator, judge, benchmark, progress)
+    _check(likelihoods(drawn))
+    return {"scores": scores(drawn), "benchmark": benchmark.key}
+
+
+def _check(figures: dict[str, float]) -> None:
+    for name, value in figures.items():
+        if not math.isfinite(value):
+            raise Unfit(f"{name} is {value}; the training of this model has diverged")
 
 
 def compare(challenger: dict[str, Any], champion: dict[str, Any]) -> Verdict:
     """Whether the challenger is better, by more than chance explains.
 
     The scores of the same prompts and seeds are paired; the mean difference must exceed its standard error.
+    A score that is not finite loses to every one that is.
 
     Raises:
         UserError: where the two were not measured alike.
     """
     if challenger["benchmark"] != champion["benchmark"]:
         raise UserError("challenger and champion were measured on different prompts; measure both anew")
-    if not all(math.isfinite(value) for value in challenger["scores"]):
+    if not finite(challenger["scores"]):
         return Verdict(False, "the challenger's scores are not finite")
+    if not finite(champion["scores"]):
+        return Verdict(True, "the champion's scores are not finite")
     difference, error = metrics.paired_difference(challenger["scores"], champion["scores"])
     ours, theirs = (sum(one["scores"]) / len(one["scores"]) for one in (challenger, champion))
     figures = f"score {ours:.3f} against {theirs:.3f} over {len(challenger['scores'])} prompts"
@@ -185,108 +158,32 @@ def compare(challenger: dict[str, Any], champion: dict[str, Any]) -> Verdict:
     return Verdict(False, f"not better: {figures} ({margin})")
 
 
-# ── what is measured on ─────────────────────────────────────────────────────────────────────────────────
-
-
-def load_benchmark(config: RunConfig, sets: dict[str, Manifest]) -> Benchmark:
-    """The pinned pictures, captions and seeds of a config and its data."""
-    images = sets["images"]
-    limit = min(READ, READ_BYTES // (3 * images.info["image_size"] ** 2))
-    splits, training = {}, torch.empty(0)
-    for split in SPLITS:
-        if not any(name.startswith(f"{split}-") for name in images.info["shards"]):
-            continue  # few data may leave a split empty, and not every source holds combinations out
-        pixels, captions = load_images(images, split, limit)
-        chosen = _spread(len(pixels), config.evaluation.pictures)
-        # The pictures take turns in which of their captions stands for them.
-        said = [captions[i][turn % len(captions[i])] for turn, i in enumerate(chosen)]
-        splits[split] = Pictures(pixels[chosen], said)
-        if split == "train":
-            training = _reduced(pixels)
-    augment = config.data.augment
-    moved = augment.shift > 0 or augment.scale > 0
-    return Benchmark(
-        splits=splits,
-        training=training,
-        seed=config.evaluation.seed,
-        shapes=config.data.source.kind == "shapes",
-        shift=SEARCH_SHIFT if moved else 0,
-        flip=augment.flip,
-        key=config_hash(images.sha256, sets["judge"].sha256, config.evaluation)[:16],
-    )
-
-
-def _spread(count: int, wanted: int) -> list[int]:
-    """`wanted` of `count` places at even distances; all where there are fewer."""
-    wanted = min(count, wanted)
-    return [i * count // wanted for i in range(wanted)]
-
-
-def _reduced(images: Tensor) -> Tensor:
-    """uint8 pictures at the size at which copies are searched."""
-    if images.shape[-1] <= SEARCH_SIDE:
-        return images
-    parts = (F.interpolate(part.float(), (SEARCH_SIDE,) * 2, mode="area") for part in images.split(512))
-    return torch.cat([part.round().to(torch.uint8) for part in parts])
-
-
-class Drawn:
-    """Draws samples with a generator and counts them for the progress line."""
-
-    def __init__(self, generator: Generator, progress: Progress) -> None:
-        self.generator, self.progress, self.count = generator, progress, 0
-
-    def __call__(
-        self,
-        prompts: Sequence[str],
-        seeds: int | Sequence[int],
-        cfg_scale: float | None = None,
-        unconditional: bool = False,
-    ) -> Tensor:
-        """(N, 3, H, W) in [-1, 1], on the CPU; `seeds` may be the first of consecutive ones."""
-        if isinstance(seeds, int):
-            seeds = range(seeds, seeds + len(prompts))
-        sampling = self.generator.sampling
-        if cfg_scale is not None:
-            sampling = sampling.model_copy(update={"cfg_scale": cfg_scale})
-        images = self.generator.draw(
-            prompts, seeds, sampling, unconditional, lambda done: self.progress.update(self.count + done)
-        )
-        self.count += len(prompts)
-        return images.cpu()
+def finite(values: Sequence[float]) -> bool:
+    """Whether all of them are finite numbers."""
+    return all(math.isfinite(value) for value in values)
 
 
 # ── measures ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@torch.no_grad()
-def reconstruct(generator: Generator, images: Tensor) -> tuple[Tensor, Tensor]:
-    """What the tokenizer leaves of uint8 pictures, (N, 3, H, W) in [-1, 1], and the codes (N, T)."""
-    left, codes = [], []
-    for part in images.split(FORWARD):
-        code = generator.tokenizer.encode(to_tensor(part).to(generator.device))
-        left.append(generator.tokenizer.decode(code).cpu())
-        codes.append(code.flatten(1).cpu())
-    return torch.cat(left), torch.cat(codes)
-
-
-def tokenizer_metrics(generator: Generator, benchmark: Benchmark) -> dict[str, float]:
+def tokenizer_metrics(drawn: Drawn) -> dict[str, float]:
     """PSNR per split; use of the codebook over all pictures looked at."""
-    figures, seen = {}, []
-    for split, chosen in benchmark.splits.items():
-        left, codes = reconstruct(generator, chosen.images)
-        figures[f"{split}/psnr"] = float(metrics.psnr(left, to_tensor(chosen.images)).mean())
-        seen.append(codes)
-    use, perplexity = metrics.codebook_use(torch.cat(seen), generator.tokenizer.vocabulary)
+    figures = {
+        f"{split}/psnr": float(metrics.psnr(drawn.reconstructed[split], to_tensor(chosen.images)).mean())
+        for split, chosen in drawn.benchmark.splits.items()
+    }
+    seen = torch.cat(list(drawn.codes.values()))
+    use, perplexity = metrics.codebook_use(seen, drawn.generator.tokenizer.vocabulary)
     return figures | {"codebook_use": use, "codebook_perplexity": perplexity}
 
 
 @torch.no_grad()
-def likelihoods(generator: Generator, benchmark: Benchmark) -> dict[str, float]:
+def likelihoods(drawn: Drawn) -> dict[str, float]:
     """NLL in nats per token, per split: of pictures given their captions, given others', given none."""
-    gpt, figures = generator.gpt, {}
-    for split, chosen in benchmark.splits.items():
-        _, codes = reconstruct(generator, chosen.images)
+    generator, gpt = drawn.generator, drawn.generator.gpt
+    figures: dict[str, float] = {}
+    for split, chosen in drawn.benchmark.splits.items():
+        codes = drawn.codes[split]
         others = [chosen.captions[i] for i in metrics.mismatched(chosen.captions)]
         for name, captions in (
             ("nll", chosen.captions),
@@ -304,44 +201,42 @@ def likelihoods(generator: Generator, benchmark: Benchmark) -> dict[str, float]:
                 total += float(metrics.token_nll(gpt(part, states, mask), part).sum())
             figures[f"{split}/{name}"] = total / len(codes)
         figures[f"{split}/nll_text_gain"] = figures[f"{split}/nll_shuffled"] - figures[f"{split}/nll"]
-    if "validation" in benchmark.splits:
+    if "validation" in drawn.benchmark.splits:
         figures["nll_gap"] = figures["validation/nll"] - figures["train/nll"]
     return figures
 
 
-def score(measured: Measured, drawn: Drawn, judge: Judge, benchmark: Benchmark) -> None:
-    """Draw a sample for every caption and judge it; so are the real pictures and their reconstructions.
-
-    Adds to `measured` the figures, the samples, and the scores that models are compared by: of the oracle
-    where there is one, else the judge's.
-    """
-    for split, chosen in benchmark.splits.items():
-        samples = drawn(chosen.captions, benchmark.seeds(split))
-        measured.samples[split] = samples
-        left, _ = reconstruct(drawn.generator, chosen.images)
-        text = judge.text_features(chosen.captions)
+def judgement(drawn: Drawn) -> dict[str, float]:
+    """What judge and oracle say of the samples, of the real pictures and of their reconstructions."""
+    figures: dict[str, float] = {}
+    for split, chosen in drawn.benchmark.splits.items():
+        text = drawn.judge.text_features(chosen.captions)
+        for suffix, images in (
+            ("", None),
+            ("_real", to_tensor(chosen.images)),
+            ("_reconstructed", drawn.reconstructed[split]),
+        ):
+            for name, value in _judged(drawn, split, images, text).items():
+                figures[f"{split}/{name}{suffix}"] = value
         others = metrics.mismatched(chosen.captions)
-        for suffix, images in (("", samples), ("_real", to_tensor(chosen.images)), ("_reconstructed", left)):
-            features = torch.cat([judge.image_features(part) for part in images.split(FORWARD)])
-            scores = metrics.clip_score(features, text)
-            measured.metrics[f"{split}/clip_score{suffix}"] = float(scores.mean())
-            measured.metrics[f"{split}/retrieval{suffix}"] = metrics.retrieval_accuracy(
-                features, text, chosen.captions
-            )
-            if not suffix:
-                measured.metrics[f"{split}/clip_score_shuffled"] = float(
-                    metrics.clip_score(features, text[others]).mean()
-                )
-                judged = scores.cpu().tolist()
-            if benchmark.shapes:
-                shares = oracle.oracle_score(images, benchmark.scenes(split))
-                measured.metrics |= {
-                    f"{split}/oracle_{name}{suffix}": share for name, share in shares.items()
-                }
-        measured.metrics[f"{split}/retrieval_chance"] = _chance(chosen.captions)
-        if benchmark.shapes:
-            judged = [float(right) for right in oracle.correct(samples, benchmark.scenes(split))]
-        measured.scores += [round(value, 4) for value in judged]
+        shuffled = metrics.clip_score(drawn.features(split), text[others])
+        figures[f"{split}/clip_score_shuffled"] = float(shuffled.mean())
+        figures[f"{split}/retrieval_chance"] = _chance(chosen.captions)
+    return figures
+
+
+def _judged(drawn: Drawn, split: str, images: Tensor | None, text: Tensor) -> dict[str, float]:
+    """The scores of pictures, or where there are none of the model's own samples, of a split's captions."""
+    features = drawn.features(split) if images is None else drawn.look(images)
+    figures = {
+        "clip_score": float(metrics.clip_score(features, text).mean()),
+        "retrieval": metrics.retrieval_accuracy(features, text, drawn.benchmark.splits[split].captions),
+    }
+    if drawn.benchmark.shapes:
+        images = drawn.samples(split) if images is None else images
+        shares = oracle.oracle_score(images, drawn.benchmark.scenes(split))
+        figures |= {f"oracle_{name}": share for name, share in shares.items()}
+    return figures
 
 
 def _chance(captions: Sequence[str]) -> float:
@@ -349,109 +244,108 @@ def _chance(captions: Sequence[str]) -> float:
     return sum(captions.count(caption) for caption in captions) / len(captions) ** 2
 
 
-@dataclass(frozen=True)
-class Nearest:
-    """The nearest training picture of each sample for a held-out caption."""
+def originality(drawn: Drawn) -> dict[str, float]:
+    """Share of samples that copy a training picture, with the figure that says what it means:
 
-    distance: Tensor  # (N,) RMS difference on [0, 1]
-    which: Tensor  # (N,) row of Benchmark.training
-
-
-def originality(measured: Measured, generator: Generator, benchmark: Benchmark) -> dict[str, Nearest]:
-    """Share of samples that copy a training picture, with the two figures that say what it means:
-
-    how many real held-out pictures count as copies (data may be that alike), and how many training pictures
-    are recognised after the tokenizer (a copy must be found to be counted).
+    how many real pictures count as copies after the tokenizer. Of training pictures these must be found for
+    a copy to be counted; held-out ones say how alike the data are by nature.
     """
-    training = to_tensor(benchmark.training).to(generator.device)
+    figures: dict[str, float] = {}
+    for split, one in drawn.nearest.items():
+        figures[f"{split}/copies"] = metrics.copy_share(one.distance)
+        left = drawn.nearest_to(drawn.reconstructed[split])
+        figures[f"{split}/copies_reconstructed"] = metrics.copy_share(left.distance)
+    return figures
 
-    def nearest(images: Tensor) -> Nearest:
-        reduced = to_tensor(_reduced((images.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)))
-        distance, which = metrics.nearest_pictures(
-            reduced.to(generator.device), training, benchmark.shift, benchmark.flip
-        )
-        return Nearest(distance.cpu(), which.cpu())
 
-    found = {split: nearest(samples) for split, samples in measured.samples.items()}
-    for split, one in found.items():
-        measured.metrics[f"{split}/copies"] = metrics.copy_share(one.distance)
-        left, _ = reconstruct(generator, benchmark.splits[split].images)
-        measured.metrics[f"{split}/copies_reconstructed"] = metrics.copy_share(nearest(left).distance)
+MEASURES: tuple[Callable[[Drawn], dict[str, float]], ...] = (
+    tokenizer_metrics,
+    likelihoods,
+    judgement,
+    originality,
+)
+
+
+def scores(drawn: Drawn) -> list[float]:
+    """What models are compared by, a score per prompt: the oracle's where there is one, else the judge's."""
+    found: list[float] = []
+    for split, chosen in drawn.benchmark.splits.items():
+        if drawn.benchmark.shapes:
+            judged = [
+                float(right) for right in oracle.correct(drawn.samples(split), drawn.benchmark.scenes(split))
+            ]
+        else:
+            text = drawn.judge.text_features(chosen.captions)
+            judged = metrics.clip_score(drawn.features(split), text).cpu().tolist()
+        found += [round(value, 4) for value in judged]
     return found
 
 
-def guidance_sweep(
-    config: RunConfig, drawn: Drawn, judge: Judge, benchmark: Benchmark
-) -> dict[str, list[list[float]]]:
-    """Curves of [guidance scale, score] over held-out prompts; `{}` where the config compares none."""
+def guidance_sweep(drawn: Drawn, scales: Sequence[float]) -> dict[str, list[list[float]]]:
+    """Curves of [guidance scale, score] over the hardest prompts; `{}` where there are no scales.
+
+    At the model's own scale the samples are those that were scored.
+    """
     curves: dict[str, list[list[float]]] = {}
-    split = _hardest(benchmark)
-    chosen = benchmark.splits[split]
-    text = judge.text_features(chosen.captions)
-    for scale in config.evaluation.cfg_sweep:
-        samples = drawn(chosen.captions, benchmark.seeds(split), cfg_scale=scale)
-        features = torch.cat([judge.image_features(part) for part in samples.split(FORWARD)])
-        figures = {
-            "CLIP score": float(metrics.clip_score(features, text).mean()),
-            "retrieval accuracy": metrics.retrieval_accuracy(features, text, chosen.captions),
-        }
-        if benchmark.shapes:
-            figures["oracle, all right"] = oracle.oracle_score(samples, benchmark.scenes(split))["all_right"]
-        for name, value in figures.items():
-            curves.setdefault(name, []).append([scale, value])
+    split = drawn.benchmark.hardest
+    captions, seeds = drawn.benchmark.splits[split].captions, drawn.benchmark.seeds(split)
+    text = drawn.judge.text_features(captions)
+    for scale in scales:
+        own = scale == drawn.generator.sampling.cfg_scale
+        figures = _judged(drawn, split, None if own else drawn.draw(captions, seeds, scale), text)
+        for name, key in (
+            ("CLIP score", "clip_score"),
+            ("retrieval accuracy", "retrieval"),
+            ("oracle, all right", "oracle_all_right"),
+        ):
+            if key in figures:
+                curves.setdefault(name, []).append([scale, figures[key]])
     return curves
-
-
-def _hardest(benchmark: Benchmark) -> str:
-    """Of the splits there are, the one furthest from training."""
-    return next(split for split in ("composition", "validation", "train") if split in benchmark.splits)
 
 
 # ── what is shown ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def _pictures_to_draw(config: RunConfig, benchmark: Benchmark) -> int:
+def _pictures_to_draw(config: EvaluationConfig, benchmark: Benchmark, own_scale: float) -> int:
     sizes = {split: len(chosen.captions) for split, chosen in benchmark.splits.items()}
     rows = sum(min(size, PROMPTS) for split, size in sizes.items() if split != "train")
-    rows += len(config.evaluation.prompts or _spread(sizes["train"], PROMPTS))
-    scored = sum(sizes.values()) + sizes[_hardest(benchmark)] * len(config.evaluation.cfg_sweep)
-    return scored + rows * config.evaluation.samples_per_prompt + UNCONDITIONAL
+    rows += len(config.prompts or spread(sizes["train"], PROMPTS))
+    swept = [scale for scale in config.cfg_sweep if scale != own_scale]
+    scored = sum(sizes.values()) + sizes[benchmark.hardest] * len(swept)
+    return scored + rows * config.samples_per_prompt + UNCONDITIONAL
 
 
-def _grids(
-    config: RunConfig, drawn: Drawn, benchmark: Benchmark, measured: Measured, copies: dict[str, Nearest]
-) -> list[report.Grid]:
+def _grids(config: EvaluationConfig, drawn: Drawn) -> list[report.Grid]:
     """Prompts and samples of each kind: known captions (or the config's prompts), held-out ones, held-out
     combinations; beside each the real picture and the training picture nearest to the first sample."""
-    grids = []
-    per_prompt = config.evaluation.samples_per_prompt
+    grids, benchmark = [], drawn.benchmark
     first = GRID_SEEDS + UNCONDITIONAL
     for split in ("train", "validation", "composition"):
         if split not in benchmark.splits:
             continue
         chosen = benchmark.splits[split]
-        own = config.evaluation.prompts if split == "train" else []
-        rows = _spread(len(chosen.captions), PROMPTS)
+        own = config.prompts if split == "train" else []
+        rows = spread(len(chosen.captions), PROMPTS)
         prompts = own or [chosen.captions[i] for i in rows]
-        samples = drawn([prompt for prompt in prompts for _ in range(per_prompt)], first)
+        samples = drawn.draw([prompt for prompt in prompts for _ in range(config.samples_per_prompt)], first)
         first += len(samples)
         grids.append(
             report.Grid(
                 kind="prompts" if own else split,
                 prompts=list(prompts),
-                samples=samples.unflatten(0, (len(prompts), per_prompt)),
+                samples=samples.unflatten(0, (len(prompts), config.samples_per_prompt)),
                 real=None if own else to_tensor(chosen.images[rows]),
             )
         )
     # The held-out samples that come closest to a training picture, beside it: what a copy would look like.
-    split = "validation" if "validation" in copies else "train"
-    one = copies[split]
+    split = "validation" if "validation" in benchmark.splits else "train"
+    one = drawn.nearest[split]
     closest = one.distance.argsort()[:PROMPTS]
     grids.append(
         report.Grid(
             kind="closest",
             prompts=[benchmark.splits[split].captions[i] for i in closest],
-            samples=measured.samples[split][closest][:, None],
+            samples=drawn.samples(split)[closest][:, None],
             real=to_tensor(benchmark.training[one.which[closest]]),
             notes=[f"{distance:.3f}" for distance in one.distance[closest].tolist()],
         )
@@ -459,20 +353,18 @@ def _grids(
     return grids
 
 
-def _reconstructions(generator: Generator, benchmark: Benchmark) -> sheets.Pairs:
+def _reconstructions(drawn: Drawn) -> sheets.Pairs:
     """Held-out pictures and what the tokenizer leaves of them."""
-    chosen = benchmark.splits["validation" if "validation" in benchmark.splits else "train"]
-    images = chosen.images[_spread(len(chosen.images), PAIRS)]
-    return sheets.Pairs(to_tensor(images), reconstruct(generator, images)[0])
+    split = "validation" if "validation" in drawn.benchmark.splits else "train"
+    images = drawn.benchmark.splits[split].images
+    chosen = spread(len(images), PAIRS)
+    return sheets.Pairs(to_tensor(images[chosen]), drawn.reconstructed[split][chosen])
 
 
-def _histories(sets: dict[str, Manifest]) -> dict[str, dict[str, list[list[float]]]]:
-    """The training curves that sets carry, by set; a set that was imported has none."""
-    return {
-        name: json.loads(storage.read_bytes(storage.join(manifest.uri, HISTORY)))
-        for name, manifest in sets.items()
-        if any(file.name == HISTORY for file in manifest.files)
-    }
+def _histories(folder: Path) -> dict[str, dict[str, list[list[float]]]]:
+    """The training curves that came with a model's parts, by part; one that was imported has none."""
+    paths = ((part, folder / part / HISTORY) for part in bundle.PARTS)
+    return {part: json.loads(path.read_bytes()) for part, path in paths if path.is_file()}
 
 
 def _weights(net: object) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import platform
+from collections import defaultdict
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jinja2
 import torch
@@ -18,8 +19,9 @@ from model.config import RunConfig
 from model.evaluation import sheets
 from model.evaluation.sheets import Curves, Pairs
 from model.nets import metrics
-from model.plumbing.assets import Manifest
-from model.plumbing.progress import quantity
+from model.plumbing.assets import File, Manifest
+from model.plumbing.speech import quantity
+from model.steps import STEPS
 
 TILE = 96  # side of a picture on the page, pixels
 FEWEST = 16  # held-out pictures that the figures on top may rest on
@@ -47,15 +49,37 @@ class Page:
     """Everything the report shows."""
 
     config: RunConfig
-    sets: dict[str, Manifest]
+    images: Manifest
+    model: Manifest  # names its parts
     metrics: dict[str, float]
     parameters: dict[str, int]  # weights per net
     grids: list[Grid]
     reconstructions: Pairs
     unconditional: Tensor  # (N, 3, H, W)
     sweep: Curves  # over the guidance scale
-    histories: dict[str, Curves]  # per set
+    histories: dict[str, Curves]  # per part of the model
     pictures: dict[str, int]  # scored, per split
+
+    @property
+    def headline(self) -> list[Figure]:
+        """The figures on top."""
+        return headline(self.metrics, self.pictures)
+
+    @property
+    def headline_of(self) -> str:
+        """Which pictures they are of, in words."""
+        held = _shown_split(self.pictures)
+        few = held == "train" and "validation" in self.pictures
+        why = f", as only {self.pictures['validation']} pictures are held out" if few else ""
+        return f"{SPLIT_NAMES[held]}{why}"
+
+
+class Figure(NamedTuple):
+    """One of the few figures that are named first, here and in the closing lines of a run."""
+
+    value: str
+    name: str
+    note: str
 
 
 @dataclass(frozen=True)
@@ -72,7 +96,7 @@ class Score:
 
 
 def files(page: Page) -> dict[str, bytes]:
-    """`report.html` and the picture files of an evaluation set."""
+    """`report.html` and the picture files of an evaluation."""
     made = {
         f"samples-{grid.kind}.png": sheets.sheet(grid.samples, grid.prompts)
         for grid in page.grids
@@ -98,7 +122,7 @@ def render(page: Page) -> str:
     return environment.get_template("report.html").render(
         page=page,
         metrics=page.metrics,
-        headline=_headline(page.pictures),
+        held=_shown_split(page.pictures),
         splits=[split for split in SPLIT_NAMES if split in page.pictures],
         split_names=SPLIT_NAMES,
         scores=_scores(page.metrics),
@@ -106,22 +130,63 @@ def render(page: Page) -> str:
         pairs=list(zip(*page.reconstructions, strict=True)),
         charts=sheets.plot(charts, "step") if charts else None,
         sweep=sheets.plot(sweep, "guidance scale", marked=True) if sweep else None,
-        judge=judge_name(page.config, page.sets),
+        judge=judge_name(page.config, page.model),
         shown=TILE,
         pixelated=side < TILE and TILE % side == 0,
-        lineage=_lineage(page.sets),
+        lineage=_lineage(page.images, page.model),
         copy_distance=metrics.COPY_DISTANCE,
-        config=yaml.safe_dump(page.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
-        software=_software(),
+        config=yaml.safe_dump(
+            page.config.model_dump(mode="json", exclude={"jobs"}), sort_keys=False, allow_unicode=True
+        ),
     )
 
 
-def _headline(counts: dict[str, int]) -> str:
+def headline(figures: dict[str, float], counts: dict[str, int]) -> list[Figure]:
+    """What is said first of a model: the choice is made here, for the report and the end of a run alike.
+
+    Args:
+        figures: of the evaluation.
+        counts: scored pictures per split; too few held-out ones say nothing.
+    """
+    held = _shown_split(counts)
+    of = {name.removeprefix(f"{held}/"): value for name, value in figures.items()}
+    use = f"{_share(of['codebook_use'])} of the codebook in use"
+    chosen = [
+        Figure(
+            _share(of["retrieval"], 1),
+            "retrieval accuracy",
+            f"{_share(of['retrieval_real'], 1)} on real pictures,"
+            f" {_share(of['retrieval_chance'], 1)} by chance",
+        ),
+        Figure(
+            f"{of['clip_score']:.1f}",
+            "CLIP score",
+            f"{of['clip_score_real']:.1f} on real pictures,"
+            f" {of['clip_score_shuffled']:.1f} with other captions",
+        ),
+        Figure(f"{of['psnr']:.1f} dB", "tokenizer PSNR", use),
+        Figure(f"{of['nll']:.2f}", "nats per token", f"{of['nll_shuffled']:.2f} with other captions"),
+        Figure(_share(of["copies"]), "near-duplicates", "samples that copy a training picture"),
+    ]
+    if "oracle_all_right" in of:
+        split = "composition" if "composition" in counts else held
+        right = _share(figures[f"{split}/oracle_all_right"], 1)
+        chosen.insert(
+            0, Figure(right, "all attributes right", f"{SPLIT_NAMES[split]}, by the exact detector")
+        )
+    return chosen
+
+
+def _share(value: float, digits: int = 0) -> str:
+    return f"{100 * value:.{digits}f} %"
+
+
+def _shown_split(counts: dict[str, int]) -> str:
     """The split that the figures on top are of: held-out captions, unless they are too few."""
     return "validation" if counts.get("validation", 0) >= FEWEST else "train"
 
 
-def judge_name(config: RunConfig, sets: dict[str, Manifest]) -> str:
+def judge_name(config: RunConfig, model: Manifest) -> str:
     """Which CLIP judged, and how independent it is of the one that reads prompts."""
     if config.clip.kind == "trained":
         return (
@@ -129,8 +194,17 @@ def judge_name(config: RunConfig, sets: dict[str, Manifest]) -> str:
             " pictures, the held-out ones included"
         )
     name = f"{config.clip.name} ({config.clip.weights}), pretrained"
-    same = sets["judge"].files == sets["text"].files
-    return f"{name}; the same model reads the prompts" if same else name
+    parts = _parts(model)
+    return f"{name}; the same model reads the prompts" if parts["judge"] == parts["text"] else name
+
+
+def _parts(model: Manifest) -> dict[str, dict[str, File]]:
+    """The files of each part of a model, by their names within it."""
+    parts: dict[str, dict[str, File]] = defaultdict(dict)
+    for file in model.files:
+        part, _, name = file.name.rpartition("/")
+        parts[part][name] = file.model_copy(update={"name": name})
+    return parts
 
 
 def _scores(figures: dict[str, float]) -> list[Score]:
@@ -169,22 +243,30 @@ def _charts(page: Page) -> list[tuple[str, Curves]]:
     ]
 
 
-def _lineage(sets: dict[str, Manifest]) -> list[dict[str, Any]]:
+def _lineage(images: Manifest, model: Manifest) -> list[dict[str, Any]]:
+    """What the evaluation was made from: by key and hash, as places differ from store to store."""
+    files = {"images": list(images.files), "model": list(model.files)}
+    files |= {part: list(named.values()) for part, named in _parts(model).items()}
+    info = {"images": images.info, **{part: model.info.get(part, {}) for part in model.inputs}}
+    named = {"images": images.as_input, **model.inputs, "model": model.as_input}
     return [
         {
             "name": name,
+            "inputs": ", ".join(STEPS[one.kind].needs) or "the source",
             "place": f"{one.kind}/{one.key}",
             "sha256": one.sha256,
-            "files": len(one.files),
-            "bytes": sum(file.size for file in one.files),
-            "inputs": ", ".join(one.inputs) or "the source",
-            "info": {key: value for key, value in one.info.items() if isinstance(value, int | float | str)},
+            "files": len(files[name]),
+            "bytes": sum(file.size for file in files[name]),
+            "info": {
+                key: value for key, value in info.get(name, {}).items() if isinstance(value, int | float)
+            },
         }
-        for name, one in sets.items()
+        for name, one in named.items()
     ]
 
 
-def _software() -> str:
+def software() -> str:
+    """The versions of what a model was measured with."""
     names = ("torch", "open_clip_torch", "transformers")
     return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in names)])
 

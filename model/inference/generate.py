@@ -1,17 +1,7 @@
-"""From prompts to pictures: the whole way through text encoder, transformer and tokenizer.
-
-A **bundle** is a folder with all that drawing needs:
-
-    tokenizer/  text/  transformer/  judge/     the files of these sets
-    sampling.json                               the settings the model was evaluated with
-    lineage.json                                URI and hash of each set
-"""
+"""From prompts to pictures: the whole way through text encoder, transformer and tokenizer."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,48 +9,24 @@ from typing import Any
 import torch
 from PIL import Image
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.config import SamplingConfig
 from model.data.images import to_pixels
 from model.errors import UserError
+from model.inference.bundle import PARTS, SAMPLING
 from model.nets.clip import Judge, TextEncoder, load_judge, load_text_encoder
 from model.nets.compiled import CompiledSampler
 from model.nets.gpt import GPT, load_gpt
 from model.nets.sampler import OnToken, Rerank, Sampler
 from model.nets.tokenizers import Tokenizer, load_tokenizer
-from model.plumbing import assets
-from model.plumbing.assets import Manifest
 
-PARTS = ("tokenizer", "text", "transformer", "judge")
-FILES = ("config.json", "model.safetensors")
-SAMPLING, LINEAGE = "sampling.json", "lineage.json"
 LONGEST_PROMPT = 1000  # characters: far beyond any text encoder's context
 BATCH_CPU, BATCH_CUDA = 64, 256  # pictures drawn side by side
 
 
-# ── bundles ─────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def write_bundle(sets: Mapping[str, Manifest], sampling: SamplingConfig, folder: str | Path) -> Path:
-    """Fetch the sets `tokenizer`, `text`, `transformer` and `judge`, verified, into a bundle.
-
-    Nothing is left in `folder` where a set cannot be had. Other sets are named in the lineage alone.
-
-    Raises:
-        UserError: where a file is not what its manifest says.
-    """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        made = Path(scratch) / "bundle"
-        for part in PARTS:
-            assets.fetch(sets[part], made / part, FILES)
-        (made / SAMPLING).write_text(sampling.model_dump_json(indent=2))
-        lineage = {name: {"uri": one.uri, "sha256": one.sha256} for name, one in sorted(sets.items())}
-        (made / LINEAGE).write_text(json.dumps(lineage, indent=2))
-        shutil.copytree(made, folder, dirs_exist_ok=True)
-    return folder
+class Unfit(UserError):
+    """A model that cannot draw: its parts do not fit, or its numbers are none."""
 
 
 class Generator:
@@ -83,7 +49,7 @@ class Generator:
             compile: see `model.nets.compiled`.
         """
         if gpt.vocabulary != tokenizer.vocabulary or gpt.text_width != text.width:
-            raise UserError(
+            raise Unfit(
                 f"the parts do not belong together: the transformer has {gpt.vocabulary} codes and reads text"
                 f" of width {gpt.text_width}, the tokenizer has {tokenizer.vocabulary} codes and the text"
                 f" encoder width {text.width}"
@@ -96,15 +62,16 @@ class Generator:
     def load(
         cls, folder: str | Path, device: str | torch.device | None = None, compile: bool = False
     ) -> Generator:
-        """The generator of a bundle; on the GPU where there is one, unless `device` says otherwise.
+        """The generator of a bundle (see `bundle.py`); on the GPU where there is one, unless told otherwise.
 
         Raises:
-            UserError: where the folder is no bundle, or a part is missing or does not fit.
+            UserError: where the folder is no bundle, a part is missing or does not fit, or a weight is no
+                finite number.
         """
         folder = Path(folder)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if not (folder / SAMPLING).is_file():
-            raise UserError(
+            raise Unfit(
                 f"{folder} is no model: it has no {SAMPLING}; a model folder has {', '.join(PARTS)} and that"
             )
         try:
@@ -115,14 +82,14 @@ class Generator:
         if device.type == "cuda" and gpt.config.training.precision == "bf16":
             gpt = gpt.bfloat16()
         judge = load_judge(folder / "judge", device) if (folder / "judge").is_dir() else None
-        return cls(
-            load_tokenizer(folder / "tokenizer", device),
-            load_text_encoder(folder / "text", device),
-            gpt,
-            judge,
-            sampling,
-            compile,
-        )
+        tokenizer = load_tokenizer(folder / "tokenizer", device)
+        text = load_text_encoder(folder / "text", device)
+        for name, part in (("transformer", gpt), ("tokenizer", tokenizer)):
+            if isinstance(part, nn.Module) and not all(
+                weight.isfinite().all() for weight in part.parameters()
+            ):
+                raise Unfit(f"{folder / name} holds weights that are no finite numbers; train it anew")
+        return cls(tokenizer, text, gpt, judge, sampling, compile)
 
     @property
     def device(self) -> torch.device:

@@ -13,6 +13,11 @@ from __future__ import annotations
 
 import base64
 import io
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,15 +131,29 @@ def signature() -> ModelSignature:
 def log_model(bundle: Path, name: str) -> ModelInfo:
     """Log a bundle as a pyfunc in the active MLflow run, after drawing its input example once."""
     package = Path(__file__).parent.parent  # `model`, as it is imported
-    return mlflow.pyfunc.log_model(
-        name=name,
-        python_model=str(Path(__file__)),
-        artifacts={"bundle": str(bundle)},
-        code_paths=[str(package)],
-        signature=signature(),
-        input_example=(pd.DataFrame(EXAMPLE), {"seed": 0, "num_images": 1}),
-        pip_requirements=[f"{one}=={version(one).partition('+')[0]}" for one in REQUIREMENTS],
-    )
+    with tempfile.TemporaryDirectory() as scratch, _no_bytecode():
+        code, named = Path(scratch, "model"), Path(scratch, "bundle")
+        shutil.copytree(package, code, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(bundle, named)  # which is what it is called among the artifacts
+        return mlflow.pyfunc.log_model(
+            name=name,
+            python_model=str(Path(__file__)),
+            artifacts={"bundle": str(named)},
+            code_paths=[str(code)],
+            signature=signature(),
+            input_example=(pd.DataFrame(EXAMPLE), {"seed": 0, "num_images": 1}),
+            pip_requirements=[f"{one}=={version(one).partition('+')[0]}" for one in REQUIREMENTS],
+        )
+
+
+@contextmanager
+def _no_bytecode() -> Iterator[None]:
+    """MLflow imports the copy that it is about to store, which would leave Python's `__pycache__` in it."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
 
 
 def _base64(image: Any) -> str:

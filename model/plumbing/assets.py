@@ -11,8 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -24,7 +23,6 @@ from model.plumbing import storage
 
 SCHEMA_VERSION = 2
 NAME = "manifest.json"
-SIDE_BY_SIDE = 4  # files downloaded at once; each large one is itself in parts
 
 Kind = Literal["images", "tokenizer", "text", "judge", "tokens", "transformer", "model", "evaluation"]
 
@@ -94,6 +92,12 @@ class Manifest(_Part):
     def sha256(self) -> str:
         """Hash over kind, key and files: two assets with the same hash hold the same bytes."""
         return config_hash(self.model_dump(mode="json", include={"schema_version", "kind", "key", "files"}))
+
+    @property
+    def text(self) -> bytes:
+        """The content of `manifest.json`."""
+        values = self.model_dump(mode="json")
+        return f"{json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False)}\n".encode()
 
     @property
     def as_input(self) -> Input:
@@ -195,28 +199,6 @@ def find(uri: str) -> Manifest | None:
     return manifest
 
 
-def fetch(manifest: Manifest, folder: str | Path, names: Iterable[str] | None = None) -> Path:
-    """Download an asset, or the named files of it, into `folder`; every file's SHA-256 is verified.
-
-    A file that is there already, and is right, is kept.
-
-    Raises:
-        UserError: a file does not have the SHA-256 that the manifest names.
-    """
-    folder = Path(folder)
-    files = manifest.files if names is None else [manifest.file(name) for name in names]
-
-    def one(file: File) -> None:
-        path = folder / file.name
-        if not (path.is_file() and storage.file_sha256(path) == file.sha256):
-            storage.download_file(storage.join(manifest.uri, file.name), path, file.sha256)
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-        list(pool.map(one, files))
-    return folder
-
-
 class AssetWriter:
     """Writes an asset: files first, in any order; then the manifest.
 
@@ -279,9 +261,8 @@ class AssetWriter:
             files=tuple(self._files[name] for name in sorted(self._files)),
             info=info,
         )
-        text = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False)
         try:
-            storage.write_bytes(storage.join(self.uri, NAME), f"{text}\n".encode(), if_absent=True)
+            storage.write_bytes(storage.join(self.uri, NAME), manifest.text, if_absent=True)
         except FileExistsError:
             existing = load(self.uri)
             if existing.sha256 != manifest.sha256:

@@ -1,93 +1,249 @@
-"""Verified local copies of what lies in S3, bounded in size and shared by the processes of a machine."""
+"""The local cache: verified copies of what lies in S3, bounded, and shared by the processes of a machine.
+
+    <LATENT_GPT_CACHE>/assets/<hash of a manifest>/<name of a file>
+
+When room is needed those copies go first that were not asked for the longest, and with them what nobody has
+asked for in a month. A folder that a living process was given stays; single files do not, so that training
+may read more than the cache holds. Files of a local store are used where they are.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 from model.errors import UserError
-from model.plumbing import environment, storage
-from model.plumbing.assets import Manifest
+from model.plumbing import assets, environment, storage
+from model.plumbing.assets import File, Manifest
 
-CACHE_GIB = 64  # of downloaded shards kept on the local disk, where the environment says nothing else
+IDLE_DAYS = 30  # a copy that nobody asked for in so long goes, even where there is room
+TRIES = 100  # to use a copy that others push out again and again
+
+Get = Callable[[File, Path], object]  # brings a file to a path, verified
+T = TypeVar("T")
+
+_right: dict[Path, tuple[int, int, int, str]] = {}  # what was verified, as it was: inode, size, mtime, hash
+_held: dict[Path, int] = {}  # folders that this process uses, and its locks on them
 
 
-class ShardCache:
-    """Verified local copies of a set's files, `limit` bytes of them at most, shared by a machine's ranks.
+def path(manifest: Manifest, name: str) -> Path:
+    """A verified local copy of one file of an asset. It may go again when room is needed: open it at once.
 
-    Files of a local set are used where they are. A copy from S3 is checked against the manifest's SHA-256
-    before it takes its name; when room is needed those go first that were not asked for the longest.
+    Raises:
+        Damaged: it is not what the manifest says.
+        UserError: it cannot be had, or is larger than the whole cache.
     """
+    file = manifest.file(name)
+    if not storage.is_s3(manifest.uri):
+        return _in_place(manifest, file)
+    return _copy(_home(manifest), file, _from(manifest))
 
-    def __init__(
-        self, manifest: Manifest, folder: str | Path | None = None, limit: int | None = None
-    ) -> None:
-        """`folder` defaults to the environment's `LATENT_GPT_CACHE`, or `~/.cache/latent-gpt`; `limit` to its
-        `LATENT_GPT_CACHE_GIB`, or 64 GiB.
 
-        Raises:
-            UserError: `LATENT_GPT_CACHE_GIB` is no number above 0.
-        """
-        self.manifest = manifest
-        self.limit = _cache_bytes() if limit is None else limit
-        self.files = {file.name: file for file in manifest.files}
-        self.local = not storage.is_s3(manifest.uri)
-        default = os.environ.get("LATENT_GPT_CACHE") or Path.home() / ".cache" / "latent-gpt"
-        self.folder = Path(manifest.uri if self.local else folder or default)
-        self._verified: set[str] = set()
+def use(manifest: Manifest, names: Iterable[str], read: Callable[[], T]) -> T:
+    """What `read` makes of copies that are there when it starts; once more where they go meanwhile.
 
-    def path(self, name: str) -> Path:
-        """Where a verified copy lies.
+    Raises:
+        UserError: as `path`, or others push them out as soon as they are there.
+    """
+    names = list(names)
+    for _ in range(TRIES):
+        for name in names:
+            path(manifest, name)
+        with suppress(FileNotFoundError):
+            return read()
+    raise UserError(
+        f"files of {manifest.uri} vanish from the cache as soon as they are there; give it more room:"
+        " LATENT_GPT_CACHE_GIB"
+    )
 
-        Raises:
-            UserError: when its checksum is not the manifest's.
-        """
-        file = self.files[name]
-        path = self.folder / (name if self.local else f"{file.sha256}{Path(name).suffix}")
-        uri = storage.join(self.manifest.uri, name)
-        if self.local and name not in self._verified and (found := storage.file_sha256(path)) != file.sha256:
-            raise storage.checksum_error(uri, found, file.sha256)
-        if not self.local and not (name in self._verified and path.exists()):
 
-            def is_there() -> bool:
-                return path.exists() and storage.file_sha256(path) == file.sha256
+def folder(manifest: Manifest, names: Iterable[str] | None = None, get: Get | None = None) -> Path:
+    """A local folder with an asset, or the named files of it, verified; it stays while this process lives.
 
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not is_there():
-                with _locked(
-                    self.folder / "lock"
-                ):  # one download a time, itself in parallel parts, per machine
-                    if not is_there():
-                        self._make_room(file.size)
-                        storage.download_file(uri, path, file.sha256)
-        if not self.local:
-            with suppress(FileNotFoundError):  # gone again already; the caller asks once more
-                os.utime(path)
-        self._verified.add(name)
-        return path
+    Args:
+        manifest: of the asset.
+        names: of files; all where there are none.
+        get: where files come from, if not from the asset's place.
 
-    def _make_room(self, wanted: int) -> None:
-        if wanted > self.limit:
-            raise UserError(f"a shard of {wanted} bytes does not fit into a cache of {self.limit} bytes")
-        copies = [entry for entry in self.folder.iterdir() if entry.suffix in (".tar", ".safetensors")]
-        stats = sorted((entry.stat().st_mtime_ns, entry.stat().st_size, entry) for entry in copies)
-        used = sum(size for _, size, _ in stats)
-        for _, size, entry in stats:
-            if used + wanted <= self.limit:
+    Raises:
+        Damaged: a file is not what the manifest says.
+        UserError: it cannot be had, or is larger than the whole cache.
+    """
+    files = manifest.files if names is None else [manifest.file(name) for name in names]
+    if get is None and not storage.is_s3(manifest.uri):
+        for file in files:
+            _in_place(manifest, file)
+        return Path(manifest.uri)
+    home = _home(manifest)
+    _hold(home)
+    for file in files:
+        _copy(home, file, get or _from(manifest))
+    if not (home / assets.NAME).is_file():
+        with _locked(home.parent.parent / "lock"):
+            storage.write_bytes(str(home / assets.NAME), manifest.text)
+    return home
+
+
+# ── below ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _home(manifest: Manifest) -> Path:
+    """The folder of an asset's copies. Raises UserError: this user cannot write there."""
+    root = Path(environment.CACHE.get() or "~/.cache/latent-gpt").expanduser()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{root}: {error.strerror}; set LATENT_GPT_CACHE to a folder for copies of what lies in S3"
+        ) from None
+    return root / "assets" / manifest.sha256[:16]
+
+
+def _from(manifest: Manifest) -> Get:
+    return lambda file, target: storage.download_file(
+        storage.join(manifest.uri, file.name), target, file.sha256
+    )
+
+
+def _in_place(manifest: Manifest, file: File) -> Path:
+    found = Path(manifest.uri) / file.name
+    if not _is_right(found, file):
+        if not found.exists():
+            raise storage.Damaged(f"{found} is missing; delete {manifest.uri}, so that it is made again")
+        raise storage.checksum_error(str(found), storage.file_sha256(found), file.sha256)
+    return found
+
+
+def _is_right(found: Path, file: File) -> bool:
+    """Whether a file is what the manifest says; its bytes are read once per process."""
+    try:
+        is_now = found.stat()
+        as_it_is = (is_now.st_ino, is_now.st_size, is_now.st_mtime_ns, file.sha256)
+        if _right.get(found) != as_it_is:
+            if is_now.st_size != file.size or storage.file_sha256(found) != file.sha256:
+                return False
+            _right[found] = as_it_is
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _copy(home: Path, file: File, get: Get) -> Path:
+    copy = home / file.name
+    if not _is_right(copy, file):
+        root = home.parent.parent
+        with _locked(root / "lock"):  # one download a time, itself in parallel parts, per machine
+            if not _is_right(copy, file):
+                _make_room(root, file.size)
+                get(file, copy)
+    with suppress(FileNotFoundError, PermissionError):  # gone again already, or another user's
+        os.utime(copy, ns=(time.time_ns(), copy.stat().st_mtime_ns))
+    return copy
+
+
+def _make_room(root: Path, wanted: int) -> None:
+    """Let copies go until `wanted` bytes fit: the order is that of the times they were last asked for.
+
+    Raises:
+        UserError: they never fit, or what is there is in use.
+    """
+    limit = int(environment.CACHE_GIB.get() * 2**30)
+    if wanted > limit:
+        raise UserError(
+            f"a file of {wanted} bytes does not fit into a cache of {limit} bytes; raise LATENT_GPT_CACHE_GIB"
+        )
+    for outdated in _of_earlier_versions(root):
+        shutil.rmtree(outdated) if outdated.is_dir() else outdated.unlink(missing_ok=True)
+    copies = []
+    for copy in (root / "assets").rglob("*"):
+        with suppress(FileNotFoundError):
+            if copy.name.startswith(storage.TEMPORARY):
+                copy.unlink()  # of a download that was killed: this one is the only one
+            elif copy.is_file() and copy.name != assets.NAME:
+                copies.append((copy.stat().st_atime_ns, copy.stat().st_size, copy))
+    used = sum(size for _, size, _ in copies)
+    idle = time.time_ns() - IDLE_DAYS * 24 * 3600 * 10**9
+    with ExitStack() as locks:
+        free: dict[Path, bool] = {}
+        for asked, size, copy in sorted(copies):
+            if used + wanted <= limit and asked > idle:
                 break
-            entry.unlink(missing_ok=True)  # who has it open keeps it until it is done
-            used -= size
+            home = root / "assets" / copy.relative_to(root / "assets").parts[0]
+            if home not in free:
+                free[home] = locks.enter_context(_unused(home))
+            if free[home]:
+                copy.unlink(missing_ok=True)  # who has it open keeps it until it is done
+                used -= size
+                _tidy(copy.parent, home)
+    if used + wanted > limit:
+        raise UserError(
+            f"the cache {root} may hold {limit} bytes, and {used} are in use; raise LATENT_GPT_CACHE_GIB"
+        )
 
 
-def _cache_bytes() -> int:
-    return int(environment.CACHE_GIB.get() * 2**30)
+def _tidy(folder: Path, home: Path) -> None:
+    """Remove a folder in which no copy is left, and those above it up to its asset's."""
+    while [entry.name for entry in folder.iterdir()] in ([], [assets.NAME]):
+        shutil.rmtree(folder)
+        if folder == home:
+            break
+        folder = folder.parent
+
+
+def _of_earlier_versions(root: Path) -> Iterator[Path]:
+    """Copies as they were kept before; nobody asks for them any more."""
+    for old in chain(
+        root.glob("*.tar"), root.glob("*.safetensors"), root.glob("models/*"), root.glob("sets/*/*")
+    ):
+        if re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{16}", old.stem):
+            yield old
+
+
+def _hold(home: Path) -> None:
+    """Keep a folder in the cache until this process ends, however it ends."""
+    while True:
+        home.mkdir(parents=True, exist_ok=True)
+        if home in _held and _is_at(_held[home], home):
+            return
+        handle = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        if _is_at(handle, home):  # nobody removed it in between
+            _held[home] = handle
+            return
+        os.close(handle)
+
+
+def _is_at(handle: int, home: Path) -> bool:
+    try:
+        return os.fstat(handle).st_ino == home.stat().st_ino
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as handle:
+def _unused(home: Path) -> Iterator[bool]:
+    """Whether no process holds a folder; within the block none can begin to."""
+    handle = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield True
+        except BlockingIOError:
+            yield False
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _locked(lock: Path) -> Iterator[None]:
+    with lock.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

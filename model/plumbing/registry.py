@@ -1,107 +1,131 @@
-"""The model registry: versions of `latent-gpt` in MLflow and which of them is in use.
+"""The model registry: versions of a registered model in MLflow, one such model per task, and which is in use.
 
-A version holds a bundle (see docs/ARCHITECTURE.md) and is known by what it plays: `challenger` (just made),
-`champion` (in use), `previous-champion` (what a rollback returns to). A bundle carries `checksums.json`, so
-whatever way it comes back, from MLflow, S3 or a folder, a flipped bit is noticed.
+A version holds a bundle, the asset of kind `model`, with its manifest; it is known by that manifest's hash
+and by what it plays: `challenger` (just made), `champion` (in use), `previous-champion` (what a rollback
+returns to). Bundles of earlier releases, with `checksums.json` instead of a manifest, can be used still.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.config import config_hash
 from model.errors import UserError
-from model.plumbing import assets, storage
+from model.plumbing import assets, cache, environment, storage
+from model.plumbing.assets import File, Manifest
 from model.plumbing.jobs import TrackingIds
 from model.plumbing.tracking import Tracker, explained, mlflow_client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
-logger = logging.getLogger(__name__)
-
-MODEL = "latent-gpt"
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous-champion"
-CHECKSUMS = "checksums.json"
-BUNDLE_TAG = "latent_gpt.bundle"  # hash of the bundle's checksums
+MODEL_TAG = "latent_gpt.model"  # of a version: hash of its manifest
+TIME_TAG = "latent_gpt.registered"  # of a version: when a run last came to it, ms since 1970
+CHECKSUMS, OLD_TAG = (
+    "checksums.json",
+    "latent_gpt.bundle",
+)  # of earlier releases: SHA-256 sums, and their hash
+
+
+def find(model: str, name: str) -> int | None:
+    """The newest version that holds a bundle, named by its manifest's hash, and holds it still; or None."""
+    client = mlflow_client()
+    with explained():
+        same = [one for one in _versions(client, name) if one.tags.get(MODEL_TAG) == model]
+        for version in reversed(same):
+            if _files(version):
+                client.set_model_version_tag(name, version.version, TIME_TAG, _now())
+                return int(version.version)
+    return None
 
 
 def register(
     ids: TrackingIds,
-    bundle: str | Path,
+    bundle: Path,
     log_model: Callable[[Path, str], Any],
     lineage: dict[str, str],
-    model: str = MODEL,
-) -> tuple[int, bool]:
-    """Make a bundle a version of the registered model, with the alias `challenger`.
+    name: str,
+) -> int:
+    """Make a bundle a new version of a registered model, with the alias `challenger`; returns its number.
 
     Args:
         ids: the step's place in MLflow; the model is logged in its run.
-        bundle: local folder; `checksums.json` is added to it.
+        bundle: local folder, with its manifest.
         log_model: `log_model(bundle, name)` logs it as a pyfunc in the active run and returns MLflow's
             `ModelInfo`.
-        lineage: tags of the version: what it was made from.
-        model: name of the registered model.
-
-    Returns:
-        The version's number, and whether it is new: the same bundle is registered only once.
+        lineage: tags of the version: hashes of what it was made from, `MODEL_TAG` among them.
+        name: of the registered model.
 
     Raises:
         UserError: MLflow cannot be reached or refuses.
     """
     import mlflow
 
-    bundle = Path(bundle)
-    sealed = seal(bundle)
     with Tracker(ids) as tracker, explained():
-        client = mlflow_client()
-        for version in client.search_model_versions(f"name='{model}'"):
-            if version.tags.get(BUNDLE_TAG) == sealed:
-                return int(version.version), False
-        mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
+        mlflow.set_tracking_uri(environment.MLFLOW_TRACKING_URI.get())
         with mlflow.start_run(run_id=tracker.run_id):
-            info = log_model(bundle, model)
-        made = mlflow.register_model(info.model_uri, model, tags={**lineage, BUNDLE_TAG: sealed})
-        client.set_registered_model_alias(model, CHALLENGER, made.version)
-    return int(made.version), True
+            info = log_model(bundle, name)
+        made = mlflow.register_model(info.model_uri, name, tags={**lineage, TIME_TAG: _now()})
+        mlflow_client().set_registered_model_alias(name, CHALLENGER, made.version)
+    return int(made.version)
 
 
-def find(lineage: dict[str, str], model: str = MODEL) -> int | None:
-    """The newest version that was registered with these tags, or None."""
+def last_registered(shared: bool) -> str:
+    """The registered model that is meant where none is named: the one that a run came to last.
+
+    Args:
+        shared: the server is not this state folder's alone: then no guess is made among several.
+
+    Raises:
+        UserError: there is none, or there are several on a shared server.
+    """
     with explained():
-        versions = mlflow_client().search_model_versions(f"name='{model}'")
-    found = [int(version.version) for version in versions if lineage.items() <= version.tags.items()]
-    return max(found, default=None)
+        times: dict[str, int] = {}
+        for version in mlflow_client().search_model_versions():
+            if version.tags.keys() & {MODEL_TAG, OLD_TAG}:
+                when = int(version.tags.get(TIME_TAG, version.creation_timestamp))
+                times[version.name] = max(when, times.get(version.name, 0))
+    if not times:
+        raise UserError("no model is registered yet; run the pipeline first")
+    if shared and len(times) > 1:
+        raise UserError(f"several models are registered here; name one of {', '.join(sorted(times))}")
+    return max(times, key=lambda name: times[name])
 
 
-def version_of(alias: str, model: str = MODEL) -> int | None:
+def version_of(alias: str, name: str) -> int | None:
     """The version that has an alias, or None."""
     with explained():
-        return _aliases(mlflow_client(), model).get(alias)
+        return _aliases(mlflow_client(), name).get(alias)
 
 
-def promote(version: int, model: str = MODEL) -> None:
+def tags_of(version: int, name: str) -> dict[str, str]:
+    """The tags of a version: hashes of what it was made from."""
+    with explained():
+        return dict(mlflow_client().get_model_version(name, str(version)).tags)
+
+
+def promote(version: int, name: str) -> None:
     """Make a version the champion; the one so far becomes `previous-champion`."""
     client = mlflow_client()
     with explained():
-        aliases = _aliases(client, model)
+        aliases = _aliases(client, name)
         champion = aliases.get(CHAMPION)
         if champion != version:
             if champion is not None:  # first, so that a kill in between loses nobody
-                client.set_registered_model_alias(model, PREVIOUS, str(champion))
-            client.set_registered_model_alias(model, CHAMPION, str(version))
+                client.set_registered_model_alias(name, PREVIOUS, str(champion))
+            client.set_registered_model_alias(name, CHAMPION, str(version))
         if aliases.get(CHALLENGER) == version:
-            client.delete_registered_model_alias(model, CHALLENGER)
+            client.delete_registered_model_alias(name, CHALLENGER)
 
 
-def rollback(model: str = MODEL) -> int:
+def rollback(name: str) -> int:
     """Put the previous champion back in use; the one so far takes its place. Returns the version in use.
 
     Raises:
@@ -109,178 +133,166 @@ def rollback(model: str = MODEL) -> int:
     """
     client = mlflow_client()
     with explained():
-        aliases = _aliases(client, model)
-        previous = aliases.get(PREVIOUS)
+        aliases = _aliases(client, name)
+        previous, champion = aliases.get(PREVIOUS), aliases.get(CHAMPION)
         if previous is None:
-            raise UserError(f"{model} has no {PREVIOUS} to roll back to; it has {_known(aliases)}")
-        client.set_registered_model_alias(model, CHAMPION, str(previous))
-        client.set_registered_model_alias(model, PREVIOUS, str(aliases[CHAMPION]))
+            raise UserError(f"{name} has no {PREVIOUS} to roll back to; it has {_known(aliases)}")
+        client.set_registered_model_alias(name, CHAMPION, str(previous))
+        if champion is None:  # somebody deleted it
+            client.delete_registered_model_alias(name, PREVIOUS)
+        else:
+            client.set_registered_model_alias(name, PREVIOUS, str(champion))
     return previous
 
 
-def resolve(ref: str, cache: str | Path | None = None) -> Path:
-    """The local folder of a bundle, or of a set, whose files are what their checksums say.
+def resolve(ref: str) -> Path:
+    """The local folder of a model, or of another asset, whose files are what their manifest says.
 
     Args:
-        ref: `models:/latent-gpt@champion`, `models:/latent-gpt/3`, an S3 URI, or a local folder.
-        cache: where downloads are kept; default is the environment's `LATENT_GPT_CACHE`, or a folder of
-            this user's among the temporary ones.
+        ref: `models:/NAME@champion`, `models:/NAME/3`, an S3 URI, or a local folder; without a manifest it is
+            taken as it comes.
 
     Raises:
-        UserError: there is no such model, or it is damaged.
+        NotFound: there is no such model, or its files are gone.
+        Damaged: they are not what they were.
+        UserError: it cannot be reached.
     """
-    folder = Path(cache or os.environ.get("LATENT_GPT_CACHE") or _default_cache())
     if ref.startswith("models:/"):
-        return _resolve_version(ref, folder)
-    if storage.is_s3(ref):
-        return _resolve_s3(ref, folder)
+        return _resolve_version(ref)
     path = Path(ref).expanduser()
-    if not path.is_dir():
-        raise UserError(
-            f"model {ref} does not exist; give models:/{MODEL}@{CHAMPION}, an s3:// URI or a folder"
+    if not storage.is_s3(ref) and not path.is_dir():
+        raise storage.NotFound(
+            f"model {ref} does not exist; give models:/NAME@{CHAMPION}, an s3:// URI or a folder"
         )
-    if (path / CHECKSUMS).exists():
-        verify(path)
-    return path
+    if not storage.is_s3(ref) and not any((path / note).exists() for note in (assets.NAME, CHECKSUMS)):
+        return path
+    return cache.folder(_manifest(ref if storage.is_s3(ref) else str(path)))
 
 
-def seal(bundle: Path) -> str:
-    """Write `checksums.json`, the SHA-256 of every other file; returns the hash of it all."""
-    sums = {
-        path.relative_to(bundle).as_posix(): storage.file_sha256(path)
-        for path in sorted(bundle.rglob("*"))
-        if path.is_file() and path.name != CHECKSUMS
-    }
-    storage.write_bytes(str(bundle / CHECKSUMS), json.dumps(sums, indent=2, sort_keys=True).encode())
-    return config_hash(sums)
+# ── below ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def verify(bundle: Path) -> str:
-    """Check every file of a bundle against `checksums.json`; returns the hash of it all.
-
-    Raises:
-        Damaged: a file is missing or differs.
-    """
+def _manifest(uri: str, sizes: dict[str, int] | None = None) -> Manifest:
+    """The manifest of the asset at `uri`; made up from its checksums for a bundle of an earlier release."""
     try:
-        sums: dict[str, str] = json.loads((bundle / CHECKSUMS).read_text())
-    except (FileNotFoundError, ValueError):
-        raise storage.Damaged(f"{bundle} has no readable {CHECKSUMS}; it is not a complete bundle") from None
-    for name, expected in sums.items():
-        path = bundle / name
-        if not path.is_file():
-            raise storage.Damaged(f"{path} is missing; fetch or register the model again")
-        if (found := storage.file_sha256(path)) != expected:
-            raise storage.Damaged(
-                f"{path} is damaged: its SHA-256 is {found[:16]}…, {CHECKSUMS} says {expected[:16]}…;"
-                " fetch or register the model again"
-            )
-    return config_hash(sums)
+        return assets.load(uri)
+    except storage.NotFound:
+        pass
+    try:
+        sums: dict[str, str] = json.loads(storage.read_bytes(storage.join(uri, CHECKSUMS)))
+        if not isinstance(sums, dict):
+            raise ValueError("no table of sums")
+        sizes = storage.list_sizes(uri) if sizes is None else sizes
+        files = [File(name=name, size=sizes.get(name, 0), sha256=sums[name]) for name in sorted(sums)]
+        key = config_hash(sums)[:16]
+        return Manifest(kind="model", key=key, settings={}, inputs={}, files=tuple(files)).at(uri)
+    except storage.NotFound:
+        raise storage.NotFound(f"{uri} is no model: it has neither {assets.NAME} nor {CHECKSUMS}") from None
+    except ValueError as error:
+        what = " ".join(str(error).split())[:200]
+        raise storage.Damaged(f"{uri}/{CHECKSUMS} is damaged ({what}); fetch the model again") from None
 
 
-def _resolve_version(ref: str, cache: Path) -> Path:
+def _resolve_version(ref: str) -> Path:
     import mlflow
 
-    client = mlflow_client()
     with explained():
-        name, number = _parse(client, ref)
-        sealed = client.get_model_version(name, str(number)).tags.get(BUNDLE_TAG, "")
-        if not sealed:
-            raise UserError(f"{ref} was not registered by latent-gpt: it has no tag {BUNDLE_TAG}")
-        target = cache / "models" / sealed
-        if _is_whole(target, sealed):
-            return target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=storage.TEMPORARY) as temporary:
-            uri = f"models:/{name}/{number}"
-            mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
-            mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=temporary)
-            bundles = [path.parent for path in Path(temporary).rglob(CHECKSUMS)]
-            if len(bundles) != 1 or verify(bundles[0]) != sealed:
-                raise storage.Damaged(
-                    f"{uri} does not hold the bundle it was registered with; register it again"
-                )
-            return _keep(bundles[0], target)
+        version = _parse(mlflow_client(), ref)
+        uri = f"models:/{version.name}/{version.version}"
+        if not version.tags.keys() & {MODEL_TAG, OLD_TAG}:
+            raise UserError(f"{ref} was not registered by latent-gpt: it has no tag {MODEL_TAG}")
+        files = _files(version)
+        notes = [path for path in files if path.endswith((f"/{assets.NAME}", f"/{CHECKSUMS}"))]
+        if not notes:
+            raise storage.NotFound(
+                f"the files of {uri} are gone from MLflow; run the pipeline again, or delete this version"
+            )
+        root, _, note = notes[0].rpartition("/")
+        sizes = {path.removeprefix(f"{root}/"): size for path, size in files.items()}
+
+        def fetch(name: str, folder: str) -> Path:
+            if name not in sizes:
+                raise storage.NotFound(f"{name} of {uri} is gone from MLflow; delete this version")
+            got = mlflow.artifacts.download_artifacts(artifact_uri=f"{uri}/{root}/{name}", dst_path=folder)
+            return Path(got)
+
+        def get(file: File, target: Path) -> None:
+            with tempfile.TemporaryDirectory() as scratch:
+                try:
+                    storage.download_file(str(fetch(file.name, scratch)), target, file.sha256)
+                except storage.Damaged:
+                    raise storage.Damaged(
+                        f"{file.name} of {uri} is damaged: it is not what was registered; delete this version"
+                    ) from None
+
+        with tempfile.TemporaryDirectory() as scratch:
+            manifest = _manifest(str(fetch(note, scratch).parent), sizes)
+        sums = {file.name: file.sha256 for file in manifest.files}
+        if version.tags.get(MODEL_TAG) != manifest.sha256 and version.tags.get(OLD_TAG) != config_hash(sums):
+            raise storage.Damaged(
+                f"{uri} does not hold the model it was registered with; delete this version"
+            )
+        return cache.folder(manifest, get=get)
 
 
-def _resolve_s3(ref: str, cache: Path) -> Path:
-    if manifest := assets.find(ref):
-        return assets.fetch(manifest, cache / "sets" / manifest.kind / manifest.sha256[:16])
-    try:
-        sums: dict[str, str] = json.loads(storage.read_bytes(storage.join(ref, CHECKSUMS)))
-    except storage.NotFound:
-        raise storage.NotFound(f"{ref} is no model: it has neither {assets.NAME} nor {CHECKSUMS}") from None
-    sealed = config_hash(sums)
-    target = cache / "models" / sealed
-    if _is_whole(target, sealed):
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=storage.TEMPORARY) as temporary:
-        bundle = Path(temporary) / "bundle"
-        for name, sha256 in sums.items():
-            assets.File(name=name, size=0, sha256=sha256)  # refuses names that lead elsewhere
-            storage.download_file(storage.join(ref, name), bundle / name, sha256)
-        storage.write_bytes(str(bundle / CHECKSUMS), json.dumps(sums, indent=2, sort_keys=True).encode())
-        return _keep(bundle, target)
+def _files(version: ModelVersion) -> dict[str, int]:
+    """Paths and sizes of what a version was logged with; none where that was deleted."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    mlflow.set_tracking_uri(environment.MLFLOW_TRACKING_URI.get())
+    found: dict[str, int] = {}
+    folders = ["artifacts"]
+    while folders:
+        uri = f"models:/{version.name}/{version.version}/{folders.pop()}"
+        try:
+            for entry in mlflow.artifacts.list_artifacts(artifact_uri=uri):
+                if entry.is_dir:
+                    folders.append(entry.path)
+                else:
+                    found[entry.path] = entry.file_size or 0
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+    return found
 
 
-def _is_whole(target: Path, sealed: str) -> bool:
-    """Whether the cache holds this bundle; what is damaged there is thrown away."""
-    if not target.exists():
-        return False
-    try:
-        if verify(target) == sealed:
-            return True
-    except storage.Damaged as error:
-        logger.warning("the cached model is fetched again: %s", error)
-    shutil.rmtree(target)
-    return False
-
-
-def _keep(bundle: Path, target: Path) -> Path:
-    try:
-        bundle.rename(target)
-    except OSError:
-        if not target.is_dir():
-            raise
-        # Somebody else was quicker with the same bundle.
-    return target
-
-
-def _default_cache() -> Path:
-    """A folder in the temporary one that is this user's alone."""
-    folder = Path(tempfile.gettempdir()) / f"latent-gpt-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise UserError(f"{folder} belongs to another user; set LATENT_GPT_CACHE to a folder of yours")
-    return folder
-
-
-def _parse(client: MlflowClient, ref: str) -> tuple[str, int]:
-    """Name and version of `models:/NAME@ALIAS` or `models:/NAME/VERSION`."""
+def _parse(client: MlflowClient, ref: str) -> ModelVersion:
+    """The version that `models:/NAME@ALIAS` or `models:/NAME/VERSION` names."""
     rest = ref.removeprefix("models:/")
     if "@" in rest:
         name, _, alias = rest.partition("@")
         aliases = _aliases(client, name)
         if alias not in aliases:
-            raise UserError(
+            raise storage.NotFound(
                 f"model {name} has no alias {alias}; it has {_known(aliases)}. Run the pipeline first"
             )
-        return name, aliases[alias]
+        return client.get_model_version(name, str(aliases[alias]))
     name, _, number = rest.rpartition("/")
     if not name or not number.isdecimal():
         raise UserError(f"model {ref} must read models:/NAME@ALIAS or models:/NAME/VERSION")
-    versions = sorted(int(version.version) for version in client.search_model_versions(f"name='{name}'"))
+    versions = {int(version.version): version for version in _versions(client, name)}
     if int(number) not in versions:
         known = ", ".join(map(str, versions)) or "none"
-        raise UserError(f"model {name} has no version {number}; it has {known}")
-    return name, int(number)
+        raise storage.NotFound(f"model {name} has no version {number}; it has {known}")
+    return versions[int(number)]
 
 
-def _aliases(client: MlflowClient, model: str) -> dict[str, int]:
+def _versions(client: MlflowClient, name: str) -> list[ModelVersion]:
+    """All versions of a registered model, the oldest first."""
+    found = client.search_model_versions(f"name='{name}'")
+    return sorted(found, key=lambda version: int(version.version))
+
+
+def _aliases(client: MlflowClient, name: str) -> dict[str, int]:
     """Aliases of a registered model; none if there is no such model."""
-    found = client.search_registered_models(f"name='{model}'")
+    found = client.search_registered_models(f"name='{name}'")
     return {alias: int(version) for alias, version in found[0].aliases.items()} if found else {}
 
 
 def _known(aliases: dict[str, int]) -> str:
     return ", ".join(f"{alias} (version {version})" for alias, version in sorted(aliases.items())) or "none"
+
+
+def _now() -> str:
+    return str(time.time_ns() // 10**6)

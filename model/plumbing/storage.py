@@ -150,6 +150,27 @@ def download_file(uri: str, path: str | Path, sha256: str | None = None) -> None
                 raise checksum_error(uri, found, sha256)
 
 
+def copy(source: str, target: str, sha256: str) -> None:
+    """Store what lies at `source` at `target` too; within S3 its bytes do not pass through this machine.
+
+    Raises:
+        Damaged: it does not have the given SHA-256.
+        UserError: as `read_bytes` and `write_bytes`.
+    """
+    if not (is_s3(source) and is_s3(target)):
+        with tempfile.TemporaryDirectory() as scratch:
+            download_file(source, Path(scratch, "copy"), sha256)
+            upload_file(Path(scratch, "copy"), target)
+        return
+    (from_bucket, from_key), (bucket, key) = split(source), split(target)
+    with _explained(source):
+        client().copy({"Bucket": from_bucket, "Key": from_key}, bucket, key, Config=_transfer(LARGEST_PART))
+    with io.BufferedReader(_S3Stream(target), READ_AHEAD) as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != sha256:
+        raise checksum_error(source, found, sha256)
+
+
 def open_read(uri: str) -> BinaryIO:
     """A readable, seekable stream over what is stored at `uri`; memory stays at one buffer.
 

@@ -10,9 +10,9 @@ the training step (figures in `docs/EXPERIMENTS.md`).
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Generator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +25,8 @@ from model.data.token_shards import TokenShard
 from model.errors import UserError
 from model.nets.clip import tokenize as text_ids
 from model.nets.tokenizers import Tokenizer, load_tokenizer
-from model.plumbing import storage
-from model.plumbing.assets import AssetWriter, File, Manifest, fetch
-from model.plumbing.cache import ShardCache
+from model.plumbing import cache, storage
+from model.plumbing.assets import AssetWriter, File, Manifest
 from model.plumbing.distributed import derive_seed
 from model.plumbing.parallel import parallel_map, single_threaded
 from model.plumbing.worker import Job, run_worker
@@ -44,8 +43,7 @@ def main(job: Job) -> Manifest | None:
         UserError: an input is damaged, or does not fit the others.
     """
     config, processes, output, images = job.config, job.processes, job.output, job.inputs["images"]
-    with tempfile.TemporaryDirectory(prefix="latent-gpt-tokens-") as scratch:
-        tokenizer = load_tokenizer(fetch(job.inputs["tokenizer"], scratch), processes.device)
+    tokenizer = load_tokenizer(cache.folder(job.inputs["tokenizer"]), processes.device)
     context_length = _context_length(job.inputs["text"])
     side = images.info["image_size"]
     if side % tokenizer.factor:
@@ -58,7 +56,6 @@ def main(job: Job) -> Manifest | None:
     processes.barrier()  # nobody adds a part before everybody has looked
     todo = [name for name in names if token_name(name) not in finished]
     mine = todo[processes.rank :: processes.world]
-    cache = ShardCache(images)
     total = sum(shards[name] for name in mine) * config.data.augment.views
     progress = job.progress(total, "img", counted="view")
     encoded = 0
@@ -68,11 +65,14 @@ def main(job: Job) -> Manifest | None:
         encoded += pictures
         progress.update(encoded)
 
-    for name in mine:
-        entries = tar_index(cache.path(name))
+    def encoded_shard(name: str) -> tuple[np.ndarray, list[list[list[int]]]]:
+        entries = tar_index(cache.path(images, name))
         views = chances(name, len(entries), config.data.augment, config.seed)
         codes = encode_shard(entries, views, tokenizer, side, processes.device, tick)
-        captions = caption_ids(entries, context_length)
+        return codes, caption_ids(entries, context_length)
+
+    for name in mine:
+        codes, captions = cache.use(images, [name], partial(encoded_shard, name))
         data = TokenShard.to_bytes(codes, captions, tokenizer.vocabulary)
         file = output.add_bytes(token_name(name), data)
         part = storage.join(output.uri, PARTS, f"{token_name(name)}.json")

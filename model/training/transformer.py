@@ -32,7 +32,7 @@ from model.nets.gpt import GPT
 from model.nets.metrics import token_nll
 from model.nets.sampler import sample
 from model.nets.tokenizers import load_tokenizer
-from model.plumbing import assets
+from model.plumbing import cache
 from model.plumbing.assets import Manifest
 from model.plumbing.checkpoints import (
     CONFIG,
@@ -228,8 +228,7 @@ def _reorder(codes: Tensor, config: TransformerConfig, step: int) -> tuple[Tenso
 
 
 def _frozen_text(clip: Manifest, device: torch.device) -> TextEncoder:
-    with tempfile.TemporaryDirectory() as scratch:
-        return load_text_encoder(assets.fetch(clip, scratch), device)
+    return load_text_encoder(cache.folder(clip), device)
 
 
 @torch.no_grad()
@@ -239,8 +238,7 @@ def _show_samples(gpt: GPT, text: TextEncoder, job: Job, step: int) -> None:
     gpt.eval()
     drawn = sample(gpt, *text.encode(batch.ids), SamplingConfig(), seeds=range(len(batch.ids)))
     gpt.train()
-    with tempfile.TemporaryDirectory() as scratch:
-        tokenizer = load_tokenizer(assets.fetch(job.inputs["tokenizer"], scratch))
+    tokenizer = load_tokenizer(cache.folder(job.inputs["tokenizer"]))
     both = torch.cat([batch.codes, drawn.cpu()]).view(-1, *gpt.grid)
     grid = make_grid(tokenizer.decode(both), nrow=len(batch.codes))
     job.tracker.image(f"samples/step-{step:07d}.png", to_image(grid))

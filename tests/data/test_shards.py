@@ -14,8 +14,8 @@ from model.data.images import to_tensor
 from model.data.order import share_of, shuffled
 from model.data.token_shards import TokenReader, TokenShard
 from model.errors import UserError
+from model.plumbing import cache, storage
 from model.plumbing.assets import AssetWriter
-from model.plumbing.cache import ShardCache
 from tests.instances import ingest
 
 TOKENS, CONTEXT = 6, 5
@@ -239,9 +239,8 @@ def remote(tmp_path, monkeypatch):
     """A token set that claims to be in S3, with downloads served from the local store and counted."""
     manifest = token_set(tmp_path / "store", monkeypatch=monkeypatch)
     local = manifest.uri
+    monkeypatch.setenv("LATENT_GPT_CACHE", str(tmp_path / "cache"))
     calls = []
-    from model.plumbing import storage
-
     real = storage.download_file
 
     def download(uri, path, sha256=None):
@@ -252,35 +251,22 @@ def remote(tmp_path, monkeypatch):
     return manifest.at("s3://bucket"), calls
 
 
-def test_cache_downloads_once_and_verifies_what_it_finds(remote, tmp_path):
+def test_shards_are_downloaded_once_and_verified(remote):
     manifest, calls = remote
-    folder = tmp_path / "cache"
     for _ in range(2):
-        batch = next(TokenReader(manifest, "train", 31, cache=ShardCache(manifest, folder)).batches())
+        batch = next(TokenReader(manifest, "train", 31).batches())
         assert len(batch.codes) == 31
     assert len(calls) == 3
-    copy = next(folder.glob("*.safetensors"))
-    copy.write_bytes(b"damaged")
-    next(TokenReader(manifest, "train", 31, cache=ShardCache(manifest, folder)).batches())
+    cache.path(manifest, manifest.files[0].name).write_bytes(b"damaged")
+    next(TokenReader(manifest, "train", 31).batches())
     assert len(calls) == 4
 
 
-def test_the_environment_limits_the_cache(remote, monkeypatch):
-    manifest, _ = remote
-    monkeypatch.setenv("LATENT_GPT_CACHE_GIB", "0.5")
-    assert ShardCache(manifest).limit == 2**29
-    for wrong in ("much", "0", "-1", "nan", "inf"):
-        monkeypatch.setenv("LATENT_GPT_CACHE_GIB", wrong)
-        with pytest.raises(UserError, match=f"LATENT_GPT_CACHE_GIB is '{wrong}'; it must be a number of GiB"):
-            ShardCache(manifest)
-
-
-def test_cache_keeps_its_limit(remote, tmp_path):
+def test_more_shards_than_the_cache_holds_are_read(remote, tmp_path, monkeypatch):
     manifest, _ = remote
     largest = max(file.size for file in manifest.files)
-    cache = ShardCache(manifest, tmp_path / "cache", limit=2 * largest)
-    for batch in islice(TokenReader(manifest, "train", 10, cache=cache).batches(), 20):
+    monkeypatch.setenv("LATENT_GPT_CACHE_GIB", str(1.2 * largest / 2**30))
+    for batch in islice(TokenReader(manifest, "train", 10).batches(), 20):
         assert len(batch.codes) == 10
-        assert sum(f.stat().st_size for f in cache.folder.glob("*.safetensors")) <= 2 * largest
-    with pytest.raises(UserError, match="does not fit into a cache"):
-        ShardCache(manifest, tmp_path / "other", limit=10).path("train-000000.safetensors")
+        copies = (tmp_path / "cache").rglob("*.safetensors")
+        assert sum(copy.stat().st_size for copy in copies) <= 1.2 * largest

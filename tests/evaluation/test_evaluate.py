@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from pathlib import Path
 
 import pytest
@@ -12,10 +12,14 @@ import torch
 from model.config import RunConfig
 from model.errors import UserError
 from model.evaluation import evaluate as evaluation
-from model.evaluation.evaluate import Verdict, compare, load_benchmark, remeasure
-from model.inference.generate import Generator, write_bundle
+from model.evaluation.benchmark import Benchmark, Drawn, load_benchmark
+from model.evaluation.evaluate import Verdict, compare, remeasure
+from model.inference.bundle import make_bundle
+from model.inference.generate import Generator, Unfit
+from model.nets.vqvae import VQVAE
 from model.plumbing import assets, storage
 from model.plumbing.assets import Manifest
+from model.plumbing.speech import Progress
 from tests.instances import config, ingest, make, publish_models
 
 
@@ -26,7 +30,7 @@ def run() -> RunConfig:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A store that this module's tests share; they leave its sets as they are."""
+    """A store that this module's tests share; they leave its assets as they are."""
     root = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LATENT_GPT_STORE", str(root))
@@ -34,16 +38,30 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def sets(root: Path, tmp_path_factory: pytest.TempPathFactory, run: RunConfig) -> dict[str, Manifest]:
-    """Shapes ingested for real, and models with random weights."""
+def inputs(root: Path, tmp_path_factory: pytest.TempPathFactory, run: RunConfig) -> dict[str, Manifest]:
+    """Shapes ingested for real, and a model with random weights."""
     images = ingest(run.data)
-    return {"images": images, **publish_models(tmp_path_factory.mktemp("models"), run, images)}
+    parts = publish_models(tmp_path_factory.mktemp("models"), run, images)
+    return {"images": images, "model": make_bundle(run, parts)}
 
 
 @pytest.fixture(scope="module")
-def made(sets: dict[str, Manifest], run: RunConfig) -> Manifest:
-    """The evaluation of these models."""
-    return make("evaluation", run, sets)
+def made(inputs: dict[str, Manifest], run: RunConfig) -> Manifest:
+    """The evaluation of this model."""
+    return make("evaluation", run, inputs)
+
+
+def benchmark_of(run: RunConfig, inputs: dict[str, Manifest]) -> Benchmark:
+    return load_benchmark(run, inputs["images"], inputs["model"].inputs["judge"].sha256)
+
+
+@pytest.fixture
+def drawn(run: RunConfig, inputs: dict[str, Manifest]) -> Drawn:
+    """What the model makes of the benchmark, nothing of it computed yet."""
+    generator = Generator.load(inputs["model"].uri)
+    assert generator.judge
+    progress = Progress("test", 0, "img", enabled=False)
+    return Drawn(generator, generator.judge, benchmark_of(run, inputs), progress)
 
 
 def test_an_evaluation_holds_report_pictures_and_metrics(made: Manifest) -> None:
@@ -64,22 +82,24 @@ def test_an_evaluation_holds_report_pictures_and_metrics(made: Manifest) -> None
 
 
 def test_a_finished_evaluation_is_found(
-    made: Manifest, sets: dict[str, Manifest], run: RunConfig, monkeypatch: pytest.MonkeyPatch
+    made: Manifest, inputs: dict[str, Manifest], run: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Generator, "draw", lambda *_: pytest.fail("drew pictures although all was done"))
-    assert make("evaluation", run, sets) == made
+    assert make("evaluation", run, inputs) == made
 
 
 @pytest.mark.slow
 def test_evaluating_twice_gives_the_same_bytes(
-    made: Manifest, sets: dict[str, Manifest], run: RunConfig
+    made: Manifest, inputs: dict[str, Manifest], run: RunConfig
 ) -> None:
     storage.delete_prefix(made.uri)
-    assert make("evaluation", run, sets).sha256 == made.sha256
+    assert make("evaluation", run, inputs).sha256 == made.sha256
 
 
-def test_the_benchmark_is_pinned_by_data_judge_and_config(sets: dict[str, Manifest], run: RunConfig) -> None:
-    one, two = load_benchmark(run, sets), load_benchmark(run, sets)
+def test_the_benchmark_is_pinned_by_data_judge_and_config(
+    inputs: dict[str, Manifest], run: RunConfig
+) -> None:
+    one, two = benchmark_of(run, inputs), benchmark_of(run, inputs)
     assert one.key == two.key
     for split, chosen in one.splits.items():
         assert chosen.captions == two.splits[split].captions
@@ -88,33 +108,71 @@ def test_the_benchmark_is_pinned_by_data_judge_and_config(sets: dict[str, Manife
     seeds = [seed for split in one.splits for seed in one.seeds(split)]
     assert len(set(seeds)) == len(seeds)
     other = run.evaluation.model_copy(update={"seed": 1})
-    assert load_benchmark(run.model_copy(update={"evaluation": other}), sets).key != one.key
+    assert benchmark_of(run.model_copy(update={"evaluation": other}), inputs).key != one.key
 
 
 def test_remeasuring_the_same_model_gives_its_own_scores(
-    made: Manifest, sets: dict[str, Manifest], run: RunConfig, tmp_path: Path
+    made: Manifest, inputs: dict[str, Manifest], run: RunConfig, drawn: Drawn
 ) -> None:
-    bundle = write_bundle(sets, run.sampling, tmp_path / "bundle")
-    champion = remeasure(run, sets, bundle)
+    champion = remeasure(run, made, drawn.generator)
     assert champion["benchmark"] == made.info["benchmark"]
     assert champion["scores"] == made.info["scores"]
-    assert champion["validation/clip_score"] == made.info["validation/clip_score"]
+    assert evaluation.judgement(drawn)["validation/clip_score"] == made.info["validation/clip_score"]
     assert not compare(made.info, champion).better, "a model cannot beat itself"
 
 
-def test_likelihoods_are_those_of_the_codes(
-    sets: dict[str, Manifest], run: RunConfig, tmp_path: Path
-) -> None:
-    generator = Generator.load(write_bundle(sets, run.sampling, tmp_path / "bundle"))
-    benchmark = load_benchmark(run, sets)
-    figures = evaluation.likelihoods(generator, benchmark)
-    chosen = benchmark.splits["validation"]
-    _, codes = evaluation.reconstruct(generator, chosen.images)
+def test_likelihoods_are_those_of_the_codes(drawn: Drawn) -> None:
+    figures = evaluation.likelihoods(drawn)
+    codes = drawn.codes["validation"]
     with torch.no_grad():
-        logits = generator.gpt(codes).log_softmax(-1)
+        logits = drawn.generator.gpt(codes).log_softmax(-1)
     expected = -logits.gather(2, codes[..., None]).mean()
     assert figures["validation/nll_unconditional"] == pytest.approx(expected.item(), abs=1e-4)
     assert figures["nll_gap"] == pytest.approx(figures["validation/nll"] - figures["train/nll"])
+
+
+class Counted:
+    """Calls of a method, by how many pictures each was given."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, owner: type, name: str) -> None:
+        self.pictures, real = 0, getattr(owner, name)
+
+        def call(one: object, given: Sized, *more: object, **named: object) -> object:
+            self.pictures += len(given)
+            return real(one, given, *more, **named)
+
+        patch.setattr(owner, name, call)
+
+
+def test_every_picture_is_encoded_decoded_and_drawn_once(
+    inputs: dict[str, Manifest], run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six pictures of each of three splits; the sweep does not draw anew at the model's own scale."""
+    again = run.model_copy(update={"evaluation": run.evaluation.model_copy(update={"seed": 7})})
+    assert run.sampling.cfg_scale in run.evaluation.cfg_sweep
+    encoded, decoded = (Counted(monkeypatch, VQVAE, name) for name in ("encode", "decode"))
+    asked = Counted(monkeypatch, Generator, "draw")
+    make("evaluation", again, inputs)
+    grids, unconditional = 3 * 6 * run.evaluation.samples_per_prompt, evaluation.UNCONDITIONAL
+    assert encoded.pictures == 3 * 6
+    assert asked.pictures == 3 * 6 + 6 + grids + unconditional
+    assert decoded.pictures == encoded.pictures + asked.pictures
+
+
+def test_at_its_own_scale_the_sweep_says_what_was_scored(drawn: Drawn) -> None:
+    figures = evaluation.judgement(drawn)
+    curves = evaluation.guidance_sweep(drawn, [1.0, drawn.generator.sampling.cfg_scale])
+    assert curves["CLIP score"][1][1] == figures["composition/clip_score"]
+    assert curves["CLIP score"][0][1] != figures["composition/clip_score"]
+
+
+def test_a_model_whose_figures_are_no_numbers_is_not_published(
+    inputs: dict[str, Manifest], run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = run.model_copy(update={"evaluation": run.evaluation.model_copy(update={"seed": 8})})
+    monkeypatch.setattr(evaluation, "MEASURES", (lambda _: {"train/nll": float("nan")},))
+    with pytest.raises(Unfit, match="train/nll is nan; the training of this model has diverged"):
+        make("evaluation", again, inputs)
 
 
 def measured(scores: list[float], benchmark: str = "k") -> dict[str, object]:
@@ -132,22 +190,27 @@ def test_only_a_difference_beyond_chance_makes_a_champion() -> None:
     assert compare(measured([float("nan")] * 32), champion) == Verdict(
         False, "the challenger's scores are not finite"
     )
+    broken = measured([float("nan")] + [0.0] * 31)
+    assert compare(measured([0.0] * 32), broken) == Verdict(True, "the champion's scores are not finite")
+    assert not compare(broken, broken).better
     with pytest.raises(UserError, match="different prompts"):
         compare(measured([1.0]), measured([0.0], "other"))
 
 
-def test_nothing_is_left_where_sets_do_not_belong_together(
-    sets: dict[str, Manifest], run: RunConfig, tmp_path: Path
+def test_nothing_is_left_where_parts_do_not_belong_together(
+    inputs: dict[str, Manifest], run: RunConfig, tmp_path: Path
 ) -> None:
     other = config(tokenizer=run.tokenizer.model_dump() | {"codebook_size": 32})
-    strange = publish_models(tmp_path / "other", other, sets["images"], seed=1)
+    strange = publish_models(tmp_path / "other", other, inputs["images"], seed=1)
+    parts = {name: one.load() for name, one in inputs["model"].inputs.items()}
+    model = make_bundle(run, parts | {"tokenizer": strange["tokenizer"]})
 
     def left() -> list[str]:
         return [uri for uri in storage.list_uris(storage.store_root()) if "/evaluation/" in uri]
 
     before = left()
     with pytest.raises(UserError, match="do not belong together"):
-        make("evaluation", run, sets | {"tokenizer": strange["tokenizer"]})
+        make("evaluation", run, inputs | {"model": model})
     assert left() == before
 
 
@@ -160,8 +223,8 @@ def test_as_a_job_with_real_services(services: dict[str, str], run: RunConfig, t
     from model.steps import job
 
     images = ingest(run.data)
-    sets = {"images": images, **publish_models(tmp_path / "models", run, images)}
-    spec: JobSpec = job("evaluation", run, "run-1", sets)
+    model = make_bundle(run, publish_models(tmp_path / "models", run, images))
+    spec: JobSpec = job("evaluation", run, "run-1", {"images": images, "model": model})
     assert spec.tracking == TrackingIds(experiment=run.experiment, run="run-1", step="evaluation")
     made = worker.run(spec, evaluation.main)
     assert made

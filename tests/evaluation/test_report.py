@@ -19,6 +19,7 @@ from model.evaluation.sheets import Pairs
 from model.plumbing.assets import File, Input, Manifest
 from tests.instances import config
 
+FILE = File(name="model.safetensors", size=1_234_567, sha256="1" * 64)
 SPLITS = {"train": 24, "validation": 20, "composition": 8}
 
 
@@ -46,7 +47,7 @@ def manifest(kind: str, **inputs: str) -> Manifest:
         key="0123456789abcdef",
         settings={},
         inputs={name: Input(kind=name, key=key, sha256="0" * 64) for name, key in inputs.items()},  # type: ignore[arg-type]
-        files=(File(name="model.safetensors", size=1_234_567, sha256="1" * 64),),
+        files=(FILE,),
         info={"train": 24, "quarantined": 3, "shards": {"train-0.tar": 24}},
     )
 
@@ -55,8 +56,11 @@ def manifest(kind: str, **inputs: str) -> Manifest:
 def page() -> Page:
     return Page(
         config=config(),
-        sets={"images": manifest("images"), "tokenizer": manifest("tokenizer", images="x"),
-              "text": manifest("text"), "judge": manifest("judge")},
+        images=manifest("images"),
+        model=manifest("model", tokenizer="x", text="y", judge="z", transformer="w").model_copy(
+            update={"files": tuple(FILE.model_copy(update={"name": f"{part}/{FILE.name}"})
+                                   for part in ("judge", "text", "tokenizer", "transformer")),
+                    "info": {"tokenizer": {"psnr": 27.25}}}),
         metrics=figures(),
         parameters={"transformer": 2_325_824, "tokenizer": 1_327_540},
         grids=[
@@ -123,11 +127,30 @@ def test_what_the_page_says(page: Page) -> None:
     text = " ".join(Reader(report.render(page)).text.split())
     for said in (
         "75.0 %", "27.2 dB", "compact CLIP trained in this run", "2.3M weights", "Combinations held out",
-        "images/0123456789abcdef", "quarantined 3", "1.2 MB", "codebook_size: 16", "0.123",
+        "images/0123456789abcdef", "quarantined 3", "1.2 MB", "tokenizer/x", "psnr 27.25", "4.9 MB",
+        "codebook_size: 16", "0.123",
         "24 captions seen in training, 20 captions held out", "latent-gpt run --preset tiny.yaml",
     ):  # fmt: skip
         assert said in text, said
     assert "flatters" not in text
+
+
+def test_the_report_names_no_store_and_no_version_of_python(page: Page) -> None:
+    html = report.render(page)
+    assert "s3://" not in html
+    assert "Python" not in html
+    assert "workers:" not in html, "nor on how many processes it was made"
+
+
+def test_the_headline_is_chosen_once(page: Page) -> None:
+    html = Reader(report.render(page)).text
+    assert page.headline[0] == (
+        "75.0 %",
+        "all attributes right",
+        "combinations held out, by the exact detector",
+    )
+    for value, name, note in page.headline:
+        assert f"{value}{name}{note}" in html
 
 
 def test_few_held_out_pictures_do_not_make_the_headline(page: Page) -> None:

@@ -15,7 +15,7 @@ from model.config import PretrainedTokenizerConfig, TrainingConfig, VQVAEConfig
 from model.errors import UserError
 from model.nets.tokenizers import import_pretrained, load_tokenizer
 from model.nets.vqvae import VQVAE
-from model.plumbing import assets, storage
+from model.plumbing import assets, cache, storage
 from model.plumbing.checkpoints import save_model
 
 CODES = 256
@@ -85,7 +85,7 @@ def publish(family: str, ref: Path | str) -> assets.Manifest:
 def imported(family: str, net: nn.Module, tmp_path: Path) -> tuple[assets.Manifest, object]:
     net.save_pretrained(tmp_path / "reference", safe_serialization=True)
     manifest = publish(family, tmp_path / "reference")
-    return manifest, load_tokenizer(assets.fetch(manifest, tmp_path / "fetched"))
+    return manifest, load_tokenizer(cache.folder(manifest))
 
 
 @torch.no_grad()
@@ -144,7 +144,7 @@ def test_the_tokenizer_inside_a_whole_model_is_found(family: str, model_type: st
     described = {"model_type": model_type, "vq_config": net.config.to_dict()}
     (tmp_path / "config.json").write_text(json.dumps(described))
     manifest = publish(family, tmp_path)
-    tokenizer = load_tokenizer(assets.fetch(manifest, tmp_path / "fetched"))
+    tokenizer = load_tokenizer(cache.folder(manifest))
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     assert torch.equal(tokenizer.encode(images), reference_ids(family, net, images))
 
@@ -166,7 +166,7 @@ def own(folder: Path) -> VQVAE:
 def test_one_of_ours_goes_through_the_same_door(tmp_path: Path) -> None:
     net = own(tmp_path / "ours")
     manifest = publish("latent-gpt", tmp_path / "ours")
-    tokenizer = load_tokenizer(assets.fetch(manifest, tmp_path / "fetched"))
+    tokenizer = load_tokenizer(cache.folder(manifest))
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     assert torch.equal(tokenizer.encode(images), net.encode(images))
     assert torch.equal(tokenizer.reconstruct(images), net.reconstruct(images))
@@ -180,7 +180,7 @@ def test_the_same_from_s3(services: dict[str, str], tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         storage.upload_file(tmp_path / "ours" / name, storage.join(ref, name))
     storage.write_bytes(storage.join(ref, "older/model.safetensors"), b"not to be read")
-    tokenizer = load_tokenizer(assets.fetch(publish("latent-gpt", ref), tmp_path / "fetched"))
+    tokenizer = load_tokenizer(cache.folder(publish("latent-gpt", ref)))
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     assert torch.equal(tokenizer.encode(images), net.encode(images))
     storage.delete(storage.join(ref, "config.json"))

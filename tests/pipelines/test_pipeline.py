@@ -88,7 +88,7 @@ def test_a_run_says_what_it_does_and_what_came_of_it(first: subprocess.Completed
     assert {name for _, name in started} == set(STEPS)
     assert re.search(r"step 3/3  100%  loss [\d.]+", first.stdout), "progress of a training"
     for said in (
-        r"model +latent-gpt version 1, champion",
+        r"model +latent-gpt-smoke version 1, champion",
         r"report +\S+report\.html",
         r"make generate",
         r"make mlflow-ui",
@@ -117,7 +117,7 @@ def test_a_second_run_reuses_everything_and_registers_nothing_new(
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = re.findall(r"^reused +(.*)$", done.stdout, re.MULTILINE)
     assert set(line.split(", ")) == set(STEPS) - {"prepare"}
-    assert "latent-gpt version 1, champion" in done.stdout
+    assert "latent-gpt-smoke version 1, champion" in done.stdout
 
 
 def test_generate_draws_from_the_champion(
@@ -157,7 +157,7 @@ def test_a_long_prompt_is_cut_and_says_so_and_a_far_too_long_one_is_refused(
 
 
 def test_an_unknown_model_is_refused(first: subprocess.CompletedProcess[str], state: Path) -> None:
-    line = refused(latent_gpt(state, "generate", "x", "--model", "models:/latent-gpt@winner"))
+    line = refused(latent_gpt(state, "generate", "x", "--model", "models:/latent-gpt-smoke@winner"))
     assert "no alias winner" in line
 
 
@@ -260,9 +260,15 @@ def test_the_other_phases_take_the_same_steps_into_their_own_experiments(
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = re.findall(r"^reused +(.*)$", done.stdout, re.MULTILINE)
     assert set(line.split(", ")) == {"images", "text", "judge"}
-    assert "latent-gpt version 2" in done.stdout
+    assert "latent-gpt-smoke version 2" in done.stdout
     drawn = latent_gpt(
-        state, "generate", "a red circle", "--model", "models:/latent-gpt/2", "--out", str(tmp_path / "a.png")
+        state,
+        "generate",
+        "a red circle",
+        "--model",
+        "models:/latent-gpt-smoke/2",
+        "--out",
+        str(tmp_path / "a.png"),
     )
     assert drawn.returncode == 0, drawn.stderr
     assert Image.open(tmp_path / "a.png").size == (16, 16)

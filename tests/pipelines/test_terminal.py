@@ -91,15 +91,24 @@ def test_reuse_is_remembered_and_so_is_the_last_line_of_a_step() -> None:
 def test_the_end_says_what_came_of_it() -> None:
     follower, _ = follow(SPOKEN)
     registered = {
-        "metrics": {"validation/psnr": 21.04, "unknown": 1.0},
+        "model": "latent-gpt-smoke",
+        "headline": [["21.0 dB", "tokenizer PSNR", "80 % of the codebook in use"]],
+        "headline_of": "captions held out",
         "version": 3,
         "alias": "champion",
         "reason": "better",
     }
     lines = summary(follower, Path("/runs/1"), 5.0, registered).splitlines()
     assert lines[1:3] == ["finished in 5 s, 50 % of it outside the steps", "steps     transformer 2 s"]
-    assert "model     latent-gpt version 3, champion" in lines
-    assert "metrics   PSNR 21.0 dB" in lines
+    assert "model     latent-gpt-smoke version 3, champion" in lines
+    said = [
+        "measured  on captions held out:",
+        "          21.0 dB tokenizer PSNR (80 % of the codebook in use)",
+    ]
+    assert lines[lines.index(said[0]) :][:2] == said
+    assert 'draw      make generate PROMPT="red apple" OUT=apple.png' in lines
+    other = summary(follower, Path("/runs/1"), 5.0, registered | {"alias": "challenger"})
+    assert 'OUT=apple.png ARGS="--model models:/latent-gpt-smoke/3"' in other
     assert "report    /runs/1/report.html" in lines
     assert lines[-1] == "log       /runs/1/log.txt"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from model.errors import UserError
-from model.plumbing import assets, storage
+from model.plumbing import assets, cache, storage
 from model.plumbing.assets import AssetWriter, File, Manifest
 
 
@@ -94,28 +94,15 @@ def test_finishing_deletes_the_checkpoints(root: str) -> None:
     assert list(storage.list_sizes(writer.uri)) == ["manifest.json", "model.safetensors"]
 
 
-def test_fetch_verifies_and_keeps_what_is_right(root: str, tmp_path: Path) -> None:
-    made = write()
-    folder = assets.fetch(made, tmp_path / "set")
-    assert (folder / "b/train-00000.tar").read_bytes() == b"data"
-    assert (folder / "a.jsonl").read_bytes() == b""
-    storage.delete(storage.join(made.uri, "a.jsonl"))
-    (folder / "b/train-00000.tar").write_bytes(b"atad")
-    assets.fetch(made, folder)  # a.jsonl is not needed again, the other is wrong and replaced
-    assert (folder / "b/train-00000.tar").read_bytes() == b"data"
-    assert not (assets.fetch(made, tmp_path / "part", ["b/train-00000.tar"]) / "a.jsonl").exists()
-    with pytest.raises(UserError, match=r"has no file c; it has a.jsonl, b/train-00000.tar"):
-        assets.fetch(made, tmp_path / "part", ["c"])
-
-
-def test_a_flipped_bit_names_the_file(root: str, tmp_path: Path) -> None:
+def test_a_flipped_bit_is_seen_by_who_reads(root: str) -> None:
     made = write()
     uri = storage.join(made.uri, "b/train-00000.tar")
     storage.write_bytes(uri, b"dat`")
     assert assets.find(made.uri) == made  # the size is right: only reading shows it
     with pytest.raises(storage.Damaged, match=rf"{uri} is damaged: its SHA-256 is"):
-        assets.fetch(made, tmp_path / "set")
-    assert not (tmp_path / "set/b/train-00000.tar").exists()
+        cache.folder(made)
+    with pytest.raises(UserError, match=r"has no file c; it has a.jsonl, b/train-00000.tar"):
+        cache.folder(made, ["c"])
 
 
 def test_a_missing_or_cut_file_is_named(root: str) -> None:

@@ -64,8 +64,6 @@ def test_every_variable_of_ours_is_for_people_or_between_processes() -> None:
 OTHERS = {  # that may read the environment themselves
     "model/plumbing/environment.py": "the one place",
     "model/plumbing/distributed.py": "what torchrun says",
-    "model/plumbing/cache.py": "for an hour",
-    "model/plumbing/registry.py": "for an hour",
     "pipelines/embedded": "environments of the servers that it starts",
 }
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from model.config import config_hash
 from model.errors import UserError
-from model.plumbing import registry, storage
-from model.plumbing.assets import AssetWriter
+from model.plumbing import assets, cache, registry, storage
+from model.plumbing.assets import AssetWriter, Manifest
 from model.plumbing.jobs import TrackingIds
+from model.plumbing.tracking import mlflow_client
 
+WEIGHTS = "transformer/model.safetensors"
 PYFUNC = """
 import mlflow
 
@@ -26,14 +30,79 @@ mlflow.models.set_model(Echo())
 """
 
 
-@pytest.fixture
-def bundle(tmp_path: Path) -> Path:
-    """A folder as `model/inference/generate.py` writes it, with a little of everything."""
-    folder = tmp_path / "bundle"
+def made(seed: int = 0) -> Manifest:
+    """An asset of kind `model`, with a little of everything."""
+    writer = AssetWriter("model", {"seed": seed}, {})
+    writer.add_bytes(WEIGHTS, f"weights {seed}".encode())
+    writer.add_bytes("sampling.json", b"{}")
+    return writer.finish({})
+
+
+def old_bundle(folder: Path) -> str:
+    """A bundle as earlier releases wrote it; returns the hash that its version is tagged with."""
     (folder / "transformer").mkdir(parents=True)
-    (folder / "transformer/model.safetensors").write_bytes(os.urandom(100))
-    (folder / "lineage.json").write_text("{}")
-    return folder
+    (folder / WEIGHTS).write_bytes(b"old weights")
+    (folder / "lineage.json").write_text('{"transformer": {"uri": "s3://a/b", "sha256": "0"}}')
+    sums = {
+        path.relative_to(folder).as_posix(): storage.file_sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    (folder / "checksums.json").write_text(json.dumps(sums, indent=2, sort_keys=True))
+    return config_hash(sums)
+
+
+def log_model(bundle: Path, name: str) -> Any:
+    """What `model/inference/serving.py` does, without nets."""
+    import mlflow
+
+    scratch = Path(os.environ["LATENT_GPT_CACHE"]) / "logged" / uuid.uuid4().hex
+    scratch.mkdir(parents=True)
+    (scratch / "pyfunc.py").write_text(PYFUNC)
+    shutil.copytree(bundle, scratch / "bundle")
+    return mlflow.pyfunc.log_model(
+        name=name,
+        python_model=str(scratch / "pyfunc.py"),
+        artifacts={"bundle": str(scratch / "bundle")},
+        pip_requirements=["mlflow"],
+    )
+
+
+def flip(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+def test_a_flipped_bit_or_a_missing_file_of_a_folder_is_noticed(store: str, tmp_path: Path) -> None:
+    """Of an asset that was copied out of its store, and of a bundle of an earlier release."""
+    new, old = tmp_path / "new", tmp_path / "old"
+    shutil.copytree(made().uri, new)
+    old_bundle(old)
+    for folder in (new, old):
+        assert registry.resolve(str(folder)) == folder
+        weights = folder / WEIGHTS
+        weights.write_bytes(flip(weights.read_bytes()))
+        with pytest.raises(storage.Damaged, match=r"transformer/model.safetensors is damaged"):
+            registry.resolve(str(folder))
+        weights.unlink()
+        with pytest.raises(storage.Damaged, match=r"transformer/model.safetensors is missing"):
+            registry.resolve(str(folder))
+    (old / "checksums.json").write_text("[]")
+    with pytest.raises(storage.Damaged, match=r"checksums\.json is damaged"):
+        registry.resolve(str(old))
+
+
+def test_a_folder_that_is_not_there_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"model ./nowhere does not exist; give models:/NAME@champion"):
+        registry.resolve("./nowhere")
+
+
+def test_an_asset_of_an_earlier_release_is_refused_and_the_line_says_what_to_do(
+    store: str, tmp_path: Path
+) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/manifest.json").write_text('{"schema_version": 1, "kind": "clip", "uri": "s3://a/b"}')
+    with pytest.raises(UserError, match="an earlier latent-gpt made it; run the pipeline again"):
+        registry.resolve(str(tmp_path / "set"))
 
 
 @pytest.fixture
@@ -43,62 +112,39 @@ def model() -> str:
 
 
 @pytest.fixture
-def ids() -> TrackingIds:
-    return TrackingIds(experiment="registry", run=uuid.uuid4().hex[:8], step="register")
+def place(services: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache, empty."""
+    monkeypatch.setenv("LATENT_GPT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
-def log_model(bundle: Path, name: str) -> Any:
-    """What `model/inference/serving.py` does, without nets."""
-    import mlflow
-
-    code = bundle.parent / "pyfunc.py"
-    code.write_text(PYFUNC)
-    return mlflow.pyfunc.log_model(
-        name=name, python_model=str(code), artifacts={"bundle": str(bundle)}, pip_requirements=["mlflow"]
+def register(name: str, manifest: Manifest) -> int:
+    ids = TrackingIds(experiment="registry", run=uuid.uuid4().hex[:8], step="register")
+    return registry.register(
+        ids, cache.folder(manifest), log_model, {registry.MODEL_TAG: manifest.sha256}, name
     )
-
-
-def test_a_flipped_bit_or_a_missing_file_is_noticed(bundle: Path) -> None:
-    sealed = registry.seal(bundle)
-    assert registry.verify(bundle) == sealed
-    assert registry.seal(bundle) == sealed
-    assert registry.resolve(str(bundle)) == bundle
-    weights = bundle / "transformer/model.safetensors"
-    data = weights.read_bytes()
-    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(storage.Damaged, match=r"transformer/model.safetensors is damaged"):
-        registry.resolve(str(bundle))
-    weights.unlink()
-    with pytest.raises(storage.Damaged, match=r"transformer/model.safetensors is missing"):
-        registry.resolve(str(bundle))
-
-
-def test_a_folder_that_is_not_there_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"model ./nowhere does not exist; give models:/latent-gpt@champion"):
-        registry.resolve("./nowhere")
 
 
 @pytest.mark.slow
 class TestRealServers:
     """What only servers can show."""
 
-    def test_a_version_comes_back_whole(
-        self, services: dict[str, str], bundle: Path, model: str, ids: TrackingIds, tmp_path: Path
-    ) -> None:
-        version, new = registry.register(ids, bundle, log_model, {"latent_gpt.tokenizer": "s3://t"}, model)
-        assert (version, new) == (1, True)
+    def test_a_version_comes_back_whole(self, services: dict[str, str], place: Path, model: str) -> None:
+        bundle = made()
+        assert registry.find(bundle.sha256, model) is None
+        assert register(model, bundle) == 1
         assert registry.version_of("challenger", model) == 1
-        assert registry.register(ids, bundle, log_model, {}, model) == (1, False)
+        assert registry.find(bundle.sha256, model) == 1
         registry.promote(1, model)
         assert registry.version_of("champion", model) == 1
         assert registry.version_of("challenger", model) is None
-        cache = tmp_path / "cache"
+        shutil.rmtree(place / "assets")
         for ref in (f"models:/{model}@champion", f"models:/{model}/1"):
-            folder = registry.resolve(ref, cache)
-            assert registry.verify(folder) == registry.verify(bundle)
-        (folder / "transformer/model.safetensors").write_bytes(b"damaged in the cache")
-        assert registry.verify(registry.resolve(ref, cache)) == registry.verify(bundle)
-        assert [path.name for path in (cache / "models").iterdir()] == [registry.verify(bundle)]
+            folder = registry.resolve(ref)
+            assert assets.load(str(folder)).text == bundle.text
+            assert (folder / WEIGHTS).read_bytes() == b"weights 0"
+        (folder / WEIGHTS).write_bytes(b"damaged in the cache")
+        assert (registry.resolve(ref) / WEIGHTS).read_bytes() == b"weights 0"
 
         import mlflow
 
@@ -106,13 +152,25 @@ class TestRealServers:
         loaded = mlflow.pyfunc.load_model(f"models:/{model}@champion")
         assert loaded.predict(["hello"]) == ["hello"]
 
-    def test_champions_come_and_go(
-        self, services: dict[str, str], bundle: Path, model: str, ids: TrackingIds
+    def test_a_version_of_an_earlier_release_comes_back_whole(
+        self, place: Path, model: str, tmp_path: Path
     ) -> None:
+        sealed = old_bundle(tmp_path / "old")
+        ids = TrackingIds(experiment="registry", run=uuid.uuid4().hex[:8], step="register")
+        version = registry.register(ids, tmp_path / "old", log_model, {"latent_gpt.bundle": sealed}, model)
+        folder = registry.resolve(f"models:/{model}/{version}")
+        assert (folder / WEIGHTS).read_bytes() == b"old weights"
+        assert (folder / "lineage.json").is_file()
+        assert registry.resolve(f"models:/{model}@challenger") == folder
+        registry.promote(version, model)
+        mlflow_client().set_model_version_tag(model, str(version), "latent_gpt.bundle", "0" * 64)
+        with pytest.raises(storage.Damaged, match="does not hold the model it was registered with"):
+            registry.resolve(f"models:/{model}@champion")
+
+    def test_champions_come_and_go(self, place: Path, model: str) -> None:
         for number in (1, 2):
-            (bundle / "sampling.json").write_text(json.dumps(number))
-            version, new = registry.register(ids, bundle, log_model, {}, model)
-            assert (version, new) == (number, True)
+            version = register(model, made(number))
+            assert version == number
             registry.promote(version, model)
         assert registry.version_of("previous-champion", model) == 1
         registry.promote(2, model)  # once more changes nothing
@@ -121,9 +179,20 @@ class TestRealServers:
         assert registry.version_of("champion", model) == 1
         assert registry.version_of("previous-champion", model) == 2
 
-    def test_what_is_not_there_is_one_line(
-        self, services: dict[str, str], model: str, tmp_path: Path
+    def test_without_a_name_the_model_is_meant_that_a_run_came_to_last(
+        self, place: Path, model: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        first, second = f"{model}-a", f"{model}-b"
+        bundle = made()
+        register(first, bundle)
+        register(second, bundle)
+        assert registry.last_registered(shared=False) == second
+        assert registry.find(bundle.sha256, first) == 1
+        assert registry.last_registered(shared=False) == first
+        with pytest.raises(UserError, match=rf"several models .*; name one of .*{first}, {second}"):
+            registry.last_registered(shared=True)
+
+    def test_what_is_not_there_is_one_line(self, services: dict[str, str], place: Path, model: str) -> None:
         for ref, line in (
             (f"models:/{model}@champion", f"model {model} has no alias champion; it has none"),
             (f"models:/{model}/3", f"model {model} has no version 3; it has none"),
@@ -134,33 +203,33 @@ class TestRealServers:
             ),
         ):
             with pytest.raises(UserError, match=line):
-                registry.resolve(ref, tmp_path)
+                registry.resolve(ref)
         with pytest.raises(UserError, match="has no previous-champion to roll back to"):
             registry.rollback(model)
 
-    def test_damage_in_s3_is_noticed(
-        self, services: dict[str, str], bundle: Path, model: str, ids: TrackingIds, tmp_path: Path
-    ) -> None:
-        registry.register(ids, bundle, log_model, {}, model)
+    def test_damage_in_s3_is_noticed(self, services: dict[str, str], place: Path, model: str) -> None:
+        bundle = made(9)
+        register(model, bundle)
+        shutil.rmtree(place / "assets")
         bucket = storage.join("s3://" + storage.split(services["LATENT_GPT_STORE"])[0], "mlflow")
-        weights = (bundle / "transformer/model.safetensors").read_bytes()
         (kept,) = [
             uri
             for uri in storage.list_uris(bucket)
-            if uri.endswith("transformer/model.safetensors") and storage.read_bytes(uri) == weights
+            if uri.endswith(f"bundle/{WEIGHTS}") and storage.read_bytes(uri) == b"weights 9"
         ]
-        storage.write_bytes(kept, weights[:-1] + bytes([weights[-1] ^ 1]))
-        with pytest.raises(storage.Damaged, match=r"model.safetensors is damaged"):
-            registry.resolve(f"models:/{model}/1", tmp_path / "cache")
-        with pytest.raises(storage.Damaged, match=r"model.safetensors is damaged"):
-            registry.resolve(kept.removesuffix("/transformer/model.safetensors"), tmp_path / "cache")
-        storage.write_bytes(kept, weights)
-        folder = registry.resolve(kept.removesuffix("/transformer/model.safetensors"), tmp_path / "cache")
-        assert registry.verify(folder) == registry.verify(bundle)
+        here = kept.removesuffix(f"/{WEIGHTS}")
+        storage.write_bytes(kept, flip(b"weights 9"))
+        for ref in (f"models:/{model}/1", here):
+            with pytest.raises(storage.Damaged, match=r"model.safetensors .*is damaged"):
+                registry.resolve(ref)
+        storage.delete(kept)
+        with pytest.raises(storage.NotFound, match=r"model.safetensors of models:/.* is gone from MLflow"):
+            registry.resolve(f"models:/{model}/1")
+        storage.write_bytes(kept, b"weights 9")
+        assert assets.load(str(registry.resolve(here))).text == bundle.text
 
-    def test_a_set_in_s3_is_fetched(self, services: dict[str, str], tmp_path: Path) -> None:
+    def test_an_asset_in_s3_is_fetched(self, place: Path) -> None:
         writer = AssetWriter("tokenizer", {}, {})
         writer.add_bytes("model.safetensors", b"weights")
-        made = writer.finish({})
-        folder = registry.resolve(made.uri, tmp_path)
+        folder = registry.resolve(writer.finish({}).uri)
         assert (folder / "model.safetensors").read_bytes() == b"weights"

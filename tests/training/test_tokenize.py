@@ -18,8 +18,7 @@ from model.errors import UserError
 from model.nets.clip import tokenize as text_ids
 from model.nets.tokenizers import load_tokenizer
 from model.nets.vqvae import VQVAE
-from model.plumbing import storage
-from model.plumbing.assets import fetch
+from model.plumbing import cache, storage
 from model.plumbing.jobs import write_spec
 from model.plumbing.parallel import cores
 from model.steps import job
@@ -65,7 +64,7 @@ def test_codes_and_captions_are_those_of_the_pictures(spec, tmp_path, monkeypatc
     assert threads
     assert cores() == 1 or threading.main_thread().ident not in threads
     monkeypatch.setattr(VQVAE, "encode", real)
-    tokenizer = load_tokenizer(fetch(inputs["tokenizer"], tmp_path / "tokenizer"))
+    tokenizer = load_tokenizer(cache.folder(inputs["tokenizer"]))
     for split in ("train", "validation", "composition"):
         pixels, captions = load_images(inputs["images"], split)
         got = list(TokenReader(tokens, split, 8).ordered())

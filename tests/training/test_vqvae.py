@@ -13,7 +13,7 @@ from model.config import RunConfig, load_config
 from model.data.images import to_pixels, to_tensor
 from model.nets.tokenizers import load_tokenizer
 from model.nets.vqvae import VQVAE
-from model.plumbing import assets, storage
+from model.plumbing import assets, cache, storage
 from model.plumbing.assets import Manifest
 from model.plumbing.checkpoints import save_model
 from model.plumbing.distributed import Distributed
@@ -90,7 +90,7 @@ def test_the_set_is_the_best_validation_and_loads_as_a_tokenizer(store: str, tmp
     assert 0 < made.info["codebook_use"] <= 1
     assert not storage.list_sizes(storage.join(made.uri, "checkpoints"))
 
-    tokenizer = load_tokenizer(assets.fetch(made, tmp_path / "tokenizer"))
+    tokenizer = load_tokenizer(cache.folder(made))
     held_out, _ = vqvae.load_images(made.input("images"), "validation")
     measured = vqvae.validate(tokenizer, held_out, ALONE)
     assert math.isclose(measured["psnr"], made.info["psnr"], abs_tol=1e-4)
@@ -102,7 +102,7 @@ def test_finite_scalars_go_the_same_way(store: str, tmp_path: Path) -> None:
     losses = [value for _, value in history(made)["train/loss"]]
     assert losses[-1] < 0.8 * losses[0]
     assert made.info["vocabulary"] == 16
-    tokenizer = load_tokenizer(assets.fetch(made, tmp_path / "tokenizer"))
+    tokenizer = load_tokenizer(cache.folder(made))
     codes = tokenizer.encode(torch.rand(2, 3, 16, 16) * 2 - 1)
     assert codes.shape == (2, 4, 4)
     assert tokenizer.decode(codes).shape == (2, 3, 16, 16)
@@ -148,7 +148,7 @@ def test_two_processes_train_one_tokenizer(services: dict[str, str], tmp_path: P
     spec = spec_of(run)
     made = launch(spec)
     assert made.kind == "tokenizer"
-    tokenizer = load_tokenizer(assets.fetch(made, tmp_path / "tokenizer"))
+    tokenizer = load_tokenizer(cache.folder(made))
     assert tokenizer.vocabulary == 16
     assert [step for step, _ in history(made)["validation/psnr"]] == [3, 6]
 
@@ -173,6 +173,6 @@ def test_the_same_job_imports_a_pretrained_tokenizer(services: dict[str, str], t
         "smoke", [f"tokenizer={{kind: pretrained, family: latent-gpt, ref: {tmp_path / 'reference'}}}"]
     )
     made = launch(spec_of(run))
-    tokenizer = load_tokenizer(assets.fetch(made, tmp_path / "fetched"))
+    tokenizer = load_tokenizer(cache.folder(made))
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     assert torch.equal(tokenizer.encode(images), net.encode(images))
