@@ -1,4 +1,4 @@
-"""The one exception that is meant for a person."""
+"""The exceptions that are meant for a person."""
 
 
 class UserError(Exception):
@@ -10,4 +10,13 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """A training whose loss, gradients or metrics are no longer finite; names the step and the figure."""
+    """A training whose loss, gradient, metric or weight is no finite number any more: none of it is kept."""
+
+    def __init__(self, message: str, step: int = 0) -> None:
+        """
+        Args:
+            message: names the figure or the tensor, and the step.
+            step: optimiser steps done when it was found.
+        """
+        super().__init__(message)
+        self.step = step

@@ -9,8 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 
-def two_ranks(work: Callable[..., None], store: str, *arguments: Any) -> None:
-    """Call `work(*arguments)`, a module's function, in two processes that find each other and the store."""
+def two_ranks(work: Callable[..., None], store: str, *arguments: Any, patience: float = 120) -> None:
+    """Call `work(*arguments)`, a module's function, in two processes that find each other and the store.
+
+    Neither outlives the call, which takes `patience` seconds at most for each.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -18,9 +21,13 @@ def two_ranks(work: Callable[..., None], store: str, *arguments: Any) -> None:
     ranks = [context.Process(target=_rank, args=(rank, port, store, work, arguments)) for rank in (0, 1)]
     for process in ranks:
         process.start()
-    for process in ranks:
-        process.join(120)
-        assert process.exitcode == 0
+    try:
+        for process in ranks:
+            process.join(patience)
+        assert [process.exitcode for process in ranks] == [0, 0]
+    finally:
+        for process in ranks:
+            process.kill()
 
 
 def _rank(rank: int, port: int, store: str, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,6 +25,10 @@ logger = logging.getLogger(__name__)
 
 TENSORS, STATE, COMPLETE = "tensors.safetensors", "state.json", "complete.json"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+# Beside what storage and safetensors find, what Python says of JSON that is none, or not of our shape.
+DAMAGE = (
+    storage.NotFound, storage.Damaged, SafetensorError, ValueError, KeyError, TypeError, AttributeError,
+)  # fmt: skip
 
 
 class Checkpointer:
@@ -42,21 +45,28 @@ class Checkpointer:
         self.uri = uri
         self.keep = keep
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def save(self, step: int, state: dict[str, Any]) -> None:
         """Store a checkpoint and then delete all but the newest `keep`. Call it on one rank only.
+
+        Args:
+            step: optimiser steps done.
+            state: nested dicts of tensors and of what JSON can hold; keys hold no colon.
 
         Raises:
             UserError: the store cannot be written; the checkpoints before this one are untouched.
         """
         folder = storage.join(self.uri, f"step-{step:08d}")
         storage.delete(storage.join(folder, COMPLETE))  # left by an attempt whose data was damaged
+        flat = leaves(state)
+        tensors = {path: leaf for path, leaf in flat.items() if isinstance(leaf, Tensor)}
+        plain = {path: leaf for path, leaf in flat.items() if path not in tensors}
         with tempfile.TemporaryDirectory(prefix="latent-gpt-checkpoint-") as temporary:
             path = Path(temporary) / TENSORS
             _save_file(tensors, path)
             sha256 = {TENSORS: storage.file_sha256(path)}
             storage.upload_file(path, storage.join(folder, TENSORS))
             path = Path(temporary) / STATE
-            path.write_text(json.dumps(state))
+            path.write_text(json.dumps(plain, allow_nan=False))
             sha256[STATE] = storage.file_sha256(path)
             storage.upload_file(path, storage.join(folder, STATE))
         storage.write_bytes(
@@ -64,27 +74,32 @@ class Checkpointer:
         )
         self._prune()
 
-    def latest(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-        """The newest checkpoint that is complete and whole, on the CPU: (step, tensors, state); or None.
+    def latest(self) -> tuple[int, dict[str, Any]] | None:
+        """The newest checkpoint that is complete and whole: (step, state with tensors on the CPU); or None.
 
-        A damaged one is reported and passed over for the one before it.
+        Keys come back as text. A damaged one is reported and passed over for the one before it.
         """
         for name in reversed(self._complete()):
             folder = storage.join(self.uri, name)
             try:
                 return self._load(folder)
-            except (storage.NotFound, storage.Damaged, SafetensorError, ValueError, KeyError) as error:
+            except DAMAGE as error:
                 logger.warning("checkpoint %s cannot be used, trying the one before: %s", folder, error)
         return None
 
-    def _load(self, folder: str) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
+    def newest(self) -> str | None:
+        """URI of the newest checkpoint that is complete; it is not read."""
+        complete = self._complete()
+        return storage.join(self.uri, complete[-1]) if complete else None
+
+    def _load(self, folder: str) -> tuple[int, dict[str, Any]]:
         marker = json.loads(storage.read_bytes(storage.join(folder, COMPLETE)))
         with tempfile.TemporaryDirectory(prefix="latent-gpt-checkpoint-") as temporary:
             for name, sha256 in marker["sha256"].items():
                 storage.download_file(storage.join(folder, name), Path(temporary) / name, sha256)
             tensors = load_file(Path(temporary) / TENSORS)
-            state = json.loads((Path(temporary) / STATE).read_text())
-        return marker["step"], tensors, state
+            plain = json.loads((Path(temporary) / STATE).read_text())
+        return marker["step"], _tree(tensors | plain)
 
     def _complete(self) -> list[str]:
         """Folder names of complete checkpoints, oldest first."""
@@ -102,45 +117,27 @@ class Checkpointer:
                 storage.delete_prefix(folder)
 
 
-def flatten(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Named groups of tensors as one: `{"net": {"w": t}} -> {"net.w": t}`."""
-    return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+def leaves(state: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one: `{"net": {"w": t}} -> {"net:w": t}`; an empty dict is a leaf."""
+    flat: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, Mapping) and value:
+            flat |= leaves(value, f"{prefix}{name}:")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
-def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The group that `flatten` put below `prefix`, which ends at its dot."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's state as (tensors named `optimizer.INDEX.NAME`, JSON-able rest)."""
-    values = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
-    plain: dict[str, dict[str, Any]] = {}
-    for index, state in values["state"].items():
-        for name, value in state.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{name}"] = value
-            else:
-                plain.setdefault(str(index), {})[name] = value
-    return tensors, {"plain": plain, "groups": values["param_groups"]}
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], rest: dict[str, Any]
-) -> None:
-    """Put back what `optimizer_state` returned; tensors of other names are left alone."""
-    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in rest["plain"].items()}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
-    for parameter, moments in optimizer.state.items():
-        for key, value in moments.items():
-            # A file knows no strides, and fused kernels read moments in the order of the parameter's memory.
-            if value.shape == parameter.shape and value.stride() != parameter.stride():
-                moments[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+def _tree(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """What `leaves` was given, with keys as text."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split(":")
+        branch = tree
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[name] = leaf
+    return tree
 
 
 def save_model(folder: str | Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:

@@ -1,9 +1,12 @@
-"""Figures of a training job: to MLflow as they come, into checkpoints, and into the set for the report."""
+"""Figures of a training job: to MLflow as they come, into checkpoints, and into the asset for the report."""
 
 from __future__ import annotations
 
 import json
+import math
+from typing import Any
 
+from model.errors import Diverged
 from model.plumbing.tracking import Tracker
 
 HISTORY = "history.json"
@@ -15,18 +18,34 @@ class Curves:
 
     def __init__(self, tracker: Tracker) -> None:
         self.tracker = tracker
-        self.points: dict[str, list[list[float]]] = {}  # JSON-able: part of a checkpoint's state
+        self.points: dict[str, list[list[float]]] = {}
 
-    def add(self, step: int, figures: dict[str, float]) -> None:
-        """Record figures of an optimiser step."""
-        for name, value in figures.items():
+    def add(self, step: int, group: str, figures: dict[str, float]) -> None:
+        """Record figures of an optimiser step, `loss` of the group `train` as `train/loss`.
+
+        Raises:
+            Diverged: one of them is not finite; then none is recorded.
+        """
+        named = {f"{group}/{name}": value for name, value in figures.items()}
+        for name, value in named.items():
+            if not math.isfinite(value):
+                raise Diverged(f"{name} is {value} at step {step}", step)
+        for name, value in named.items():
             self.points.setdefault(name, []).append([step, value])
-        self.tracker.metrics(step, **figures)
+        self.tracker.metrics(step, **named)
 
     def history(self) -> bytes:
-        """The content of a set's `history.json`: every n-th point of long curves, and always the last."""
+        """The content of an asset's `history.json`: every n-th point of long curves, and always the last."""
         thinned = {}
         for name, points in self.points.items():
             stride = -(-len(points) // POINTS)
             thinned[name] = points[::-1][::stride][::-1]
         return json.dumps(thinned).encode()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All points, for a checkpoint."""
+        return {"points": self.points}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue what `state_dict` returned."""
+        self.points = state["points"]

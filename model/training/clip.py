@@ -15,9 +15,7 @@ A pretrained model is imported once for either role, frozen.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,41 +30,37 @@ from model.data.images import augment, to_tensor
 from model.nets.clip import CLIPModel, Judge, architecture, build_clip, import_pretrained, tokenize
 from model.nets.metrics import retrieval_accuracy
 from model.plumbing.assets import Manifest
-from model.plumbing.checkpoints import (
-    CONFIG,
-    WEIGHTS,
-    below,
-    flatten,
-    optimizer_state,
-    restore_optimizer,
-    save_model,
-)
-from model.plumbing.curves import HISTORY, Curves
+from model.plumbing.curves import Curves
 from model.plumbing.distributed import Distributed, derive_seed, seed_all
 from model.plumbing.worker import Job, run_worker
 from model.training.optim import Ema, adamw, learning_rate, set_learning_rate
+from model.training.state import Resumable, RunningSums, explained, itstime, publish
 
 VALIDATION_PICTURES = 1024  # of the retrieval test, at most
 
 
 def main(job: Job) -> Manifest | None:
-    """Make the text encoder or the judge; its manifest on the main process, None on the others."""
+    """Make the text encoder or the judge; its manifest on the main process, None on the others.
+
+    Raises:
+        Diverged: a loss, a gradient, a metric or a weight is not finite.
+        UserError: the pretrained model cannot be had.
+    """
     config = job.config.clip
     if config.kind == "trained":
-        return train(job, config)
+        with explained(job, "clip.training", config.training):
+            return train(job, config)
     if not job.processes.is_main:
         return None
     model, description = import_pretrained(config)
-    return _publish(job, model.state_dict(), description, {})
+    return publish(job, dict(model.state_dict()), description, {})
 
 
 def train(job: Job, config: TrainedCLIPConfig) -> Manifest | None:
-    """Train a CLIP for a role; the main process writes the asset and returns its manifest."""
-    role, processes, images = job.spec.kind, job.processes, job.inputs["images"]
-    training, device = config.training, processes.device
-    rank, world = processes.rank, processes.world
-    seed = derive_seed(job.config.seed, "clip", role)
-    size = images.info["image_size"]
+    """Train a CLIP for its role. Returns and raises as `main`."""
+    training, role, images, processes = config.training, job.spec.kind, job.inputs["images"], job.processes
+    rank, world, device = processes.rank, processes.world, processes.device
+    seed, size = derive_seed(job.config.seed, "clip", role), images.info["image_size"]
     views, chances = job.config.data.augment, torch.Generator(device)
 
     # ── what learns ──────────────────────────────────────────────────────────────────────────────────────
@@ -80,19 +74,13 @@ def train(job: Job, config: TrainedCLIPConfig) -> Manifest | None:
     clip = build_clip(description).to(device)
     optimizer = adamw(clip, training)
     ema = Ema(clip, training.ema)
-    lately = torch.zeros(1, device=device)  # loss since the last log line
-    curves = Curves(job.tracker)
+    sums, curves = RunningSums(processes, "loss", "grad_norm"), Curves(job.tracker)
 
     # ── where it was ─────────────────────────────────────────────────────────────────────────────────────
-    start = 0
-    if saved := job.checkpoints.latest():
-        start, tensors, state = saved
-        clip.load_state_dict(below("clip.", tensors))
-        ema.load(below("ema.", tensors), state["ema_updates"])
-        restore_optimizer(optimizer, tensors, state["optimizer"])
-        lately.copy_(tensors["lately"])
-        curves.points = state["curves"]
-
+    state = Resumable(
+        job.checkpoints, processes, sums=sums, clip=clip, adamw=optimizer, ema=ema, curves=curves
+    )
+    start = state.restore()
     if training.compile:
         clip.compile()
     model: nn.Module = clip if world == 1 else DistributedDataParallel(clip)
@@ -114,8 +102,8 @@ def train(job: Job, config: TrainedCLIPConfig) -> Manifest | None:
         everywhere = [_everywhere(part, world) for part in (picture_features, text_features, ids)]
         loss = contrastive_loss(everywhere[0].float(), everywhere[1].float(), everywhere[2], scale)
         loss.backward()
-        lately += loss.detach()
-        nn.utils.clip_grad_norm_(clip.parameters(), training.grad_clip)
+        grad_norm = nn.utils.clip_grad_norm_(clip.parameters(), training.grad_clip)
+        sums.add(loss=loss, grad_norm=grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
@@ -123,30 +111,23 @@ def train(job: Job, config: TrainedCLIPConfig) -> Manifest | None:
         ema.update()
 
         done = step + 1
-        if done % training.log_every == 0 or done == training.steps:
-            mean_loss = float(lately) / ((done - 1) % training.log_every + 1)
-            lately.zero_()
-            curves.add(done, {"train/loss": mean_loss, "train/learning_rate": rate})
-            progress.update(done, loss=mean_loss)
-        if done % training.eval_every == 0 or done == training.steps:
+        if itstime(done, training.log_every, training.steps):
+            means = sums.means(done)
+            curves.add(done, "train", means | {"learning_rate": rate})
+            progress.update(done, loss=means["loss"])
+        if itstime(done, training.eval_every, training.steps):
+            sums.check(done)
             with ema.applied():
                 accuracy = retrieval(clip, images, description, device)
-            curves.add(done, {"validation/retrieval": accuracy})
-        if done % training.checkpoint_every == 0 and done < training.steps and processes.is_main:
-            moments, rest = optimizer_state(optimizer)
-            parts = {"clip": clip.state_dict(), "ema": ema.average}
-            state = {"optimizer": rest, "ema_updates": ema.updates, "curves": curves.points}
-            job.checkpoints.save(done, flatten(parts) | moments | {"lately": lately}, state)
+            curves.add(done, "validation", {"retrieval": accuracy})
+        if done < training.steps and itstime(done, training.checkpoint_every, training.steps):
+            state.save(done)
 
     # ── what is kept ─────────────────────────────────────────────────────────────────────────────────────
-    if not processes.is_main:
-        return None
-    with ema.applied():
-        tensors = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
-    job.output.add_bytes(HISTORY, curves.history())
     # A judge has seen the validation pictures: how well it knows them, not how it generalises.
     measured = {"retrieval" if role == "text" else "retrieval_seen": accuracy}
-    return _publish(job, tensors, description, {"loss": mean_loss} | measured)
+    with ema.applied():
+        return publish(job, dict(clip.state_dict()), description, {"loss": means["loss"]} | measured, curves)
 
 
 def contrastive_loss(pictures: Tensor, texts: Tensor, ids: Tensor, scale: Tensor) -> Tensor:
@@ -210,16 +191,6 @@ def _everywhere(tensor: Tensor, world: int) -> Tensor:
         torch.distributed.all_gather(parts, tensor)
         return torch.cat(parts)
     return torch.cat(gathering.all_gather(tensor))
-
-
-def _publish(
-    job: Job, tensors: dict[str, Tensor], description: dict[str, Any], info: dict[str, Any]
-) -> Manifest:
-    with tempfile.TemporaryDirectory() as scratch:
-        save_model(scratch, tensors, description)
-        job.output.add_file(WEIGHTS, Path(scratch) / WEIGHTS)
-        job.output.add_file(CONFIG, Path(scratch) / CONFIG)
-    return job.output.finish(info)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from model.config import TokenizerLoss, TrainingConfig
 from model.errors import UserError
 from model.plumbing import storage
 from model.training.optim import adamw, set_learning_rate
+from model.training.state import Part
 
 GRADIENT_SCALES = 3  # full, half and quarter resolution
 
@@ -185,6 +186,11 @@ class Adversary:
         # Averages gradients over processes; the net itself judges where no gradient is to reach it.
         self.reducer = DistributedDataParallel(self.net) if dist.is_initialized() else self.net
         self.optimizer = adamw(self.net, training)
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """What a checkpoint has to hold."""
+        return {"adversary": self.net, "adversary_adamw": self.optimizer}
 
     def term(self, reconstruction: Tensor, loss: Tensor) -> Tensor:
         """What the decoder minimises beside the reconstruction's `loss`, weighted so that both pull alike.

@@ -67,6 +67,9 @@ class Ema:
 
     The decay warms up as (1 + n) / (10 + n), so that short runs do not remember their initialisation.
     With decay 0 nothing is kept, and `applied` leaves the module as it is.
+
+    `torch.optim.swa_utils.AveragedModel` will not do: with buffers it averages integers as well, its first
+    update copies, and n reaches the averaging function as a tensor, so that a warm-up would wait for the GPU.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -100,13 +103,17 @@ class Ema:
         finally:
             self._copy(kept)
 
-    def load(self, average: dict[str, Tensor], updates: int) -> None:
-        """Continue from a checkpoint's `average` and `updates`."""
-        if average.keys() != self.average.keys():
+    def state_dict(self) -> dict[str, Any]:
+        """The average and its number of updates, for a checkpoint."""
+        return {"average": self.average, "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue what `state_dict` returned."""
+        if state["average"].keys() != self.average.keys():
             raise ValueError("the checkpoint's average is of another module")
-        for name, tensor in average.items():
+        for name, tensor in state["average"].items():
             self.average[name].copy_(tensor)
-        self.updates = updates
+        self.updates = state["updates"]
 
     @torch.no_grad()
     def _copy(self, tensors: dict[str, Tensor]) -> None:

@@ -12,11 +12,7 @@ killed at any moment continues as if nothing had happened.
 
 from __future__ import annotations
 
-import math
-import tempfile
 import time
-from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -31,22 +27,14 @@ from model.nets.clip import TextEncoder, load_text_encoder
 from model.nets.gpt import GPT
 from model.nets.metrics import token_nll
 from model.nets.sampler import sample
-from model.nets.tokenizers import load_tokenizer
+from model.nets.tokenizers import Tokenizer, load_tokenizer
 from model.plumbing import cache
 from model.plumbing.assets import Manifest
-from model.plumbing.checkpoints import (
-    CONFIG,
-    WEIGHTS,
-    below,
-    flatten,
-    optimizer_state,
-    restore_optimizer,
-    save_model,
-)
-from model.plumbing.curves import HISTORY, Curves
+from model.plumbing.curves import Curves
 from model.plumbing.distributed import Distributed, seed_all
 from model.plumbing.worker import Job, run_worker
 from model.training.optim import Ema, adamw, learning_rate, muon, set_learning_rate
+from model.training.state import Best, Resumable, RunningSums, explained, itstime, publish, synced
 
 VALIDATION_PICTURES = 4096  # measured at each validation, at most
 GRID_PICTURES = 8  # drawn from held-out captions and shown in MLflow at each validation
@@ -54,47 +42,47 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, by 
 
 
 def main(job: Job) -> Manifest | None:
-    """Train the GPT; the main process writes the asset and returns its manifest, the others None."""
-    config, processes, inputs = job.config.transformer, job.processes, job.inputs
+    """Train the GPT; the main process writes the asset and returns its manifest, the others None.
+
+    Raises:
+        Diverged: a loss, a gradient, a metric or a weight is not finite.
+    """
+    config = job.config.transformer
     assert config is not None
-    training, seed, device = config.training, job.config.seed, processes.device
-    rank, world, tokens = processes.rank, processes.world, inputs["tokens"]
+    with explained(job, "transformer.training", config.training):
+        return train(job, config)
+
+
+def train(job: Job, config: TransformerConfig) -> Manifest | None:
+    """The training itself. Returns and raises as `main`."""
+    training, seed, tokens, processes = config.training, job.config.seed, job.inputs["tokens"], job.processes
+    rank, world, device = processes.rank, processes.world, processes.device
     torch.set_float32_matmul_precision("high")
 
     # ── what learns ──────────────────────────────────────────────────────────────────────────────────────
-    text = _frozen_text(inputs["text"], device)
+    text = load_text_encoder(cache.folder(job.inputs["text"]), device)
     seed_all(seed, "gpt")
     gpt = GPT(config, tokens.info["vocabulary"], tokens.info["grid"], text.width).to(device)
     optimizers: dict[str, torch.optim.Optimizer] = (
         muon(gpt, gpt.blocks, training) if config.optimizer == "muon" else {"adamw": adamw(gpt, training)}
     )
-    ema = Ema(gpt, training.ema)
-    best = {name: tensor.clone() for name, tensor in gpt.state_dict().items()}  # what `keep` chooses
-    best_figures = {"step": 0.0, "nll": math.inf}
-    lately = torch.zeros(2, device=device)  # loss and NLL since the last log line
-    curves = Curves(job.tracker)
+    ema, best = Ema(gpt, training.ema), Best()
+    sums, curves = RunningSums(processes, "loss", "nll", "grad_norm"), Curves(job.tracker)
 
     # ── where it was ─────────────────────────────────────────────────────────────────────────────────────
-    start = 0
-    if saved := job.checkpoints.latest():
-        start, tensors, state = saved
-        gpt.load_state_dict(below("gpt.", tensors))
-        ema.load(below("ema.", tensors), state["ema_updates"])
-        for name, optimizer in optimizers.items():
-            restore_optimizer(optimizer, below(f"{name}.", tensors), state["optimizers"][name])
-        best, best_figures = below("best.", tensors), state["best"]
-        lately.copy_(tensors["lately"])
-        curves.points = state["curves"]
-
+    state = Resumable(
+        job.checkpoints, processes, sums=sums, gpt=gpt, **optimizers, ema=ema, best=best, curves=curves
+    )
+    start = state.restore()
     if training.compile:
         gpt.compile()
     model: nn.Module = gpt if world == 1 else DistributedDataParallel(gpt)
     reader = TokenReader(tokens, "train", training.batch_size // training.accumulate, seed, rank, world)
     batches = reader.batches(start * training.batch_size)
+    tokenizer = load_tokenizer(cache.folder(job.inputs["tokenizer"])) if processes.is_main else None
     progress = job.progress(training.steps, "tok", training.batch_size * gpt.tokens, done=start)
-
-    flops, peak = gpt.flops_per_token(reader.context_length), _peak_flops(device)
-    since_step, since = start, time.monotonic()
+    work = training.batch_size * gpt.tokens * gpt.flops_per_token(reader.context_length) / world
+    utilisation = Utilisation(work, device, start)
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────
     for step in range(start, training.steps):
@@ -108,9 +96,8 @@ def main(job: Job) -> Manifest | None:
             states, mask = text.encode(batch.ids)  # (B, S, W), (B, S)
             drop = torch.rand(len(codes), device=device) < config.condition_dropout  # (B,)
             codes, order = _reorder(codes, config, step)
-            more = micro + 1 < training.accumulate
             with (
-                model.no_sync() if more and world > 1 else nullcontext(),  # type: ignore[operator]
+                synced(model, last=micro + 1 == training.accumulate),
                 torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"),
             ):
                 logits = model(codes, states, mask, drop, order)  # (B, T, K)
@@ -119,65 +106,41 @@ def main(job: Job) -> Manifest | None:
                 if config.z_loss:
                     loss = loss + config.z_loss * logits.float().logsumexp(dim=-1).square().mean()
                 (loss / training.accumulate).backward()
-            lately += torch.stack([loss, nll]).detach() / training.accumulate
-        nn.utils.clip_grad_norm_(gpt.parameters(), training.grad_clip)
+            sums.add(training.accumulate, loss=loss, nll=nll)
+        sums.add(grad_norm=nn.utils.clip_grad_norm_(gpt.parameters(), training.grad_clip))
         for optimizer in optimizers.values():
             optimizer.step()
             optimizer.zero_grad()
         ema.update()
 
         done = step + 1
-        if done % training.log_every == 0 or done == training.steps:
-            count = (done - 1) % training.log_every + 1
-            mean_loss, mean_nll = (processes.mean(lately) / count).tolist()
-            lately.zero_()
-            curves.add(done, {"train/loss": mean_loss, "train/nll": mean_nll, "train/learning_rate": rate})
-            rate_of_tokens = (
-                (done - since_step) * training.batch_size * gpt.tokens / (time.monotonic() - since)
-            )
-            since_step, since = done, time.monotonic()
-            mfu = {"mfu": rate_of_tokens * flops / (world * peak)} if peak else {}
-            progress.update(done, loss=mean_loss, **mfu)
-        if done % training.eval_every == 0 or done == training.steps:
+        if itstime(done, training.log_every, training.steps):
+            means = sums.means(done)
+            curves.add(done, "train", means | {"learning_rate": rate})
+            progress.update(done, loss=means["loss"], **utilisation.since(done))
+        if itstime(done, training.eval_every, training.steps):
+            sums.check(done)
             with ema.applied():
                 figures = validate(gpt, text, tokens, "validation", processes)
-                if config.keep == "last" or figures["nll"] < best_figures["nll"]:
-                    best = {name: tensor.clone() for name, tensor in gpt.state_dict().items()}
-                    best_figures = {"step": done} | figures
-                if processes.is_main:
-                    _show_samples(gpt, text, job, done)
-            curves.add(done, {f"validation/{name}": value for name, value in figures.items()})
-        if done % training.checkpoint_every == 0 and done < training.steps and processes.is_main:
-            moments = {name: optimizer_state(optimizer) for name, optimizer in optimizers.items()}
-            parts = {"gpt": gpt.state_dict(), "ema": ema.average, "best": best}
-            parts |= {name: tensors for name, (tensors, _) in moments.items()}
-            state = {
-                "optimizers": {name: rest for name, (_, rest) in moments.items()},
-                "ema_updates": ema.updates,
-                "best": best_figures,
-                "curves": curves.points,
-            }
-            job.checkpoints.save(done, flatten(parts) | {"lately": lately}, state)
+                curves.add(done, "validation", figures)
+                score = done if config.keep == "last" else -figures["nll"]
+                best.offer(score, gpt, {"step": done} | figures)
+                if tokenizer:
+                    _show_samples(gpt, text, tokenizer, job, done)
+        if done < training.steps and itstime(done, training.checkpoint_every, training.steps):
+            state.save(done)
 
     # ── what is kept ─────────────────────────────────────────────────────────────────────────────────────
-    gpt.load_state_dict(best)
-    seen = validate(gpt, text, tokens, "train", processes)
+    gpt.load_state_dict(best.weights)
     info = {
-        "validation_nll": best_figures["nll"],
-        "validation_nll_unconditional": best_figures["nll_unconditional"],
-        "validation_nll_shuffled": best_figures["nll_shuffled"],
-        "train_nll": seen["nll"],
-        "best_step": best_figures["step"],
+        "validation_nll": best.figures["nll"],
+        "validation_nll_unconditional": best.figures["nll_unconditional"],
+        "validation_nll_shuffled": best.figures["nll_shuffled"],
+        "train_nll": validate(gpt, text, tokens, "train", processes)["nll"],
+        "best_step": best.figures["step"],
         "parameters": gpt.parameter_count(),
     }
-    if not processes.is_main:
-        return None
-    with tempfile.TemporaryDirectory() as scratch:
-        save_model(scratch, best, gpt.description())
-        job.output.add_file(WEIGHTS, Path(scratch) / WEIGHTS)
-        job.output.add_file(CONFIG, Path(scratch) / CONFIG)
-    job.output.add_bytes(HISTORY, curves.history())
-    return job.output.finish(info)
+    return publish(job, best.weights, gpt.description(), info, curves)
 
 
 @torch.no_grad()
@@ -227,27 +190,38 @@ def _reorder(codes: Tensor, config: TransformerConfig, step: int) -> tuple[Tenso
     return codes.gather(1, order), order
 
 
-def _frozen_text(clip: Manifest, device: torch.device) -> TextEncoder:
-    return load_text_encoder(cache.folder(clip), device)
-
-
 @torch.no_grad()
-def _show_samples(gpt: GPT, text: TextEncoder, job: Job, step: int) -> None:
+def _show_samples(gpt: GPT, text: TextEncoder, tokenizer: Tokenizer, job: Job, step: int) -> None:
     """Held-out pictures as the tokenizer renders them, above what is drawn from their captions."""
     batch = next(TokenReader(job.inputs["tokens"], "validation", GRID_PICTURES).ordered(GRID_PICTURES))
     gpt.eval()
     drawn = sample(gpt, *text.encode(batch.ids), SamplingConfig(), seeds=range(len(batch.ids)))
     gpt.train()
-    tokenizer = load_tokenizer(cache.folder(job.inputs["tokenizer"]))
     both = torch.cat([batch.codes, drawn.cpu()]).view(-1, *gpt.grid)
     grid = make_grid(tokenizer.decode(both), nrow=len(batch.codes))
     job.tracker.image(f"samples/step-{step:07d}.png", to_image(grid))
 
 
-def _peak_flops(device: torch.device) -> float:
-    """Of the device in operations per second; 0 where it is not in the table (then no MFU is shown)."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), 0.0)
+class Utilisation:
+    """What share of the device's peak the model's operations reach (MFU), between two log lines."""
+
+    def __init__(self, work: float, device: torch.device, done: int) -> None:
+        """
+        Args:
+            work: operations of a step on each device.
+            device: where it is done.
+            done: steps behind us.
+        """
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), 0.0)
+        self.share = work / peak if peak else 0.0  # in a step of one second
+        self.done, self.then = done, time.monotonic()
+
+    def since(self, done: int) -> dict[str, float]:
+        """`mfu` since the last call; nothing where the device's peak is not known."""
+        steps, seconds = done - self.done, time.monotonic() - self.then
+        self.done, self.then = done, time.monotonic()
+        return {"mfu": self.share * steps / seconds} if self.share else {}
 
 
 if __name__ == "__main__":

@@ -9,11 +9,7 @@ everything else, so a job that was killed at any moment continues as if nothing 
 
 from __future__ import annotations
 
-import math
-import tempfile
 from collections.abc import Iterator
-from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -28,20 +24,12 @@ from model.nets.metrics import psnr
 from model.nets.tokenizers import import_pretrained
 from model.nets.vqvae import VQVAE
 from model.plumbing.assets import Manifest
-from model.plumbing.checkpoints import (
-    CONFIG,
-    WEIGHTS,
-    below,
-    flatten,
-    optimizer_state,
-    restore_optimizer,
-    save_model,
-)
-from model.plumbing.curves import HISTORY, Curves
+from model.plumbing.curves import Curves
 from model.plumbing.distributed import Distributed, derive_seed, seed_all
 from model.plumbing.worker import Job, run_worker
 from model.training.losses import Adversary, ReconstructionLoss
 from model.training.optim import Ema, adamw, learning_rate, set_learning_rate
+from model.training.state import Best, Part, Resumable, RunningSums, explained, itstime, publish, synced
 
 KMEANS_VECTORS = 16  # latents per code from which the codebook is initialised
 VALIDATION_PICTURES = 2048  # measured at each validation, at most
@@ -50,20 +38,24 @@ GRID_PICTURES, GRID_COLUMNS = 16, 8  # pairs of original and reconstruction show
 
 
 def main(job: Job) -> Manifest | None:
-    """Make the tokenizer; its manifest on the main process, None on the others."""
+    """Make the tokenizer; its manifest on the main process, None on the others.
+
+    Raises:
+        Diverged: a loss, a gradient, a metric or a weight is not finite.
+        UserError: the pretrained tokenizer cannot be had.
+    """
     config = job.config.tokenizer
     if config.kind == "vqvae":
-        return train(job, config)
+        with explained(job, "tokenizer.training", config.training):
+            return train(job, config)
     return import_pretrained(config, job.output) if job.processes.is_main else None
 
 
 def train(job: Job, config: VQVAEConfig) -> Manifest | None:
-    """Train the VQ-VAE; the main process writes the asset and returns its manifest."""
-    processes, images = job.processes, job.inputs["images"]
-    training, seed, device = config.training, job.config.seed, processes.device
-    rank, world = processes.rank, processes.world
+    """Train the VQ-VAE. Returns and raises as `main`."""
+    training, seed, images, processes = config.training, job.config.seed, job.inputs["images"], job.processes
+    rank, world, device = processes.rank, processes.world, processes.device
     views, chances = job.config.data.augment, torch.Generator(device)
-    bf16 = training.precision == "bf16"
     torch.backends.cudnn.benchmark = True
 
     # ── what learns ──────────────────────────────────────────────────────────────────────────────────────
@@ -72,26 +64,13 @@ def train(job: Job, config: VQVAEConfig) -> Manifest | None:
     criterion = ReconstructionLoss(config.loss).to(device)
     adversary = Adversary(config.loss, training, device) if config.loss.adversarial else None
     optimizer = adamw(net, training)
-    ema = Ema(net, training.ema)
-    best = {name: tensor.clone() for name, tensor in net.state_dict().items()}  # of the highest PSNR
-    best_figures = {"step": 0.0, "psnr": -math.inf}
-    lately = torch.zeros(2, device=device)  # reconstruction and commitment loss since the last log line
-    curves = Curves(job.tracker)
+    ema, best = Ema(net, training.ema), Best()
+    sums, curves = RunningSums(processes, "loss", "commitment", "grad_norm"), Curves(job.tracker)
 
     # ── where it was ─────────────────────────────────────────────────────────────────────────────────────
-    start = 0
-    if saved := job.checkpoints.latest():
-        start, tensors, state = saved
-        net.load_state_dict(below("net.", tensors))
-        ema.load(below("ema.", tensors), state["ema_updates"])
-        restore_optimizer(optimizer, tensors, state["optimizer"])
-        if adversary:
-            adversary.net.load_state_dict(below("adversary.net.", tensors))
-            restore_optimizer(adversary.optimizer, below("adversary.", tensors), state["adversary"])
-        best, best_figures = below("best.", tensors), state["best"]
-        lately.copy_(tensors["lately"])
-        curves.points = state["curves"]
-
+    parts: dict[str, Part] = {"net": net, "adamw": optimizer, **(adversary.parts if adversary else {})}
+    state = Resumable(job.checkpoints, processes, sums=sums, **parts, ema=ema, best=best, curves=curves)
+    start = state.restore()
     share = training.batch_size // training.accumulate
     if start == 0:
         net.quantizer.initialise(_first_latents(net, image_batches(images, "train", share, seed)))
@@ -113,10 +92,9 @@ def train(job: Job, config: VQVAEConfig) -> Manifest | None:
         playing = adversary if adversary and step >= adversary.first_step else None
         for micro in range(training.accumulate):
             pictures = augment(to_tensor(next(batches).images.to(device)), views, chances)
-            more = micro + 1 < training.accumulate
             with (
-                model.no_sync() if more and world > 1 else nullcontext(),  # type: ignore[operator]
-                torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+                synced(model, last=micro + 1 == training.accumulate),
+                torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"),
             ):
                 reconstruction, _, commitment = model(pictures)  # (B, 3, H, W), codes, ()
                 loss = criterion(reconstruction.float(), pictures)
@@ -124,8 +102,8 @@ def train(job: Job, config: VQVAEConfig) -> Manifest | None:
                 if playing:
                     total = total + playing.term(reconstruction, loss)
                 (total / training.accumulate).backward()
-            lately += torch.stack([loss, commitment]).detach() / training.accumulate
-        nn.utils.clip_grad_norm_(net.parameters(), training.grad_clip)
+            sums.add(training.accumulate, loss=loss, commitment=commitment)
+        sums.add(grad_norm=nn.utils.clip_grad_norm_(net.parameters(), training.grad_clip))
         optimizer.step()
         optimizer.zero_grad()
         net.quantizer.update()
@@ -134,49 +112,32 @@ def train(job: Job, config: VQVAEConfig) -> Manifest | None:
             playing.learn(pictures, reconstruction, rate)
 
         done = step + 1
-        if done % training.log_every == 0 or done == training.steps:
-            count = (done - 1) % training.log_every + 1
-            mean_loss, mean_commitment = (processes.mean(lately) / count).tolist()
-            lately.zero_()
-            figures = {"train/loss": mean_loss, "train/commitment": mean_commitment}
-            curves.add(done, figures | {"train/learning_rate": rate})
-            progress.update(done, loss=mean_loss)
-        if done % training.eval_every == 0 or done == training.steps:
+        if itstime(done, training.log_every, training.steps):
+            means = sums.means(done)
+            curves.add(done, "train", means | {"learning_rate": rate})
+            progress.update(done, loss=means["loss"])
+        if itstime(done, training.eval_every, training.steps):
+            sums.check(done)
             with ema.applied():
                 figures = validate(net, held_out, processes)
-                if figures["psnr"] > best_figures["psnr"]:
-                    best = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-                    best_figures = {"step": done} | figures
+                curves.add(done, "validation", figures)
+                best.offer(figures["psnr"], net, {"step": done} | figures)
                 if processes.is_main:
                     job.tracker.image(f"reconstructions/step-{done:07d}.png", _pairs(net, held_out))
-            curves.add(done, {f"validation/{name}": value for name, value in figures.items()})
-        if done % training.checkpoint_every == 0 and done < training.steps:
-            processes.mean(lately)  # so that rank 0's is everybody's
-            if processes.is_main:
-                moments, rest = optimizer_state(optimizer)
-                parts = {"net": net.state_dict(), "ema": ema.average, "best": best}
-                state = {
-                    "optimizer": rest,
-                    "ema_updates": ema.updates,
-                    "best": best_figures,
-                    "curves": curves.points,
-                }
-                if adversary:
-                    parts["adversary"], state["adversary"] = optimizer_state(adversary.optimizer)
-                    parts["adversary.net"] = adversary.net.state_dict()
-                job.checkpoints.save(done, flatten(parts) | moments | {"lately": lately}, state)
+        if done < training.steps and itstime(done, training.checkpoint_every, training.steps):
+            state.save(done)
 
     # ── what is kept ─────────────────────────────────────────────────────────────────────────────────────
-    if not processes.is_main:
-        return None
-    info = {"best_step": best_figures.pop("step"), **best_figures}
-    info |= {"vocabulary": net.vocabulary, "factor": net.factor, "steps": training.steps}
-    with tempfile.TemporaryDirectory() as scratch:
-        save_model(scratch, best, config.model_dump(mode="json"))
-        job.output.add_file(WEIGHTS, Path(scratch) / WEIGHTS)
-        job.output.add_file(CONFIG, Path(scratch) / CONFIG)
-    job.output.add_bytes(HISTORY, curves.history())
-    return job.output.finish(info | {"parameters": sum(parameter.numel() for parameter in net.parameters())})
+    info = {
+        "best_step": best.figures["step"],
+        "psnr": best.figures["psnr"],
+        "codebook_use": best.figures["codebook_use"],
+        "vocabulary": net.vocabulary,
+        "factor": net.factor,
+        "steps": training.steps,
+        "parameters": sum(parameter.numel() for parameter in net.parameters()),
+    }
+    return publish(job, best.weights, config.model_dump(mode="json"), info, curves)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from model.config import RunConfig
 from model.data.token_shards import TokenShard
-from model.nets.clip import architecture, build_clip, tokenize
+from model.nets.clip import architecture, build_clip, load_text_encoder, tokenize
 from model.nets.gpt import load_gpt
 from model.nets.vqvae import VQVAE
 from model.plumbing import assets
@@ -116,7 +116,7 @@ def test_it_learns_the_captions_and_keeps_its_losses(store: str) -> None:
     assert gpt.parameter_count() == info["parameters"]
     figures = transformer.validate(
         gpt,
-        transformer._frozen_text(sets["text"], torch.device("cpu")),
+        load_text_encoder(sets["text"].uri),
         sets["tokens"],
         "validation",
         setup(),

@@ -1,0 +1,237 @@
+"""What the training loops share beside their science: when it is time, what is remembered, what is kept.
+
+Nothing here drives a loop. A loop says once which parts make up its state; what is saved and what is
+restored is then the same. And nothing that is not finite is ever kept: figures are summed on the device,
+where one bad addend spoils the sum, and are looked at only where the loop stops to speak, validate or save.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from model.config import TrainingConfig
+from model.errors import Diverged, UserError
+from model.plumbing.assets import Manifest
+from model.plumbing.checkpoints import CONFIG, WEIGHTS, Checkpointer, leaves, save_model
+from model.plumbing.curves import HISTORY, Curves
+from model.plumbing.distributed import Distributed
+from model.plumbing.worker import Job
+from model.training.optim import learning_rate
+
+logger = logging.getLogger(__name__)
+
+
+def itstime(done: int, every: int, total: int) -> bool:
+    """Whether what happens every so many steps is due after `done` of `total`; at the end it always is."""
+    return done % every == 0 or done == total
+
+
+def synced(model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """The context of a micro-batch: ranks exchange gradients after the last one of a step only."""
+    if last or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()
+
+
+# ── what is remembered ──────────────────────────────────────────────────────────────────────────────────
+
+
+class Part(Protocol):
+    """What a state is made of: modules, optimisers, and the classes below."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nested dicts of tensors and of what JSON can hold; on every rank, as ranks may have to confer."""
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> object:
+        """Continue what `state_dict` returned, here or on another rank; its keys are text now."""
+
+
+class Resumable:
+    """All that a job needs to go on where it was, declared once."""
+
+    def __init__(self, checkpoints: Checkpointer, processes: Distributed, **parts: Part) -> None:
+        self.checkpoints, self.processes, self.parts = checkpoints, processes, parts
+
+    def restore(self) -> int:
+        """Put all parts back as the newest good checkpoint has them; returns the steps done, 0 without one.
+
+        Raises:
+            RuntimeError: ranks found different ones, e.g. as one of them could not read the newest.
+        """
+        done, states = self.checkpoints.latest() or (0, {})
+        found = self.processes.gather(torch.tensor(done, device=self.processes.device)).tolist()
+        if len(set(found)) > 1:
+            raise RuntimeError(f"ranks would go on from different checkpoints, of steps {found}")
+        if not done:
+            return 0
+        for name, part in self.parts.items():
+            if isinstance(part, torch.optim.Optimizer):
+                _restore_optimizer(part, states[name])
+            else:
+                part.load_state_dict(states[name])
+        if self.processes.is_main:
+            logger.info("goes on from step %d", done)
+        return done
+
+    def save(self, done: int) -> None:
+        """Store a checkpoint of all parts. Call it on every rank; the main one writes.
+
+        Raises:
+            Diverged: a part is not finite, on every rank alike; nothing is stored.
+            UserError: the store cannot be written.
+        """
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        if bad := not_finite(states):
+            raise Diverged(f"{bad} is not finite at step {done}", done)
+        if self.processes.is_main:
+            self.checkpoints.save(done, states)
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    moments = {int(index): moments for index, moments in saved["state"].items()}
+    optimizer.load_state_dict({**saved, "state": moments})
+    for parameter, restored in optimizer.state.items():
+        for key, value in restored.items():
+            # A file knows no strides, and fused kernels read moments in the order of the parameter's memory.
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                restored[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+class RunningSums:
+    """What is summed up on each rank since the last log line; to add waits for no device and no rank."""
+
+    def __init__(self, processes: Distributed, *names: str) -> None:
+        self.processes = processes
+        self.since = 0  # step of the last log line
+        self._sums = {name: torch.zeros((), device=processes.device) for name in names}
+
+    def add(self, parts: int = 1, /, **values: Tensor) -> None:
+        """Add values () of a step, or of one of the `parts` micro-batches that make it up."""
+        for name, value in values.items():
+            self._sums[name] += value.detach() / parts
+
+    def means(self, done: int) -> dict[str, float]:
+        """Means per step since the last call, over all ranks; the next ones start from here."""
+        steps, self.since = done - self.since, done
+        means = (self._mean() / steps).tolist()
+        for value in self._sums.values():
+            value.zero_()
+        return dict(zip(self._sums, means, strict=True))
+
+    def check(self, done: int) -> None:
+        """Look whether all that was added is finite.
+
+        Raises:
+            Diverged: it is not; on every rank alike.
+        """
+        for name, value in zip(self._sums, self._mean().tolist(), strict=True):
+            if not math.isfinite(value):
+                raise Diverged(f"train/{name} is {value} at step {done}", done)
+
+    def _mean(self) -> Tensor:
+        return self.processes.mean(torch.stack(list(self._sums.values())))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every rank's sums, one column (ranks,) per name."""
+        columns = self.processes.gather(torch.stack(list(self._sums.values()))).unbind(dim=1)
+        return {"since": self.since, "sums": dict(zip(self._sums, columns, strict=True))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Every rank takes its own sums back; where there were more or fewer ranks, the mean of all."""
+        self.since = state["since"]
+        for name, column in state["sums"].items():
+            same = len(column) == self.processes.world
+            self._sums[name].copy_(column[self.processes.rank] if same else column.mean())
+
+
+class Best:
+    """The weights to keep, and what was measured of them."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, Tensor] = {}
+        self.figures: dict[str, float] = {}
+        self.score: float | None = None
+
+    def offer(self, score: float, module: nn.Module, figures: dict[str, float]) -> None:
+        """Keep the module as it is now if its score is above all before it."""
+        if self.score is None or score > self.score:
+            self.weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+            self.figures, self.score = figures, score
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, figures and score, for a checkpoint."""
+        return {"weights": self.weights, "figures": self.figures, "score": self.score}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue what `state_dict` returned."""
+        self.weights, self.figures, self.score = state["weights"], state["figures"], state["score"]
+
+
+# ── what is kept ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def not_finite(state: Mapping[str, Any]) -> str | None:
+    """The first floating-point tensor in nested dicts that is not finite, by name; waits for the device."""
+    floats = {
+        path: leaf
+        for path, leaf in leaves(state).items()
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    }
+    if not floats:
+        return None
+    flags = [tensor.isfinite().all() for tensor in floats.values()]
+    finite = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
+    return next((path.replace(":", ".") for path, fine in zip(floats, finite, strict=True) if not fine), None)
+
+
+def publish(
+    job: Job,
+    weights: dict[str, Tensor],
+    description: dict[str, Any],
+    info: dict[str, Any],
+    curves: Curves | None = None,
+) -> Manifest | None:
+    """Make weights and what they are, with the curves of their training, the job's asset.
+
+    Returns:
+        The manifest, on the main process; None on the others.
+
+    Raises:
+        UserError: a weight or a number of `info` is not finite; there is no asset then.
+    """
+    if bad := not_finite(weights):
+        raise UserError(f"{job.spec.kind}: weight {bad} is not finite; such a model is not kept")
+    if not job.processes.is_main:
+        return None
+    with tempfile.TemporaryDirectory() as scratch:
+        save_model(scratch, weights, description)
+        for name in (WEIGHTS, CONFIG):
+            job.output.add_file(name, Path(scratch, name))
+    if curves:
+        job.output.add_bytes(HISTORY, curves.history())
+    return job.output.finish(info)
+
+
+@contextmanager
+def explained(job: Job, section: str, training: TrainingConfig) -> Iterator[None]:
+    """Tell a person of a training that diverged within the block what to do; `section` is of the config."""
+    try:
+        yield
+    except Diverged as error:
+        rate, good = learning_rate(error.step - 1, training), job.checkpoints.newest()
+        raise Diverged(
+            f"{job.spec.kind}: {error} with learning rate {rate:.3g};"
+            f" {f'the last good checkpoint is {good}' if good else 'there is no good checkpoint'};"
+            f" lower {section}.learning_rate or {section}.grad_clip, or raise {section}.warmup_steps",
+            error.step,
+        ) from None

@@ -1,0 +1,225 @@
+"""What the loops share: one declaration of their state, sums that are exact over ranks, only numbers."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model.config import TrainingConfig
+from model.errors import Diverged
+from model.plumbing import storage
+from model.plumbing.checkpoints import Checkpointer
+from model.plumbing.curves import Curves
+from model.plumbing.distributed import Distributed, setup
+from model.training.optim import Ema, adamw, muon
+from model.training.state import Best, Resumable, RunningSums, itstime, not_finite
+from tests.ranks import two_ranks
+
+ALONE = Distributed(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
+TRAINING = TrainingConfig(steps=200, batch_size=1, ema=0.9)
+
+
+class Silent:
+    """Stands where the tracker stands."""
+
+    def metrics(self, step: int, **values: float) -> None:
+        pass
+
+
+def test_what_is_due_is_due_at_the_end_too() -> None:
+    assert [done for done in range(1, 8) if itstime(done, 3, 7)] == [3, 6, 7]
+
+
+# ── a state ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Training:
+    """A small net with every kind of part, and steps of it."""
+
+    def __init__(self, folder: Path, optimizer: str = "adamw", seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.net = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.Linear(8, 2, bias=False))
+        if optimizer == "muon":
+            self.optimizers = muon(self.net, self.net[0], TRAINING)
+        elif optimizer == "adamw":
+            self.optimizers = {"adamw": adamw(self.net, TRAINING)}
+        else:
+            self.optimizers = {"sgd": torch.optim.SGD(self.net.parameters(), lr=0.01, momentum=0.9)}
+        self.ema, self.best, self.curves = Ema(self.net, 0.9), Best(), Curves(Silent())  # type: ignore[arg-type]
+        self.sums = RunningSums(ALONE, "loss")
+        self.state = Resumable(
+            Checkpointer(str(folder)), ALONE, net=self.net, ema=self.ema, best=self.best, sums=self.sums,
+            curves=self.curves, **self.optimizers,
+        )  # fmt: skip
+
+    def go(self, first: int, last: int) -> None:
+        for step in range(first, last):
+            torch.manual_seed(step)
+            loss = self.net(torch.randn(5, 4)).square().mean()
+            loss.backward()
+            self.sums.add(loss=loss)
+            for optimizer in self.optimizers.values():
+                optimizer.step()
+                optimizer.zero_grad()
+            self.ema.update()
+            if itstime(step + 1, 3, 20):
+                self.curves.add(step + 1, "train", self.sums.means(step + 1))
+                self.best.offer(-step if step < 4 else step - 20.5, self.net, {"step": step + 1})
+
+    def everything(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self.state.parts.items()}
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal to the bit, key by key; a checkpoint's keys are text and its tuples lists."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_all_parts_go_on_to_the_bit(
+    optimizer: str, stop: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = Training(tmp_path / "whole", optimizer)
+    assert whole.state.restore() == 0
+    whole.go(0, 12)
+    killed = Training(tmp_path / "killed", optimizer)
+    killed.go(0, stop)
+    killed.state.save(stop)
+    resumed = Training(tmp_path / "killed", optimizer, seed=1)
+    with caplog.at_level(logging.INFO):
+        assert resumed.state.restore() == stop
+    assert f"goes on from step {stop}" in caplog.text
+    assert same(resumed.everything(), killed.everything())
+    resumed.go(stop, 12)
+    assert same(resumed.everything(), whole.everything())
+
+
+def test_a_checkpoint_of_other_parts_is_refused(tmp_path: Path) -> None:
+    Training(tmp_path).state.save(1)
+    training = Training(tmp_path, "sgd")
+    with pytest.raises(KeyError, match="sgd"):
+        training.state.restore()
+
+
+def test_moments_of_channels_last_weights_survive_a_checkpoint(tmp_path: Path) -> None:
+    """Fused kernels walk memory, not indices: moments must come back in their parameter's layout."""
+    whole, killed = (nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last) for _ in range(2))
+    killed.load_state_dict(whole.state_dict())
+    first, second = adamw(whole, TRAINING), adamw(killed, TRAINING)
+    picture = torch.randn(1, 3, 8, 8)
+
+    def step(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        net(picture).square().sum().backward()
+        optimizer.step()
+
+    step(whole, first)
+    Resumable(Checkpointer(str(tmp_path)), ALONE, net=whole, adamw=first).save(1)
+    Resumable(Checkpointer(str(tmp_path)), ALONE, net=killed, adamw=second).restore()
+    for _ in range(2):
+        step(whole, first)
+        step(killed, second)
+    assert torch.equal(whole.weight, killed.weight)
+
+
+def test_the_best_is_kept_as_it_was() -> None:
+    net, best = nn.Linear(1, 1, bias=False), Best()
+    for value, score in ((1.0, -3.0), (2.0, -1.0), (3.0, -1.0), (4.0, -2.0)):
+        nn.init.constant_(net.weight, value)
+        best.offer(score, net, {"step": value})
+    assert best.weights["weight"].item() == 2.0
+    assert best.figures == {"step": 2.0}
+
+
+# ── sums ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_sums_become_means_per_step_and_start_again() -> None:
+    sums = RunningSums(ALONE, "loss", "grad_norm")
+    for loss in (1.0, 2.0, 6.0):
+        for part in (loss - 0.5, loss + 0.5):  # two micro-batches
+            sums.add(2, loss=torch.tensor(part))
+        sums.add(grad_norm=torch.tensor(10 * loss))
+    assert sums.means(3) == {"loss": 3.0, "grad_norm": 30.0}
+    sums.add(loss=torch.tensor(8.0), grad_norm=torch.tensor(1.0))
+    assert sums.means(4) == {"loss": 8.0, "grad_norm": 1.0}
+
+
+def _sum_in_ranks(folder: str) -> None:
+    with setup() as processes:
+        sums = RunningSums(processes, "loss")
+        state = Resumable(Checkpointer(folder), processes, sums=sums)
+        sums.add(loss=torch.tensor(3.0 + 2 * processes.rank))
+        state.save(1)
+        sums.add(loss=torch.tensor(100.0))  # of a step that is lost
+        processes.barrier()
+        again = RunningSums(processes, "loss")
+        assert Resumable(Checkpointer(folder), processes, sums=again).restore() == 1
+        assert again.state_dict()["sums"]["loss"].tolist() == [3.0, 5.0]
+        again.add(loss=torch.tensor(1.0))
+        assert again.means(2) == {"loss": 2.5}  # (3 + 1 and 5 + 1) / 2 steps, over both ranks
+        if processes.rank == 1:
+            again.add(loss=torch.tensor(math.nan))
+        with pytest.raises(Diverged, match="train/loss is nan at step 3"):
+            again.check(3)
+        with pytest.raises(Diverged, match=r"sums\.sums\.loss is not finite at step 3"):
+            Resumable(Checkpointer(folder), processes, sums=again).save(3)
+    assert [path.name for path in Path(folder).iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.slow
+def test_every_rank_takes_its_own_sums_back_and_all_stop_together(store: str) -> None:
+    folder = os.path.join(store, "checkpoints")
+    two_ranks(_sum_in_ranks, store, folder)
+    alone = RunningSums(ALONE, "loss")  # one process goes on where two were: with the mean of both
+    assert Resumable(Checkpointer(folder), ALONE, sums=alone).restore() == 1
+    assert alone.means(1) == {"loss": 4.0}
+
+
+# ── numbers only ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_bad_addend_spoils_the_sum(bad: float) -> None:
+    sums = RunningSums(ALONE, "loss", "grad_norm")
+    for value in (1.0, bad, -bad, 2.0):
+        sums.add(loss=torch.tensor(1.0), grad_norm=torch.tensor(value))
+    with pytest.raises(Diverged, match=r"train/grad_norm is \S*(nan|inf) at step 4"):
+        sums.check(4)
+
+
+@pytest.mark.parametrize("part", ["net", "ema", "adamw", "best"])
+def test_no_part_that_is_not_finite_reaches_a_checkpoint(part: str, tmp_path: Path) -> None:
+    training = Training(tmp_path)
+    training.go(0, 3)
+    training.state.save(3)
+    tensor = {
+        "net": training.net[1].running_mean,
+        "ema": training.ema.average["0.weight"],
+        "adamw": training.optimizers["adamw"].state[training.net[0].weight]["exp_avg"],
+        "best": training.best.weights["0.weight"],
+    }[part]
+    tensor.data[0] = math.nan
+    with pytest.raises(Diverged, match=rf"{part}\.\S+ is not finite at step 4"):
+        training.state.save(4)
+    assert {name.partition("/")[0] for name in storage.list_sizes(str(tmp_path))} == {"step-00000003"}
+
+
+def test_integers_and_nothing_are_finite() -> None:
+    assert not_finite({}) is None
+    assert not_finite({"a": {"count": torch.tensor(3), "text": "nan"}}) is None
+    assert not_finite({"a": {"b": torch.tensor([1.0, math.inf])}}) == "a.b"
