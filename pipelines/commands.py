@@ -96,8 +96,10 @@ def generate(
 
 def mlflow_ui() -> None:
     """Keep MLflow and S3 running on what the runs left, until Ctrl-C."""
+    from pipelines.embedded.servers import link
+
     with _services() as environment:
-        print(f"MLflow is at {environment['MLFLOW_TRACKING_URI']}; Ctrl-C stops it", flush=True)
+        print(f"MLflow is at {link(environment)} ; Ctrl-C stops it", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             signal.pause()
 

@@ -124,18 +124,22 @@ def put_default(name: str, value: str) -> None:
 
 
 @contextmanager
-def within(values: Mapping[str, str]) -> Iterator[None]:
-    """Variables that are back to what they were after the block."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
+def within(values: Mapping[str, str | None]) -> Iterator[None]:
+    """Variables, unset where the value is None, that are back to what they were after the block."""
+
+    def put(values: Mapping[str, str | None]) -> None:
+        for name, value in values.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+    before = {name: os.environ.get(name) for name in values}
+    put(values)
+    try:
+        yield
+    finally:
+        put(before)
 
 
 def of_a_child(*changes: Mapping[str, str]) -> dict[str, str]:

@@ -26,7 +26,7 @@ from typing import IO
 
 POLL = 0.1  # seconds
 YOUNG = 10.0  # seconds; a server that ends sooner would end again
-PATIENCE = 5.0  # seconds that a server gets to stop
+PATIENCE = 3.0  # seconds that a server gets to stop; SeaweedFS may wait longer for connections of its own
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -47,6 +47,7 @@ def main(folder: Path) -> int:
         nonlocal stop
         stop = True
 
+    os.umask(0o077)
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with open(folder / "keeper.lock", "a+") as own, open(folder / "clients.lock", "a+") as clients:
@@ -81,7 +82,6 @@ def _start(server: dict[str, object], inherited: int) -> "subprocess.Popen[bytes
 
     return subprocess.Popen(
         server["command"],  # type: ignore[call-overload]
-        env={**os.environ, **server["environment"]},  # type: ignore[dict-item]
         stdin=subprocess.DEVNULL,
         pass_fds=[inherited],
         preexec_fn=die_with_me,

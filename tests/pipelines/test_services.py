@@ -18,8 +18,9 @@ import pytest
 
 from model.errors import UserError
 from model.plumbing import storage
-from model.plumbing.tracking import check_server
+from model.plumbing.tracking import check_server, mlflow_client
 from pipelines.embedded import services as module
+from pipelines.embedded.servers import S3Server, _weed
 from pipelines.embedded.services import services as start
 from tests import ROOT
 
@@ -36,7 +37,8 @@ def nothing_configured(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def s3_alone(servers: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where MLflow is configured, only S3 is started: quicker, where that is enough to see."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", servers["MLFLOW_TRACKING_URI"])
+    for name in ("URI", "USERNAME", "PASSWORD"):
+        monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", servers[f"MLFLOW_TRACKING_{name}"])
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def processes(state: Path) -> dict[int, str]:
                 surroundings = (folder / "environ").read_bytes().decode(errors="replace")
             except (FileNotFoundError, PermissionError, ProcessLookupError):
                 continue
-            ours = "weed" in command or "uvicorn" in command or "keeper.py" in command
+            ours = any(one in command for one in ("weed", "tracking_server", "keeper.py"))
             if ours and (str(state) in command or str(state) in surroundings):
                 found[int(folder.name)] = command
     return found
@@ -115,7 +117,7 @@ def test_they_work_on_loopback_and_go(state: Path) -> None:
         ]
         assert len(addresses) == 11
         assert all(address.startswith("127.0.0.1:") for address in addresses)
-        for secret in ("s3/credentials.json", "s3/s3.json", "s3/security.toml", "s3/server.json"):
+        for secret in ("s3/credentials.json", "s3/s3.json", "s3/tls.pem", "mlflow/credentials.json"):
             assert stat.S_IMODE((state / secret).stat().st_mode) == 0o600
         assert stat.S_IMODE((state / "s3").stat().st_mode) == 0o700
     assert eventually(lambda: processes(state) == {})
@@ -221,16 +223,64 @@ def works(check: Callable[[], None]) -> bool:
 
 
 def test_a_server_that_cannot_start_says_why(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: module.S3Server, folder: Path, ports: list[int]) -> tuple[list[str], dict[str, str]]:
-        return [module._weed(), "mini", "-no.such.option"], {}
+    def broken(self: S3Server, folder: Path, ports: list[int]) -> tuple[list[str], dict[str, str | None]]:
+        return [_weed(), "mini", "-no.such.option"], {}
 
-    monkeypatch.setattr(module.S3Server, "command", broken)
+    monkeypatch.setattr(S3Server, "command", broken)
     with (
         pytest.raises(UserError, match=r"SeaweedFS does not start: .* \(its log: .*/logs/s3.log\)"),
         start(state),
     ):
         pass
     assert eventually(lambda: processes(state) == {})
+
+
+def test_what_is_started_is_reached_whatever_the_environment_says_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nobody = "http://127.0.0.1:9"
+    config = tmp_path / "aws-config"
+    config.write_text(
+        f"[profile work]\nendpoint_url = {nobody}\nrole_arn = arn:aws:iam::1:role/x\nsource_profile = work\n"
+        "s3 =\n  use_accelerate_endpoint = true\n  addressing_style = virtual\n"
+    )
+    elsewhere = tmp_path / ".seaweedfs" / "security.toml"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text('[jwt.signing]\nkey = "of another cluster"\n')
+    said = {
+        "AWS_PROFILE": "work",
+        "AWS_CONFIG_FILE": str(config),
+        "AWS_SESSION_TOKEN": "of another account",
+        "AWS_ENDPOINT_URL": nobody,
+        "HOME": str(tmp_path),
+        "HTTP_PROXY": nobody,
+        "http_proxy": nobody,
+        "no_proxy": "intranet.example",
+        "MLFLOW_REGISTRY_URI": nobody,
+        "MLFLOW_S3_ENDPOINT_URL": nobody,
+        "MLFLOW_TRACKING_TOKEN": "of another server",
+        "WEED_JWT_SIGNING_KEY": "of another cluster",
+    }
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    with start(tmp_path / "state") as environment:
+        storage.write_bytes("s3://latent-gpt/kept", b"here")
+        assert storage.read_bytes("s3://latent-gpt/kept") == b"here"
+        client = mlflow_client()
+        run = client.create_run(client.create_experiment("e")).info.run_id
+        client.log_text(run, "hello", "hello.txt")
+        names = storage.list_sizes("s3://latent-gpt/mlflow")
+        assert [name.rpartition("/")[2] for name in names] == ["hello.txt"]
+        assert environment["NO_PROXY"] == "intranet.example,127.0.0.1"
+    assert {name: os.environ[name] for name in said} == said
+
+
+def test_any_folder_will_do_for_the_state(tmp_path: Path, s3_alone: None) -> None:
+    place = tmp_path / "a long path, for a job of 'CI': é 日本 #1 %2F what?" / ("deep" * 30)
+    with start(place):
+        storage.write_bytes("s3://latent-gpt/kept", b"here")
+        assert storage.read_bytes("s3://latent-gpt/kept") == b"here"
+    assert any((place / "s3/data").glob("*.dat"))
 
 
 def test_configured_services_are_used_and_checked(
@@ -266,8 +316,6 @@ def test_mlflow_alone_keeps_its_artifacts_in_the_configured_s3(
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     monkeypatch.setenv("LATENT_GPT_STORE", "s3://latent-gpt/elsewhere")
     with start(tmp_path):
-        from model.plumbing.tracking import mlflow_client
-
         client = mlflow_client()
         run = client.create_run(client.create_experiment("e")).info.run_id
         client.log_text(run, "hello", "hello.txt")
