@@ -12,14 +12,17 @@ import hmac
 import json
 import os
 import re
+import sqlite3
 import sys
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 DATABASE = "mlflow.db"
+PARTIAL = f".partial-{DATABASE}"
 USER = "latent-gpt"
 LOGIN = "/login"  # a page whose address holds a password may not ask for more; from here it goes on without
 LOOPBACK = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d+)?")  # with the port it may be forwarded from
@@ -60,11 +63,61 @@ class Guard:
         return 200, []
 
 
+def prepare(database: Path) -> None:
+    """See to it that a database has MLflow's present schema. It appears complete, or stays as it was.
+
+    One that cannot be brought there and holds no run is made anew: a first start that was killed left it.
+
+    Raises:
+        SystemExit: it cannot be brought there and may hold runs; says what to do.
+    """
+    from mlflow.store.db import utils
+
+    def opened(path: Path) -> Any:
+        return utils.create_sqlalchemy_engine(f"sqlite:///{path}")
+
+    partial = database.with_name(PARTIAL)
+    for left in database.parent.glob(f"{PARTIAL}*"):  # its journal, too
+        left.unlink()
+    if database.exists():
+        try:
+            engine = opened(database)
+            version = utils._get_schema_version(engine)
+            engine.dispose()
+            if version == utils._get_latest_schema_revision():
+                return
+            with closing(sqlite3.connect(database)) as old, closing(sqlite3.connect(partial)) as new:
+                old.backup(new)
+            utils._upgrade_db(opened(partial))
+            partial.replace(database)
+            return
+        except Exception as error:  # whatever its migrations raise
+            if _may_hold_runs(database):
+                said = " ".join(str(error).split())[:200]
+                raise SystemExit(
+                    f"error: {database.absolute()} cannot be brought to this MLflow's schema ({said});"
+                    " move it away to begin without what it holds"
+                ) from None
+            partial.unlink(missing_ok=True)
+    utils._initialize_tables(opened(partial))
+    partial.replace(database)
+
+
+def _may_hold_runs(database: Path) -> bool:
+    try:
+        with closing(sqlite3.connect(database)) as connection:
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+            return "runs" in tables and bool(connection.execute("SELECT 1 FROM runs").fetchone())
+    except sqlite3.DatabaseError:
+        return True
+
+
 def main(host: str, port: int) -> None:
     """Serve until somebody ends this process."""
     import uvicorn
     from mlflow.server import handlers
 
+    prepare(Path(DATABASE))
     # Before the first request: two early ones would otherwise set the same things up at the same time.
     store, root = os.environ["_MLFLOW_SERVER_FILE_STORE"], os.environ["_MLFLOW_SERVER_ARTIFACT_ROOT"]
     handlers.initialize_backend_stores(store, default_artifact_root=root)
