@@ -6,8 +6,8 @@ The specification, because other pixels give other codes:
 2. Fully decoded; a truncated file is bad. Of an animation the first frame. A JPEG whose sides are both at
    least four times the wanted size is decoded at the DCT scale (1/2, 1/4, 1/8) that leaves at least twice
    the wanted size, which the next reduction cannot tell from the full picture.
-3. EXIF orientation applied. Transparency over `background`; CMYK as Pillow converts it; of 16-bit samples the
-   high byte; colour profiles ignored.
+3. EXIF orientation applied where it can be read. Transparency over `background`; CMYK as Pillow converts it;
+   of 16-bit samples the high byte; colour profiles ignored.
 4. `fit: crop` cuts the centre square (offset rounded down), `pad` keeps all; then one antialiased bicubic
    reduction in 8-bit integers (torch's, equal to Pillow's within rounding, at three times its speed).
 """
@@ -21,12 +21,24 @@ import zlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, PngImagePlugin
 
 from model.config import Augment, DataConfig
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+ORIENTATION = 0x0112  # EXIF's tag
+TURNS = {  # that make its values upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
+# Drawing programs store whole workflows as text; 64 MiB of it, Pillow's own limit for all, is no damage.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
@@ -63,11 +75,18 @@ def decode(data: bytes, config: DataConfig) -> np.ndarray:
             if image.format == "JPEG":
                 image.draft(None, (2 * config.image_size, 2 * config.image_size))
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            pixels = _to_rgb(image, config.background)
+            pixels = _to_rgb(_upright(image), config.background)
         except Exception as error:  # whatever a decoder throws at a stranger's data
             raise BadImage(f"truncated or corrupt: {_first_line(error)}") from None
     return _resize(pixels, config)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # whatever a parser throws at a damaged block; the pixels are whole
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> np.ndarray:

@@ -17,19 +17,19 @@ import json
 import sqlite3
 import tarfile
 import tempfile
-import unicodedata
-from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Generator, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby, islice
+from itertools import count, groupby, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from model.config import DataConfig
 from model.data import sources
+from model.data.captions import clean_captions, damage, shown
 from model.data.sources import Record
 from model.errors import UserError
 from model.plumbing import speech, storage
@@ -39,9 +39,10 @@ from model.plumbing.speech import Progress
 
 SPLITS = ("train", "validation", "composition")
 QUARANTINE = "quarantine.jsonl"
-BATCH = 32  # pictures per task of a worker
+BATCH = 32  # pictures per task of a worker, at most
+BATCH_BYTES = 1 << 22  # of those, as they are found; fewer are taken when they are larger
+IN_FLIGHT = 1 << 28  # bytes of all tasks under way
 LISTED = 1000  # bad pictures that a refusal names one by one
-LONGEST_CAPTION = 1000  # characters; text encoders read some 300
 THREADS_ENOUGH = 4  # cores; with more, Python's lock holds threads up and processes pay for their start
 
 
@@ -73,11 +74,13 @@ def _ingest(config: DataConfig, writer: AssetWriter, scratch: Path) -> Manifest:
     journal = storage.join(writer.uri, "journal")
     finished = storage.list_uris(journal)
     shards: dict[str, int] = {}  # pictures in each tar
+    others: Counter[str] = Counter()
     total = sources.count(config.source)
     with (scratch / QUARANTINE).open("w", encoding="utf-8") as quarantine:
 
         def account(chunk: Chunk) -> None:
             counts.update(chunk.counts)
+            others.update(chunk.others)
             shards.update({file.name: chunk.counts[file.name.partition("-")[0]] for file in chunk.files})
             for entry in chunk.quarantined:
                 quarantine.write(json.dumps(entry, ensure_ascii=False) + "\n")
@@ -102,11 +105,13 @@ def _ingest(config: DataConfig, writer: AssetWriter, scratch: Path) -> Manifest:
                 account(chunk)
         _check_share(config, counts, counts["read"], scratch / QUARANTINE)
     if not counts["train"]:
-        raise Refused(f"data.source ({config.source.kind}) gave no picture to train on: {_tally(counts)}")
+        raise Refused(
+            f"data.source ({config.source.kind}) gave no picture to train on: {_tally(counts, others, total)}"
+        )
     progress.update(counts["read"])
-    speech.say("images", _tally(counts))
+    speech.say("images", _tally(counts, others, total))
     writer.add_file(QUARANTINE, scratch / QUARANTINE)
-    manifest = writer.finish({**counts, "image_size": config.image_size, "shards": shards})
+    manifest = writer.finish({**counts, "others": others, "image_size": config.image_size, "shards": shards})
     storage.delete_prefix(journal)
     return manifest
 
@@ -134,66 +139,88 @@ class Bad:
     reason: str
 
 
-def normalise(records: list[Record], config: DataConfig) -> list[Picture | Bad]:
+@dataclass(frozen=True, slots=True)
+class Others:
+    """No picture, but how many files of which kind are none."""
+
+    kinds: Counter[str]
+
+
+Outcome = Picture | Bad | Others
+
+
+def normalise(records: list[Record], config: DataConfig) -> list[Outcome]:
     """Judge and normalise records; what was lossy stays lossy (JPEG), what was not stays exact (PNG)."""
     return [_normalise(record, config) for record in records]
 
 
-def _normalise(record: Record, config: DataConfig) -> Picture | Bad:
+def _normalise(record: Record, config: DataConfig) -> Outcome:
     from model.data.images import BadImage, decode, encode, is_jpeg  # torch: a set that is found needs none
 
-    if record.problem:
-        return Bad(record.key, record.problem)
+    if record.others:
+        return Others(record.others)
+    name = shown(record.key)
     captions = clean_captions(record.captions)
-    if not captions:
-        return Bad(record.key, "no caption")
+    problem = record.problem or damage(record.captions) or ("" if captions else "no caption")
+    if problem:
+        return Bad(name, shown(problem))
     try:
         pixels = decode(record.image, config)
     except BadImage as error:
-        return Bad(record.key, str(error))
+        return Bad(name, shown(str(error)))
     content = hashlib.sha256(pixels.data).digest()[:16]
     suffix, data = encode(pixels, lossless=not is_jpeg(record.image))
-    return Picture(content, suffix, data, captions, record.composition, record.key)
-
-
-def clean_captions(captions: Iterable[Any]) -> list[str]:
-    """Captions worth keeping: normalised (NFC), without control characters, cut at 1000, each once."""
-    return list(dict.fromkeys(text for caption in captions if (text := _clean(caption))))
-
-
-def _clean(caption: Any) -> str:
-    if not isinstance(caption, str):
-        return ""
-    text = unicodedata.normalize("NFC", caption[: 4 * LONGEST_CAPTION])
-    plain = "".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
-    return " ".join(plain.split())[:LONGEST_CAPTION].rstrip()
+    return Picture(content, suffix, data, captions, record.composition, name)
 
 
 def _chunks(
     records: Iterator[Record], config: DataConfig, first: int
-) -> Generator[tuple[int, Iterator[Picture | Bad]], None, None]:
+) -> Generator[tuple[int, Iterator[Outcome]], None, None]:
     """Outcomes of each chunk of records, in order, worked out on all cores ahead of their use."""
 
+    flying: deque[int] = deque()  # bytes of each task under way
+
     def batches() -> Iterator[tuple[int, list[Record]]]:
-        number = first
-        while True:
+        for number in count(first):
             chunk = islice(records, config.shard_images)
             empty = True
-            while batch := list(islice(chunk, BATCH)):
+            while batch := _batch(chunk):
                 empty = False
+                size = sum(map(_size, batch))
+                while sum(flying) + size > IN_FLIGHT:
+                    flying.append(0)
+                    yield number, []  # nothing, until an older one has landed
+                flying.append(size)
                 yield number, batch
             if empty:
                 return
-            number += 1
+
+    def landed() -> Iterator[tuple[int, list[Outcome]]]:
+        for result in parallel_map(partial(_work, config=config), batches(), threads=threads):
+            flying.popleft()
+            yield result
 
     threads = cores() <= THREADS_ENOUGH
     with single_threaded() if threads else nullcontext():
-        results = parallel_map(partial(_work, config=config), batches(), threads=threads)
-        for number, group in groupby(results, key=itemgetter(0)):
+        for number, group in groupby(landed(), key=itemgetter(0)):
             yield number, (outcome for _, outcomes in group for outcome in outcomes)
 
 
-def _work(task: tuple[int, list[Record]], config: DataConfig) -> tuple[int, list[Picture | Bad]]:
+def _batch(records: Iterator[Record]) -> list[Record]:
+    """A task for a worker; empty when there are no more records."""
+    batch: list[Record] = []
+    size = 0
+    while len(batch) < BATCH and size < BATCH_BYTES and (record := next(records, None)):
+        batch.append(record)
+        size += _size(record)
+    return batch
+
+
+def _size(record: Record) -> int:
+    return len(record.image) + sum(len(caption) for caption in record.captions if isinstance(caption, str))
+
+
+def _work(task: tuple[int, list[Record]], config: DataConfig) -> tuple[int, list[Outcome]]:
     return task[0], normalise(task[1], config)
 
 
@@ -208,6 +235,7 @@ class Chunk:
     files: list[File]
     hashes: list[bytes]  # contents that are now part of the set
     quarantined: list[dict[str, str]]
+    others: Counter[str]  # files that are no pictures, by kind
 
     def to_json(self) -> bytes:
         """For the journal."""
@@ -217,6 +245,7 @@ class Chunk:
                 "files": [file.model_dump() for file in self.files],
                 "hashes": [content.hex() for content in self.hashes],
                 "quarantined": self.quarantined,
+                "others": self.others,
             }
         ).encode()
 
@@ -229,6 +258,7 @@ class Chunk:
             [File.model_validate(file) for file in values["files"]],
             [bytes.fromhex(content) for content in values["hashes"]],
             values["quarantined"],
+            Counter(values["others"]),
         )
 
 
@@ -245,7 +275,7 @@ class Entry:
 
 
 def _pack(
-    outcomes: Iterator[Picture | Bad],
+    outcomes: Iterator[Outcome],
     number: int,
     config: DataConfig,
     writer: AssetWriter,
@@ -259,9 +289,12 @@ def _pack(
     A duplicate within the chunk adds its captions to the first; one of an earlier chunk is left out.
     """
     entries: dict[bytes, Entry] = {}
-    chunk = Chunk(Counter(), [], [], [])
+    chunk = Chunk(Counter(), [], [], [], Counter())
     with tempfile.TemporaryFile(dir=scratch) as spool:
         for outcome in outcomes:
+            if isinstance(outcome, Others):
+                chunk.others.update(outcome.kinds)
+                continue
             chunk.counts["read"] += 1
             if isinstance(outcome, Bad):
                 chunk.counts["quarantined"] += 1
@@ -358,5 +391,11 @@ def _check_share(config: DataConfig, counts: Counter[str], total: int, quarantin
     )
 
 
-def _tally(counts: Counter[str]) -> str:
-    return ", ".join(f"{counts[name]} {name}" for name in ("read", *SPLITS, "duplicates", "quarantined"))
+def _tally(counts: Counter[str], others: Counter[str], announced: int) -> str:
+    """What became of all; `announced` is what the source said of itself, 0 if nothing."""
+    tally = ", ".join(f"{counts[name]} {name}" for name in ("read", *SPLITS, "duplicates", "quarantined"))
+    if announced > counts["read"]:
+        tally += f"; the source announces {announced}"
+    if others:
+        tally += f"; not pictures: {', '.join(f'{n} {kind}' for kind, n in others.most_common())}"
+    return tally

@@ -16,6 +16,7 @@ import hashlib
 import io
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -325,6 +326,23 @@ def fingerprint(uri: str, suffixes: tuple[str, ...]) -> str:
     if not found:
         raise NotFound(f"{uri} holds nothing that ends in {' or '.join(suffixes)}")
     return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()
+
+
+def mark(uri: str) -> str:
+    """What changes with a stored object, without reading it: its ETag on S3, size and time of change here.
+
+    Raises:
+        NotFound: nothing is there.
+        UserError: it is no regular file.
+    """
+    with _explained(uri):
+        if is_s3(uri):
+            bucket, key = split(uri)
+            return client().head_object(Bucket=bucket, Key=key)["ETag"]
+        status = os.stat(uri)
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{uri} is not a regular file")
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def checksum_error(uri: str, found: str, expected: str) -> Damaged:

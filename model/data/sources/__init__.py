@@ -6,18 +6,31 @@ format allows. `fingerprint(config)` says in a few bytes what it will yield, so 
 source is found again, and refuses a source that is not there. Pictures are passed on as the bytes that were
 found, and only `model.data.images` judges them; sources that draw theirs draw them for a wanted `side`. Where
 no picture has to be read to know, `count(config)` says how many records there are.
+
+One rule for what is found: it is a picture, and ends in the set or in quarantine with its reason; or it says
+what a picture shows; or it is counted among `others`. What is hidden (.name) is not looked at. Only regular
+files are opened, and sizes are looked at before anything is read.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import PurePosixPath
 from types import ModuleType
 
 from model.config import Source
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of picture files; others in a folder or tar are not looked at
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of picture files
+# Of files that are pictures where they have a caption; what is in them decides whether they can be read.
+OTHER_SUFFIXES = (
+    *(".apng", ".arw", ".avif", ".bmp", ".cr2", ".dng", ".gif", ".heic", ".heif", ".ico", ".jfif", ".jp2"),
+    *(".jpe", ".jxl", ".nef", ".pbm", ".pgm", ".pnm", ".ppm", ".psd", ".svg", ".tga", ".tif", ".tiff"),
+)
+LARGEST_PICTURE = 128 << 20  # bytes of a picture's file; larger ones are quarantined and not read
+KINDS = 50  # of other files that are told apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +42,9 @@ class Record:
     captions: list[str] = field(default_factory=list)  # as found; `model.data.ingest` cleans them
     composition: bool = False  # a combination that training must not see
     problem: str = ""  # why the source could not even read it; such a record is quarantined
+    others: Counter[str] = field(
+        default_factory=Counter
+    )  # no picture, but how many files of which kind are none
 
 
 def iterate(config: Source, side: int, start: int = 0) -> Iterator[Record]:
@@ -55,6 +71,22 @@ def count(config: Source) -> int:
     """How many records a source has; 0 where only reading them would tell."""
     known = getattr(_module(config), "count", None)
     return known(config) if known else 0
+
+
+def suffix(name: str) -> str:
+    """The last suffix of a file's name, in lower case."""
+    return PurePosixPath(name).suffix.lower()
+
+
+def pass_over(others: Counter[str], kind: str) -> None:
+    """Count a file that is no picture; kinds without end share a name."""
+    kind = kind or "files without suffix"
+    others[kind if kind in others or len(others) < KINDS else "files of other kinds"] += 1
+
+
+def too_large(size: int, most: int) -> str:
+    """The reason of a file that is not read."""
+    return f"{size:,} bytes, more than the {most:,} that are read"
 
 
 def _module(config: Source) -> ModuleType:

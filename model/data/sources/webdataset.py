@@ -1,30 +1,57 @@
 """Tar shards as img2dataset writes them, local or in S3, read as streams.
 
-A sample is the files that share a name: a picture, and its captions in `.txt` (one per line) or under
-`captions` or `caption` in `.json`. Samples before the place where a shard breaks off are used; the break is
-quarantined under the shard's name.
+A sample is the files that share a name up to its last dot: a picture, the first if there are more, and its
+captions in `.txt` or under `captions` or `caption` in `.json`. A text that the JSON holds too is one caption;
+of any other, each line is one. `000.seg.png` is a part of the sample `000`, unless it has its own captions.
+
+Files of a sample need not be neighbours: what is incomplete waits until the shard ends, its picture on disk.
+Samples before the place where a shard breaks off are used; the break is quarantined under the shard's name.
 """
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
 import json
+import lzma
+import os
 import tarfile
+import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import IO, Any, BinaryIO, NamedTuple
 
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from model.config import WebDatasetSource
-from model.data.sources import SUFFIXES, Record
+from model.data.captions import LARGEST_TEXT, as_list, clean_captions, decode, lines, lookup, parse
+from model.data.sources import (
+    LARGEST_PICTURE,
+    OTHER_SUFFIXES,
+    SUFFIXES,
+    Record,
+    pass_over,
+    suffix,
+    too_large,
+)
 from model.errors import UserError
 from model.plumbing import storage
 
-HEAD = 1 << 16  # bytes of each shard that enter the fingerprint, with its size
 SIDE_BY_SIDE = 16  # shards looked at together
+PAX_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+LARGEST_UNPACKED = 1 << 30  # bytes of a member of a compressed shard: to pass over it, it has to be unpacked
+BLOCK = 512  # bytes of a header
+LARGEST_HEADER = 1 << 18  # bytes of a header that extends another
+XZ_MEMORY = 1 << 28  # bytes that unpacking may take
+TAIL = 1 << 26  # bytes behind the end of an archive that are looked at
+MOST_WAITING = 1 << 17  # samples that are not complete
+MOST_TEXT = 1 << 26  # characters of their captions
+MOST_SPOOLED = 1 << 33  # bytes of their pictures, on disk
+TEXTS = (".txt", ".json")
 
 
 def iterate(config: WebDatasetSource, side: int, start: int = 0) -> Iterator[Record]:
@@ -33,11 +60,12 @@ def iterate(config: WebDatasetSource, side: int, start: int = 0) -> Iterator[Rec
 
 
 def fingerprint(config: WebDatasetSource) -> str:
-    """A hash over every shard's name, size and first 64 KiB."""
+    """A hash over every shard's name and mark."""
     digest = hashlib.sha256()
+    uris = _uris(config)
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-        for mark in pool.map(_mark, _uris(config)):
-            digest.update(mark)
+        for uri, mark in zip(uris, pool.map(storage.mark, uris), strict=True):
+            digest.update(f"{uri}\0{mark}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -52,12 +80,12 @@ def _samples(uri: str) -> int:
     try:
         stats = json.loads(storage.read_bytes(f"{uri.removesuffix('.tar')}_stats.json"))
         return int(stats["successes"])
-    except (UserError, ValueError, KeyError, TypeError, OverflowError):
+    except (UserError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return 0  # another program's shards, or none of our business: pictures are judged without it
 
 
 def _uris(config: WebDatasetSource) -> list[str]:
-    uris = list(expand_urls(config.urls))
+    uris = [os.path.expanduser(uri) for uri in expand_urls(config.urls)]
     if not all(uri.endswith(".tar") for uri in uris):
         raise UserError(
             f"data.source.urls: {config.urls} must name .tar shards, e.g. s3://b/p/{{000..999}}.tar"
@@ -65,46 +93,265 @@ def _uris(config: WebDatasetSource) -> list[str]:
     return uris
 
 
-def _mark(uri: str) -> bytes:
-    with storage.open_read(uri) as stream:
-        head = stream.read(HEAD)
-        size = stream.seek(0, 2)
-    return f"{uri}\0{size}\0{hashlib.sha256(head).hexdigest()}\n".encode()
+# ── members of a tar ────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Header(tarfile.TarInfo):
+    """A header that is refused where Python's would end the archive in silence, or read without bounds."""
+
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> _Header:
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if len(buf) == BLOCK and not any(buf):  # the end, as it should be
+                raise
+            raise tarfile.ReadError(str(error)) from None
+        plain = header.isreg() or header.type not in tarfile.SUPPORTED_TYPES + PAX_TYPES
+        if header.size < 0 or (not plain and header.size > LARGEST_HEADER):
+            raise tarfile.ReadError(f"a header announces {header.size:,} bytes")
+        return header
+
+    def _sparse(self, *_: Any) -> None:
+        raise tarfile.ReadError("sparse members are not read")
+
+    _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _sparse
+
+
+class _Member(NamedTuple):
+    name: str
+    size: int
+    kind: str  # its suffix
+    data: bytes  # of pictures and captions, unless they are too large
+
+
+def _members(stream: BinaryIO) -> Iterator[_Member]:
+    """Members in their order.
+
+    Raises:
+        tarfile.ReadError: the archive breaks off.
+    """
+    try:
+        unpacked, packed = _unpacked(stream)
+        with tarfile.open(fileobj=unpacked, mode="r:", tarinfo=_Header) as archive:
+            while member := archive.next():
+                archive.members = []  # type: ignore[attr-defined]  # or they are all held
+                if member.size < 0 or archive.offset <= member.offset:
+                    raise tarfile.ReadError("damaged header: the archive leads back into itself")
+                if packed and member.size > LARGEST_UNPACKED:
+                    raise tarfile.ReadError(f"{member.name} unpacks to {member.size:,} bytes")
+                kind = suffix(member.name) if member.isreg() else "links and special files"
+                data = b""
+                if member.size <= _most(kind):
+                    unpacked.seek(member.offset_data)
+                    data = unpacked.read(member.size)
+                    if len(data) < member.size:
+                        raise tarfile.ReadError("unexpected end of data")
+                if not member.isdir():
+                    yield _Member(member.name, member.size, kind, data)
+            unpacked.seek(archive.offset)
+            for _ in range(0, TAIL, storage.MIB):
+                if (block := unpacked.read(storage.MIB)).count(0) < len(block):
+                    raise tarfile.ReadError("what follows its end is not read (two tars in one file?)")
+    except (UserError, tarfile.ReadError):
+        raise
+    except Exception as error:  # whatever a parser throws at a stranger's tar
+        raise tarfile.ReadError(str(error) or type(error).__name__) from None
+
+
+def _unpacked(stream: BinaryIO) -> tuple[Any, bool]:
+    """The archive, and whether it is compressed. (`tarfile` itself would unpack any amount at once.)"""
+    head = stream.read(1024)
+    stream.seek(0)
+    if head.startswith(b"\x1f\x8b"):
+        return gzip.GzipFile(fileobj=stream), True
+    if head.startswith(b"BZh"):
+        return bz2.BZ2File(stream), True
+    if head.startswith(b"\xfd7zXZ"):
+        lzma.LZMADecompressor(memlimit=XZ_MEMORY).decompress(head, max_length=1)
+        return lzma.LZMAFile(stream), True
+    return stream, False
+
+
+def _most(kind: str) -> int:
+    """Bytes of a member that are read at most; -1 where nobody needs any."""
+    if kind in TEXTS:
+        return LARGEST_TEXT
+    return LARGEST_PICTURE if kind in SUFFIXES + OTHER_SUFFIXES else -1
+
+
+# ── members to samples ──────────────────────────────────────────────────────────────────────────────────
 
 
 def _shard(uri: str) -> Iterator[Record]:
-    problem = ""
-
-    def files(stream: Any) -> Iterator[dict[str, Any]]:
-        nonlocal problem
+    with storage.open_read(uri) as stream, tempfile.TemporaryFile() as spool:
+        samples = _Samples(spool)
+        problem = ""
         try:
-            for file in tar_file_iterator(stream):
-                yield file | {"__url__": uri}
-        except tarfile.TarError as error:  # what was read before it is whole
+            for member in _members(stream):
+                yield from samples.add(member)
+        except tarfile.ReadError as error:  # what was read before it is whole
             problem = f"the tar breaks off: {error}"
-
-    count = 0
-    with storage.open_read(uri) as stream:
-        try:
-            for sample in group_by_keys(files(stream)):
-                count += 1
-                yield _record(sample)
-        except ValueError as error:  # two files of one name: samples can no longer be told apart
-            problem = f"after {count} samples: {error.args[0]}"
-    if problem:
-        yield Record(uri, b"", problem=problem)
+        yield from samples.rest()
+        if problem:
+            yield Record(uri, b"", problem=problem)
+        if samples.others:
+            yield Record(uri, b"", others=samples.others)
 
 
-def _record(sample: dict[str, Any]) -> Record:
-    image = next((data for name, data in sample.items() if f".{name}" in SUFFIXES), None)
-    captions = sample.get("txt", b"").decode("utf-8", "replace").splitlines()
-    try:
-        notes = json.loads(sample.get("json", b"{}"))
-    except ValueError:
-        notes = {}
-    if isinstance(notes, dict):
-        more = notes.get("captions") or notes.get("caption") or []
-        captions += more if isinstance(more, list) else [more]
-    if image is None:
-        return Record(sample["__key__"], b"", captions, problem="no picture beside its other files")
-    return Record(sample["__key__"], image, captions)
+@dataclass
+class _Sample:
+    """Files that share a name."""
+
+    name: str
+    kind: str = ""  # of its picture; "" where there is none yet
+    image: bytes = b""
+    spooled: tuple[int, int] | None = None  # where the picture waits, and its size
+    texts: list[str] = field(default_factory=list)
+    notes: list[Any] = field(default_factory=list)  # captions of its JSON
+    problem: str = ""
+
+    @property
+    def group(self) -> str:
+        """Its name up to the first dot."""
+        folder, slash, name = self.name.rpartition("/")
+        return folder + slash + name.partition(".")[0]
+
+    @property
+    def size(self) -> int:
+        """Characters of its captions."""
+        return sum(map(len, self.texts)) + sum(len(note) for note in self.notes if isinstance(note, str))
+
+    @property
+    def captioned(self) -> bool:
+        return bool(self.texts or self.notes or self.problem)
+
+    def add(self, member: _Member) -> None:
+        """A picture or a caption."""
+        if member.size > _most(member.kind):
+            self.problem = f"{member.kind}: {too_large(member.size, _most(member.kind))}"
+        if member.kind not in TEXTS:
+            self.kind, self.image, self.spooled = member.kind, member.data, None
+        elif member.kind == ".txt":
+            self.texts.append(decode(member.data))
+        elif not self.problem:
+            try:
+                notes = parse(decode(member.data))
+            except ValueError as error:
+                self.problem = f"its .json is not valid JSON: {error}"
+                return
+            for name in ("captions", "caption"):
+                found = lookup(notes, [name]) if isinstance(notes, dict) else None
+                if found and found[1]:
+                    self.notes += as_list(found[1])
+                    break
+
+    def record(self, image: bytes, problem: str = "") -> Record:
+        """The finished sample."""
+        said = set(clean_captions(self.notes))
+        found: list[Any] = []
+        for text in self.texts:
+            told = lines(text.strip())
+            if len(told) == 1 or not said.intersection(clean_captions([text])):
+                found += told
+        return Record(self.name, image, found + self.notes, problem=self.problem or problem)
+
+
+class _Samples:
+    """Puts the members of a shard together."""
+
+    def __init__(self, spool: IO[bytes]) -> None:
+        self.others: Counter[str] = Counter()
+        self._spool = spool
+        self._group = ""
+        self._near: dict[str, _Sample] = {}  # of the group that is being read
+        self._near_bytes = 0
+        self._waiting: dict[str, _Sample] = {}  # incomplete ones of others
+        self._text = 0  # characters of their captions
+        self._done: set[int] = set()  # hashes of names: a hostile shard has millions
+
+    def add(self, member: _Member) -> Iterator[Record]:
+        """Take a member; yields what is complete now."""
+        if any(part.startswith(".") and part != "." for part in member.name.split("/")):
+            return
+        if _most(member.kind) < 0:
+            pass_over(self.others, member.kind)
+            return
+        name = member.name[: -len(member.kind)]
+        group = _Sample(name).group
+        if group != self._group or self._near_bytes > LARGEST_PICTURE:
+            yield from self._settle()
+            self._group = group
+        self._near_bytes += len(member.data)
+        sample = self._near.get(name)
+        if sample is None:
+            if hash(name) in self._done:
+                yield Record(member.name, b"", problem="its sample was complete before; sort the tar by name")
+                return
+            sample = self._near[name] = self._called(name) or _Sample(name)
+        if member.kind in TEXTS or not sample.kind:
+            sample.add(member)
+        elif member.kind == sample.kind:
+            yield Record(member.name, b"", problem="a second file of this name")
+        else:
+            pass_over(self.others, "further pictures of a sample")
+
+    def rest(self) -> Iterator[Record]:
+        """What the shard ends with: samples that stayed incomplete."""
+        yield from self._settle()
+        dotted = Counter(sample.group for sample in self._waiting.values() if sample.kind)
+        for name in list(self._waiting):
+            sample = self._called(name)
+            if sample and sample.kind and sample.group != name:
+                whole = self._waiting.get(sample.group)
+                if hash(sample.group) in self._done or (whole and whole.kind):
+                    pass_over(self.others, "parts of a sample")
+                    continue
+                if dotted[sample.group] == 1 and (text := self._called(sample.group)):
+                    sample.texts, sample.notes, sample.problem = text.texts, text.notes, text.problem
+            if sample:
+                yield from self._incomplete(sample)
+
+    def _settle(self) -> Iterator[Record]:
+        """What is complete goes out; the rest waits, but not without end."""
+        for name, sample in self._near.items():
+            if sample.kind and sample.captioned:
+                self._done.add(hash(name))
+                yield sample.record(self._image(sample))
+                continue
+            if sample.image:
+                sample.spooled = (self._spool.seek(0, os.SEEK_END), len(sample.image))
+                self._spool.write(sample.image)
+                sample.image = b""
+            self._waiting[name] = sample
+            self._text += sample.size
+            while (
+                len(self._waiting) > MOST_WAITING
+                or self._text > MOST_TEXT
+                or self._spool.tell() > MOST_SPOOLED
+            ):
+                name, oldest = next(iter(self._waiting.items()))
+                self._called(name)
+                yield from self._incomplete(oldest, "what belongs to it is not near it; sort the tar by name")
+        self._near.clear()
+        self._near_bytes = 0
+
+    def _called(self, name: str) -> _Sample | None:
+        """Take a sample out of those that wait."""
+        if sample := self._waiting.pop(name, None):
+            self._text -= sample.size
+        return sample
+
+    def _incomplete(self, sample: _Sample, problem: str = "") -> Iterator[Record]:
+        if not sample.kind and sample.captioned:
+            yield sample.record(b"", problem or "no picture beside its other files")
+        elif sample.kind in SUFFIXES or (sample.kind and sample.captioned):
+            yield sample.record(self._image(sample), problem)
+        else:
+            pass_over(self.others, sample.kind or ".json")
+
+    def _image(self, sample: _Sample) -> bytes:
+        if not sample.spooled:
+            return sample.image
+        self._spool.seek(sample.spooled[0])
+        return self._spool.read(sample.spooled[1])
