@@ -262,7 +262,7 @@ def test_sigkill_at_any_instant(store):
     everything = {uri: storage.read_bytes(uri) for uri in storage.list_uris(whole.uri)}
     storage.delete_prefix(whole.uri)
     program = (
-        "import sys; from model.config import DataConfig; from model.data.ingest import ingest;"
+        "import sys; from model.config import DataConfig; from tests.instances import ingest;"
         " ingest(DataConfig.model_validate_json(sys.argv[1]))"
     )
     kills = 0
@@ -279,6 +279,7 @@ def test_sigkill_at_any_instant(store):
         time.sleep(0.1 + 0.07 * kills)
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
+        assert process.returncode in (0, -signal.SIGKILL)
         if process.returncode == 0 or kills == 4:
             break
     assert kills >= 2

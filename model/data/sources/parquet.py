@@ -152,8 +152,8 @@ def rows(
         batch_rows = _rows_at_once(table.metadata.row_group(group), file, where, columns)
         for batch in table.iter_batches(batch_rows, row_groups=[group], columns=columns):
             first, start = min(start, len(batch)), max(0, start - len(batch))
-            for row in range(first, len(batch)):
-                yield {name: batch.column(name)[row] for name in columns}
+            for row in zip(*(batch.column(name)[first:] for name in columns), strict=True):
+                yield dict(zip(columns, row, strict=True))
 
 
 def plain(scalar: pa.Scalar, most: int) -> Any:
