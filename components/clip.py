@@ -11,7 +11,8 @@ from components.step import IMAGE
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def text(config: str, run: str, images: dsl.Input[dsl.Dataset], text: dsl.Output[dsl.Model]) -> None:
     """The text encoder: it sees the training pictures alone."""
-    from components.step import make, step, write
+    from components.artifacts import make, write
+    from components.step import step
 
     with step("text", run):
         write(make("text", config, run, images=images), text)
@@ -20,7 +21,8 @@ def text(config: str, run: str, images: dsl.Input[dsl.Dataset], text: dsl.Output
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def judge(config: str, run: str, images: dsl.Input[dsl.Dataset], judge: dsl.Output[dsl.Model]) -> None:
     """The judge: it must recognise what the generator was never shown."""
-    from components.step import make, step, write
+    from components.artifacts import make, write
+    from components.step import step
 
     with step("judge", run):
         write(make("judge", config, run, images=images), judge)

@@ -19,7 +19,8 @@ def evaluation(
     report: dsl.Output[dsl.HTML],
 ) -> None:
     """Metrics on held-out pictures, sample grids, curves and lineage in one self-contained page."""
-    from components.step import read, step, write
+    from components.artifacts import read, write
+    from components.step import step
 
     with step("evaluation", run):
         from pathlib import Path

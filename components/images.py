@@ -8,7 +8,8 @@ from components.step import IMAGE
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def images(config: str, run: str, images: dsl.Output[dsl.Dataset]) -> None:
     """Validate, normalise, split and shard; bad pictures are quarantined with their reasons."""
-    from components.step import alone, step, write
+    from components.artifacts import write
+    from components.step import alone, step
 
     with step("images", run):
         from model.config import parse_config

@@ -12,7 +12,8 @@ def register(
     evaluation: dsl.Input[dsl.Artifact],
 ) -> str:
     """Log the model as a pyfunc that loads without pickle; returns what was registered, as JSON."""
-    from components.step import alone, read, step
+    from components.artifacts import read
+    from components.step import alone, step
 
     with step("register", run):
         from components.registration import register_model

@@ -11,13 +11,9 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError
 from model.plumbing import environment, outcome, speech
-
-if TYPE_CHECKING:
-    from model.plumbing.assets import Kind, Manifest
 
 IMAGE = environment.IMAGE.get()  # of every step; by digest on a cluster
 
@@ -73,29 +69,3 @@ def alone(name: str, work: str) -> Iterator[None]:
             speech.say(name, "waits for another run that does the same")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def make(kind: Kind, config: str, run: str, **inputs: Any) -> Manifest:
-    """Make the asset of a kind from the artifacts of others, by a job; or find it made."""
-    from components.launch import launch
-    from model import steps
-    from model.config import parse_config
-
-    found = {name: read(artifact) for name, artifact in inputs.items()}
-    return launch(steps.job(kind, parse_config(config), run, found))
-
-
-def write(manifest: Manifest, artifact: Any) -> None:
-    """Make a KFP artifact stand for an asset: its file is the manifest, its metadata what the UI shows."""
-    Path(artifact.path).write_text(manifest.model_dump_json(indent=2))
-    artifact.metadata["asset"] = manifest.uri
-    for name, value in manifest.info.items():
-        if isinstance(value, int | float | str):
-            artifact.metadata[name] = value
-
-
-def read(artifact: Any) -> Manifest:
-    """The asset that a KFP artifact stands for."""
-    from model.plumbing.assets import Manifest
-
-    return Manifest.model_validate_json(Path(artifact.path).read_text())

@@ -10,7 +10,8 @@ def tokenizer(
     config: str, run: str, images: dsl.Input[dsl.Dataset], tokenizer: dsl.Output[dsl.Model]
 ) -> None:
     """Train the VQ-VAE that the config describes, or import the pretrained one it names."""
-    from components.step import make, step, write
+    from components.artifacts import make, write
+    from components.step import step
 
     with step("tokenizer", run):
         from model.config import parse_config

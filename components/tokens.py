@@ -15,7 +15,8 @@ def tokens(
     tokens: dsl.Output[dsl.Dataset],
 ) -> None:
     """Write token shards that the trainer reads without touching a picture again."""
-    from components.step import make, step, write
+    from components.artifacts import make, write
+    from components.step import step
 
     with step("tokens", run):
         write(make("tokens", config, run, images=images, tokenizer=tokenizer, text=text), tokens)

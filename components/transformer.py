@@ -15,7 +15,8 @@ def transformer(
     transformer: dsl.Output[dsl.Model],
 ) -> None:
     """Train as a job of as many processes as the config asks for."""
-    from components.step import make, step, write
+    from components.artifacts import make, write
+    from components.step import step
 
     with step("transformer", run):
         made = make("transformer", config, run, tokens=tokens, text=text, tokenizer=tokenizer)
