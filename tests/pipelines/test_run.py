@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +17,7 @@ from model.plumbing import outcome
 from model.plumbing.outcome import JobFailed, Outcome
 from pipelines.run import _new_folder, _why, state_folder
 from pipelines.terminal import Follower
+from tests import ROOT
 
 
 def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
@@ -57,3 +64,47 @@ def test_where_no_step_says_why_the_last_line_of_the_log_does(
     tmp_path: Path, running: str, last: str, why: str
 ) -> None:
     assert _why(Follower([], running=running, last=last), tmp_path, 1) == why.format(folder=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("victim", "why"),
+    [
+        (
+            "model.training.vqvae",
+            r"tokenizer failed: process \d was killed \(SIGKILL; most often the machine",
+        ),
+        ("kfp.dsl.executor_main", r"tokenizer stopped \(status 1\): "),
+    ],
+    ids=["a process of its job", "the step itself"],
+)
+def test_a_run_whose_step_is_killed_says_so(
+    tmp_path: Path, services: dict[str, str], victim: str, why: str
+) -> None:
+    command = [sys.executable, "-m", "pipelines.cli", "run", "--preset", "smoke", "--set", "transformer=null"]
+    command += ["--set", "tokenizer.training.steps=100000"]
+    environment = {**os.environ, **services, "LATENT_GPT_STATE": str(tmp_path / "state")}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout
+        assert run.stderr
+        for line in run.stdout:
+            if re.search(r"step \d+/100000", line):
+                break
+        os.kill(process(victim, of=tmp_path), signal.SIGKILL)
+        (said,) = run.stderr.read().splitlines()
+        assert run.wait(60) == 2
+    assert re.match(f"error: {why}", said)
+    assert f"; see {tmp_path}/state/runs/" in said
+
+
+def process(module: str, of: Path) -> int:
+    """The process that runs a module for a state folder; the last that was started."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            told = (folder / "environ").read_bytes()
+            if module.encode() in (folder / "cmdline").read_bytes().split(b"\0") and str(of).encode() in told:
+                found.append(int(folder.name))
+    return max(found)
