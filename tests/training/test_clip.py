@@ -20,6 +20,11 @@ from model.training import clip
 from tests.instances import config, ingest, make, make_in_rank
 from tests.ranks import two_ranks
 
+GOLDEN = {  # train/loss of `run_config()`, mean of four steps each
+    "text": [3.4453, 2.7737, 2.7729, 2.7727],
+    "judge": [3.6717, 2.7721, 2.7635, 2.7439],
+}
+
 
 def run_config(**training: object) -> RunConfig:
     """Shapes of 16 px and a CLIP of a few thousand weights (beside its vocabulary)."""
@@ -51,8 +56,10 @@ def test_roles_are_two_models_that_load_through_one_door(store: str) -> None:
     assert text.uri != judge.uri
     assert "retrieval" in text.info
     assert "retrieval_seen" in judge.info
-    losses = [value for _, value in history(text)["train/loss"]]
-    assert losses[-1] < losses[0]
+    for made in (text, judge):
+        losses = [value for _, value in history(made)["train/loss"]]
+        assert losses[-1] < losses[0]
+        assert losses == pytest.approx(GOLDEN[made.kind], abs=1e-2)
     encoder = load_text_encoder(text.uri)
     states, mask = encoder.encode(encoder.tokenize(["a red circle"]))
     assert states.shape == (1, 24, 32)

@@ -125,6 +125,17 @@ def test_it_learns_the_captions_and_keeps_its_losses(store: str) -> None:
     assert not list(Path(made.uri).glob("checkpoints/**/*.safetensors"))
 
 
+def test_the_tokenizer_is_loaded_once_however_often_samples_are_shown(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Path] = []
+    load = transformer.load_tokenizer
+    monkeypatch.setattr(transformer, "load_tokenizer", lambda path: (loaded.append(path), load(path))[1])
+    run = run_config(steps=4, eval_every=1)
+    assert [step for step, _ in history(fit(run, publish(run)))["validation/nll"]] == [1, 2, 3, 4]
+    assert len(loaded) == 1
+
+
 def test_the_last_weights_are_kept_where_the_config_says_so(
     store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

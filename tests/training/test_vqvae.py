@@ -54,6 +54,14 @@ EVERYTHING = (  # all that a checkpoint has to hold
 )
 
 
+GOLDEN = [1.0033, 0.9160, 0.8863]  # train/loss of `EVERYTHING`, means of four, four and one steps
+
+
+def test_it_keeps_its_losses(store: str) -> None:
+    losses = [value for _, value in history(run_job(spec_of(config(*EVERYTHING))))["train/loss"]]
+    assert losses == pytest.approx(GOLDEN, abs=1e-2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("crash", [2, 3, 8])  # before the first checkpoint, right after it, near the end
 def test_a_killed_job_ends_as_if_nothing_had_happened(
