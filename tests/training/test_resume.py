@@ -67,7 +67,7 @@ def tokenizer() -> tuple[RunConfig, dict[str, Manifest]]:
     return run, {"images": ingest(run.data)}
 
 
-def text() -> tuple[RunConfig, dict[str, Manifest]]:
+def judge() -> tuple[RunConfig, dict[str, Manifest]]:
     run = test_clip.run_config(**CADENCE)
     return run, {"images": ingest(run.data)}
 
@@ -87,8 +87,7 @@ def free_ports(count: int) -> list[str]:
         pytest.param("transformer", lambda: transformer("adamw"), id="transformer"),
         pytest.param("transformer", lambda: transformer("muon"), id="transformer-muon"),
         pytest.param("tokenizer", tokenizer, id="tokenizer"),
-        pytest.param("text", text, id="text"),
-        pytest.param("judge", text, id="judge"),
+        pytest.param("judge", judge, id="judge"),
     ],
 )
 def test_two_ranks_continue_from_every_step_as_if_nothing_had_happened(
