@@ -1,12 +1,13 @@
 """Every rule of the config: what is refused, and the line that says so, with the field and both figures."""
 
+import re
 from functools import reduce
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
-from model.config import RunConfig, Section, config_hash, load_config, parse_config, preset_names
+from model.config import PRESETS, RunConfig, Section, config_hash, load_config, parse_config, preset_names
 from model.errors import UserError
 
 GPT2 = [f"transformer.{one}" for one in ("arch=gpt2", "mlp=gelu", "positions=learned", "qk_norm=false")]
@@ -336,6 +337,14 @@ def test_a_config_is_the_same_after_a_trip_through_json(preset: str) -> None:
     config = load_config(preset)
     assert parse_config(config.model_dump_json()) == config
     assert config.name == preset
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_a_preset_says_how_it_is_run_on_what_for_how_long_and_what_for(preset: str) -> None:
+    head = (PRESETS / f"{preset}.yaml").read_text().partition("\nname: ")[0].splitlines()
+    assert all(line.startswith("#") for line in head)
+    said = [line.removeprefix("# ").split()[0] for line in head if re.match(r"# \w+  ", line)]
+    assert said == ["command", "hardware", "duration", "promise"]
 
 
 def test_the_hash_of_settings_is_the_same_anywhere_and_another_for_other_settings() -> None:

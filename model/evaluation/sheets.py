@@ -5,9 +5,10 @@ Letters: R rows, C columns, N pictures.
 
 from __future__ import annotations
 
+import functools
 import io
-import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,8 @@ from model.data.images import to_pixels
 SHOWN_SIDE = 96  # small pictures are enlarged by whole factors to at least this side, pixels
 LOSSLESS_SIDE = 128  # larger pictures are stored as JPEG, or a report would weigh tens of megabytes
 GAP, LABEL = 6, 200  # between pictures, and width of the captions beside them, pixels
-INK, PAPER, FAINT = (28, 32, 38), (255, 255, 255), (120, 126, 134)
+LETTERS, LINE = 12, 16  # height of captions and of a line of them, pixels
+INK, PAPER = (28, 32, 38), (255, 255, 255)
 COLOURS = ("#1f5fbf", "#d2691e", "#2a8a57", "#8a3fa0")  # of curves
 
 Curves = dict[str, list[list[float]]]  # name -> [[x, y], …]
@@ -43,21 +45,20 @@ def tile(picture: Tensor) -> tuple[str, bytes]:
     return "image/png", buffer.getvalue()
 
 
-def sheet(rows: Tensor, captions: Sequence[str] = (), columns: Sequence[str] = ()) -> bytes:
-    """Pictures (R, C, 3, H, W) in [-1, 1] as one PNG, with captions beside rows and heads above columns."""
+def sheet(rows: Tensor, captions: Sequence[str] = ()) -> bytes:
+    """Pictures (R, C, 3, H, W) in [-1, 1] as one PNG, with captions beside the rows."""
     side = rows.shape[-1]
     factor = max(1, -(-SHOWN_SIDE // side))
     step = side * factor + GAP
-    left, top = (LABEL if captions else GAP), (22 if columns else GAP)
-    canvas = Image.new("RGB", (left + rows.shape[1] * step, top + rows.shape[0] * step), PAPER)
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
-    for column, head in enumerate(columns):
-        pen.text((left + column * step, 4), head, FAINT, font)
+    left = LABEL if captions else GAP
+    canvas = Image.new("RGB", (left + rows.shape[1] * step, GAP + rows.shape[0] * step), PAPER)
+    pen, font = ImageDraw.Draw(canvas), _font()
     for r, row in enumerate(rows):
-        y = top + r * step
+        y = GAP + r * step
         if captions:
-            lines = textwrap.wrap(captions[r], 30)[: (step - GAP) // 16]
-            pen.multiline_text((GAP, y), "\n".join(lines), INK, font, spacing=2)
+            lines = _wrapped(captions[r], font, LABEL - 2 * GAP)[: (step - GAP) // LINE]
+            for number, line in enumerate(lines):
+                pen.text((GAP, y + number * LINE), line, INK, font)
         for c, picture in enumerate(row):
             image = _image(picture).resize((side * factor,) * 2, Image.Resampling.NEAREST)
             canvas.paste(image, (left + c * step, y))
@@ -106,3 +107,24 @@ def plot(charts: Sequence[tuple[str, Curves]], x_label: str, marked: bool = Fals
 
 def _image(picture: Tensor) -> Image.Image:
     return Image.fromarray(to_pixels(picture[None].cpu())[0].permute(1, 2, 0).numpy())
+
+
+@functools.cache
+def _font() -> ImageFont.FreeTypeFont:
+    """DejaVu, which comes with matplotlib: Latin, Greek, Cyrillic and more, where Pillow's own has ASCII."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", LETTERS)
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Lines of at most `width` pixels, broken between words, and within those that are longer than a line."""
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
+            lines.append("")
+        for letter in f" {word}" if lines[-1] else word:
+            if font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines

@@ -1,10 +1,8 @@
 """Bad input through the real command line: one clear line, status 2, before training, nothing left behind."""
 
-import os
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,32 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests import ROOT
+from tests.command_line import latent_gpt, refused
 
 pytestmark = pytest.mark.slow
-
-
-def latent_gpt(
-    state: Path, *arguments: str, before: tuple[str, ...] = (), **changes: str
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*before, sys.executable, "-m", "pipelines.cli", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "LATENT_GPT_STATE": str(state), **changes},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def refused(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line of a refusal: status 2, nothing else on stderr, no stack trace, no training begun."""
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    assert "tokenizer" not in done.stdout, "training was begun"
-    (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 @pytest.fixture
@@ -68,11 +43,15 @@ def folder_config(tmp_path: Path, pictures: int, bad: int = 0, captions: bool = 
 
 def test_an_unreachable_s3(tmp_path: Path, nobody: str) -> None:
     keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y"}
-    assert nobody in refused(latent_gpt(tmp_path, "run", "--preset", "smoke", S3_ENDPOINT_URL=nobody, **keys))
+    assert nobody in refused(
+        latent_gpt("run", "--preset", "smoke", S3_ENDPOINT_URL=nobody, state=tmp_path, **keys)
+    )
 
 
 def test_an_unreachable_mlflow(tmp_path: Path, services: dict[str, str], nobody: str) -> None:
-    done = latent_gpt(tmp_path, "run", "--preset", "smoke", **{**services, "MLFLOW_TRACKING_URI": nobody})
+    done = latent_gpt(
+        "run", "--preset", "smoke", state=tmp_path, **{**services, "MLFLOW_TRACKING_URI": nobody}
+    )
     line = refused(done)
     assert nobody in line
     assert "MLFLOW_TRACKING_URI" in line
@@ -80,36 +59,36 @@ def test_an_unreachable_mlflow(tmp_path: Path, services: dict[str, str], nobody:
 
 def test_wrong_credentials(tmp_path: Path, services: dict[str, str]) -> None:
     wrong = {**services, "AWS_SECRET_ACCESS_KEY": "wrong"}
-    assert "AWS_SECRET_ACCESS_KEY" in refused(latent_gpt(tmp_path, "run", "--preset", "smoke", **wrong))
+    assert "AWS_SECRET_ACCESS_KEY" in refused(latent_gpt("run", "--preset", "smoke", state=tmp_path, **wrong))
 
 
 def test_an_endpoint_without_scheme(tmp_path: Path) -> None:
-    done = latent_gpt(tmp_path, "run", "--preset", "smoke", S3_ENDPOINT_URL="localhost:9000")
+    done = latent_gpt("run", "--preset", "smoke", S3_ENDPOINT_URL="localhost:9000", state=tmp_path)
     assert "must start with http" in refused(done)
 
 
 def test_no_captions(tmp_path: Path, services: dict[str, str]) -> None:
     arguments = folder_config(tmp_path, 12, captions=False)
-    line = refused(latent_gpt(tmp_path / "state", *arguments, **services))
+    line = refused(latent_gpt(*arguments, state=tmp_path / "state", **services))
     assert "caption" in line
 
 
 def test_a_source_that_is_not_there(tmp_path: Path, services: dict[str, str]) -> None:
     missing = f"data.source={{kind: folder, path: {tmp_path}/nowhere}}"
-    line = refused(latent_gpt(tmp_path, "run", "--preset", "smoke", "--set", missing, **services))
+    line = refused(latent_gpt("run", "--preset", "smoke", "--set", missing, state=tmp_path, **services))
     assert f"{tmp_path}/nowhere" in line
 
 
 def test_one_corrupt_picture_is_put_aside_and_counted(tmp_path: Path, services: dict[str, str]) -> None:
     arguments = folder_config(tmp_path, 40, bad=1)
-    done = latent_gpt(tmp_path / "state", *arguments, **services)
+    done = latent_gpt(*arguments, state=tmp_path / "state", **services)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 quarantined" in done.stdout
 
 
 def test_too_many_corrupt_pictures_fail_the_run(tmp_path: Path, services: dict[str, str]) -> None:
     arguments = folder_config(tmp_path, 10, bad=10)
-    line = refused(latent_gpt(tmp_path / "state", *arguments, **services))
+    line = refused(latent_gpt(*arguments, state=tmp_path / "state", **services))
     assert "max_bad_share" in line
 
 
@@ -121,7 +100,9 @@ def test_a_disk_that_is_nearly_full(tmp_path: Path) -> None:
     ):
         pytest.skip("mounting needs user namespaces")
     mount = f'mount -t tmpfs -o size=64m none {tmp_path} && exec "$@"'
-    done = latent_gpt(tmp_path, "run", "--preset", "smoke", before=("unshare", "-rm", "sh", "-c", mount, "-"))
+    done = latent_gpt(
+        "run", "--preset", "smoke", state=tmp_path, before=("unshare", "-rm", "sh", "-c", mount, "-")
+    )
     line = refused(done)
     assert str(tmp_path) in line
     assert "GiB free" in line

@@ -1,34 +1,11 @@
 """The command line as a person meets it: help, and one clear line for bad input."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests import ROOT
-
-
-def latent_gpt(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def refused(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line of a refusal: status 2, nothing else on stderr, no stack trace."""
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("error: ")
-    return line
+from model.config import preset_names
+from tests.command_line import latent_gpt, refused
 
 
 def test_help_lists_the_commands() -> None:
@@ -38,10 +15,12 @@ def test_help_lists_the_commands() -> None:
         assert f"  {command}" in done.stdout
 
 
-def test_presets_come_with_their_promise() -> None:
+def test_presets_are_listed_each_with_what_it_is() -> None:
     done = latent_gpt("presets")
     assert done.returncode == 0
-    assert "openmoji-tiny" in done.stdout
+    listed = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert list(listed) == preset_names()
+    assert listed["openmoji"] == "All of OpenMoji at 64 px on one GPU."
 
 
 @pytest.mark.parametrize(
@@ -57,7 +36,7 @@ def test_presets_come_with_their_promise() -> None:
 )
 def test_a_bad_config_is_refused_in_one_line(arguments: list[str], expected: str, tmp_path: Path) -> None:
     state = tmp_path / "state"
-    assert expected in refused(latent_gpt("run", *arguments, LATENT_GPT_STATE=str(state)))
+    assert expected in refused(latent_gpt("run", *arguments, state=state))
     assert not state.exists(), "nothing was started"
 
 

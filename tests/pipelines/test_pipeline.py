@@ -7,17 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from pipelines.embedded.services import services
 from tests import ROOT
+from tests.command_line import environment, latent_gpt, refused
 from tests.nets.test_tokenizers import janus
 
 pytestmark = pytest.mark.slow
 
-SERVICES = ("S3_ENDPOINT_URL", "MLFLOW_TRACKING_URI", "LATENT_GPT_STORE", "AWS_ACCESS_KEY_ID")
 STEPS = [
     "prepare",
     "images",
@@ -29,31 +32,6 @@ STEPS = [
     "evaluation",
     "register",
 ]
-
-
-def environment(state: Path, **changes: str) -> dict[str, str]:
-    plain = {name: value for name, value in os.environ.items() if name not in SERVICES}
-    return plain | {"LATENT_GPT_STATE": str(state)} | changes
-
-
-def latent_gpt(state: Path, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", *arguments],
-        cwd=ROOT,
-        env=environment(state, **changes),
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-
-
-def refused(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line of a refusal: status 2, nothing else on stderr, no stack trace."""
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 def processes_of(state: Path) -> list[str]:
@@ -74,15 +52,28 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("state")
 
 
-@pytest.fixture(scope="module")
-def first(state: Path) -> subprocess.CompletedProcess[str]:
+@dataclass
+class First:
     """The first run in an empty state folder."""
-    done = latent_gpt(state, "run", "--preset", "smoke")
+
+    stdout: str
+    stderr: str
+    left: list[str]  # processes that belonged to the state folder after it
+
+
+@pytest.fixture(scope="module")
+def first(state: Path) -> Iterator[First]:
+    """Run once; then keep the services of the state folder for the command lines that follow it."""
+    done = latent_gpt("run", "--preset", "smoke", state=state)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done
+    left = processes_of(state)
+    with services(state) as settings, pytest.MonkeyPatch.context() as patch:
+        for name in settings:  # a command line has to find them by its state folder
+            patch.delenv(name)
+        yield First(done.stdout, done.stderr, left)
 
 
-def test_a_run_says_what_it_does_and_what_came_of_it(first: subprocess.CompletedProcess[str]) -> None:
+def test_a_run_says_what_it_does_and_what_came_of_it(first: First) -> None:
     started = re.findall(r"^\[(\d+)/9\] (\w+)$", first.stdout, re.MULTILINE)
     assert [number for number, _ in started] == [str(number) for number in range(1, 10)]
     assert {name for _, name in started} == set(STEPS)
@@ -97,7 +88,7 @@ def test_a_run_says_what_it_does_and_what_came_of_it(first: subprocess.Completed
     assert "Traceback" not in first.stdout + first.stderr
 
 
-def test_the_report_is_one_self_contained_page(first: subprocess.CompletedProcess[str]) -> None:
+def test_the_report_is_one_self_contained_page(first: First) -> None:
     match = re.search(r"report +(\S+report\.html)", first.stdout)
     assert match
     page = Path(match[1]).read_text()
@@ -106,28 +97,24 @@ def test_the_report_is_one_self_contained_page(first: subprocess.CompletedProces
     assert not re.search(r'(src|href)="(https?:)?//', page), "nothing is loaded from elsewhere"
 
 
-def test_nothing_runs_on_after_a_run(first: subprocess.CompletedProcess[str], state: Path) -> None:
-    assert processes_of(state) == []
+def test_nothing_runs_on_after_a_run(first: First) -> None:
+    assert first.left == []
 
 
-def test_a_second_run_reuses_everything_and_registers_nothing_new(
-    first: subprocess.CompletedProcess[str], state: Path
-) -> None:
-    done = latent_gpt(state, "run", "--preset", "smoke")
+def test_a_second_run_reuses_everything_and_registers_nothing_new(first: First, state: Path) -> None:
+    done = latent_gpt("run", "--preset", "smoke", state=state)
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = re.findall(r"^reused +(.*)$", done.stdout, re.MULTILINE)
     assert set(line.split(", ")) == set(STEPS) - {"prepare"}
     assert "latent-gpt-smoke version 1, champion" in done.stdout
 
 
-def test_generate_draws_from_the_champion(
-    first: subprocess.CompletedProcess[str], state: Path, tmp_path: Path
-) -> None:
+def test_generate_draws_from_the_champion(first: First, state: Path, tmp_path: Path) -> None:
     prompt = "a red circle"
-    done = latent_gpt(state, "generate", prompt, "--out", str(tmp_path / "a.png"), "--seed", "7")
+    done = latent_gpt("generate", prompt, "--out", str(tmp_path / "a.png"), "--seed", "7", state=state)
     assert done.returncode == 0, done.stderr
     many = latent_gpt(
-        state, "generate", prompt, "--out", str(tmp_path / "b.png"), "--seed", "6", "--num-images", "2"
+        "generate", prompt, "--out", str(tmp_path / "b.png"), "--seed", "6", "--num-images", "2", state=state
     )
     assert many.returncode == 0, many.stderr
     picture = Image.open(tmp_path / "a.png")
@@ -135,29 +122,29 @@ def test_generate_draws_from_the_champion(
     assert picture.tobytes() == Image.open(tmp_path / "b-1.png").tobytes(), "a seed's picture is its own"
 
 
-def test_generate_without_a_prompt(
-    first: subprocess.CompletedProcess[str], state: Path, tmp_path: Path
-) -> None:
-    assert "the prompt is empty" in refused(latent_gpt(state, "generate", " "))
-    done = latent_gpt(state, "generate", "--unconditional", "--out", str(tmp_path / "u.png"))
+def test_generate_without_a_prompt(first: First, state: Path, tmp_path: Path) -> None:
+    assert "the prompt is empty" in refused(latent_gpt("generate", " ", state=state))
+    done = latent_gpt("generate", "--unconditional", "--out", str(tmp_path / "u.png"), state=state)
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "u.png").size == (16, 16)
 
 
 def test_a_long_prompt_is_cut_and_says_so_and_a_far_too_long_one_is_refused(
-    first: subprocess.CompletedProcess[str], state: Path, tmp_path: Path
+    first: First, state: Path, tmp_path: Path
 ) -> None:
-    done = latent_gpt(state, "generate", "red circle " * 80, "--out", str(tmp_path / "long.png"))
+    done = latent_gpt("generate", "red circle " * 80, "--out", str(tmp_path / "long.png"), state=state)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "long.png").exists()
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    line = refused(latent_gpt(state, "generate", "red circle " * 2000, "--out", str(tmp_path / "no.png")))
+    line = refused(
+        latent_gpt("generate", "red circle " * 2000, "--out", str(tmp_path / "no.png"), state=state)
+    )
     assert "22000 characters" in line
     assert not (tmp_path / "no.png").exists()
 
 
-def test_an_unknown_model_is_refused(first: subprocess.CompletedProcess[str], state: Path) -> None:
-    line = refused(latent_gpt(state, "generate", "x", "--model", "models:/latent-gpt-smoke@winner"))
+def test_an_unknown_model_is_refused(first: First, state: Path) -> None:
+    line = refused(latent_gpt("generate", "x", "--model", "models:/latent-gpt-smoke@winner", state=state))
     assert "no alias winner" in line
 
 
@@ -191,9 +178,7 @@ with services(Path(sys.argv[1])):
     return runs
 
 
-def test_mlflow_holds_one_parent_with_a_child_per_trained_step(
-    first: subprocess.CompletedProcess[str], state: Path
-) -> None:
+def test_mlflow_holds_one_parent_with_a_child_per_trained_step(first: First, state: Path) -> None:
     runs = mlflow_runs(state)
     parents = [run for run in runs if run[0] == "pipeline"]
     assert parents
@@ -251,29 +236,29 @@ def test_a_killed_run_leaves_nothing_running(tmp_path: Path) -> None:
 
 
 def test_the_other_phases_take_the_same_steps_into_their_own_experiments(
-    first: subprocess.CompletedProcess[str], state: Path, tmp_path: Path
+    first: First, state: Path, tmp_path: Path
 ) -> None:
     """Phase 1, a pretrained tokenizer from a folder; phase 2, a tokenizer alone; 3 was the first run."""
     janus().save_pretrained(tmp_path / "janus", safe_serialization=True)
     pretrained = f"tokenizer={{kind: pretrained, family: janus, ref: {tmp_path / 'janus'}}}"
-    done = latent_gpt(state, "run", "--preset", "smoke", "--set", pretrained)
+    done = latent_gpt("run", "--preset", "smoke", "--set", pretrained, state=state)
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = re.findall(r"^reused +(.*)$", done.stdout, re.MULTILINE)
     assert set(line.split(", ")) == {"images", "text", "judge"}
     assert "latent-gpt-smoke version 2" in done.stdout
     drawn = latent_gpt(
-        state,
         "generate",
         "a red circle",
         "--model",
         "models:/latent-gpt-smoke/2",
         "--out",
         str(tmp_path / "a.png"),
+        state=state,
     )
     assert drawn.returncode == 0, drawn.stderr
     assert Image.open(tmp_path / "a.png").size == (16, 16)
 
-    alone = latent_gpt(state, "run", "--preset", "smoke", "--set", "transformer=null")
+    alone = latent_gpt("run", "--preset", "smoke", "--set", "transformer=null", state=state)
     assert alone.returncode == 0, alone.stdout + alone.stderr
     (line,) = re.findall(r"^reused +(.*)$", alone.stdout, re.MULTILINE)
     assert set(line.split(", ")) == {"images", "tokenizer"}
