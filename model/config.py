@@ -27,9 +27,9 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 class Section(BaseModel):
-    """A frozen part of the config that refuses unknown keys."""
+    """A frozen part of the config that refuses unknown keys, infinity and what is no number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 # ── data ────────────────────────────────────────────────────────────────────────────────────────────────
