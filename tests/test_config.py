@@ -187,7 +187,7 @@ def test_no_bound_of_a_field_is_left_out_of_these_tables() -> None:
     }
     config = load_config("smoke")
     shown = set()
-    for path in (*POSITIVE, *NOT_NEGATIVE, *SHARES):
+    for path in (*POSITIVE, *NOT_NEGATIVE, *SHARES, "model_name"):  # that one is below
         *parents, name = path.split(".")
         shown.add((type(reduce(getattr, parents, config)), name))
     assert bounded == shown
@@ -218,6 +218,10 @@ def sections(part: object) -> set[type[Section]]:
         ("evaluation.cfg_sweep=[1, .inf]", "evaluation.cfg_sweep.1: Input should be a finite number"),
         ("tokenizer.beta=.nan", "tokenizer.beta: Input should be a finite number"),
         ("seed=1.5", "seed: Input should be a valid integer, got a number with a fractional part"),
+        (
+            "model_name=a/b",
+            "model_name: String should match pattern '^([A-Za-z0-9][A-Za-z0-9._-]*)?$'",
+        ),
         ("name=null", "name: Input should be a valid string"),
     ],
 )

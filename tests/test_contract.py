@@ -17,9 +17,9 @@ PARTS = {  # what each part may import of ours beside itself; the first that hol
     "model/data": BASE,  # knows no nets
     "model/nets": BASE,  # know no data
     "model/steps.py": BASE | {"model.data.sources"},
-    "model/training": BASE | {"model.data", "model.nets"},
-    "model/inference": BASE | {"model.data", "model.nets"},
-    "model/evaluation": BASE | {"model.data", "model.nets", "model.inference"},
+    "model/training": BASE | {"model.steps", "model.data", "model.nets"},
+    "model/inference": BASE | {"model.steps", "model.data", "model.nets"},
+    "model/evaluation": BASE | {"model.steps", "model.data", "model.nets", "model.inference"},
     "components": {"model"},
     "pipelines/embedded": {"model.errors", "model.plumbing"},
     "pipelines": {"model", "components"},

@@ -39,6 +39,7 @@ from model.plumbing.speech import Progress
 
 SPLITS = ("train", "validation", "composition")
 QUARANTINE = "quarantine.jsonl"
+JOURNAL = "journal"  # folder of an entry per chunk, until all are done
 BATCH = 32  # pictures per task of a worker, at most
 BATCH_BYTES = 1 << 22  # of those, as they are found; fewer are taken when they are larger
 IN_FLIGHT = 1 << 28  # bytes of all tasks under way
@@ -71,7 +72,7 @@ def ingest(config: DataConfig, writer: AssetWriter) -> Manifest:
 def _ingest(config: DataConfig, writer: AssetWriter, scratch: Path) -> Manifest:
     counts: Counter[str] = Counter(dict.fromkeys((*SPLITS, "duplicates", "quarantined", "read"), 0))
     seen = Seen(scratch / "seen.sqlite")
-    journal = storage.join(writer.uri, "journal")
+    journal = storage.join(writer.uri, JOURNAL)
     finished = storage.list_uris(journal)
     shards: dict[str, int] = {}  # pictures in each tar
     others: Counter[str] = Counter()
@@ -111,9 +112,9 @@ def _ingest(config: DataConfig, writer: AssetWriter, scratch: Path) -> Manifest:
     progress.update(counts["read"])
     speech.say("images", _tally(counts, others, total))
     writer.add_file(QUARANTINE, scratch / QUARANTINE)
-    manifest = writer.finish({**counts, "others": others, "image_size": config.image_size, "shards": shards})
-    storage.delete_prefix(journal)
-    return manifest
+    return writer.finish(
+        {**counts, "others": others, "image_size": config.image_size, "shards": shards}, scratch=JOURNAL
+    )
 
 
 # ── records to pictures, in the workers ─────────────────────────────────────────────────────────────────

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, field_
 
 from model.config import config_hash
 from model.errors import UserError
-from model.plumbing import storage
+from model.plumbing import speech, storage
 
 SCHEMA_VERSION = 2
 NAME = "manifest.json"
@@ -243,8 +243,13 @@ class AssetWriter:
         self._files[file.name] = file
         return file
 
-    def finish(self, info: dict[str, Any]) -> Manifest:
-        """Write the manifest, and delete the checkpoints that led here; returns what is now stored.
+    def finish(self, info: dict[str, Any], scratch: str = "checkpoints") -> Manifest:
+        """Write the manifest, and delete what led here; returns what is now stored.
+
+        Args:
+            info: counts and metrics.
+            scratch: folder of the asset that nobody needs any more. Where it cannot be deleted it stays, with
+                a warning: the work is done.
 
         Raises:
             UserError: a metric is no finite number, or another run finished this asset meanwhile, with other
@@ -271,7 +276,12 @@ class AssetWriter:
                     " other content; delete it and run once more"
                 ) from None
             manifest = existing
-        storage.delete_prefix(storage.join(self.uri, "checkpoints"))
+        try:
+            storage.delete_prefix(storage.join(self.uri, scratch))
+        except (UserError, OSError) as error:
+            speech.warn(
+                self.kind, f"{storage.join(self.uri, scratch)} is of no use any more and stays: {error}"
+            )
         return manifest
 
 

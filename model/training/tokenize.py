@@ -95,11 +95,10 @@ def _context_length(text: Manifest) -> int:
 def _finish(
     output: AssetWriter, images: Manifest, tokenizer: Tokenizer, context_length: int, augment: Augment
 ) -> Manifest:
-    parts = storage.join(output.uri, PARTS)
-    for uri in storage.list_uris(parts):
+    for uri in storage.list_uris(storage.join(output.uri, PARTS)):
         output.add(File.model_validate_json(storage.read_bytes(uri)))
     grid = images.info["image_size"] // tokenizer.factor
-    made = output.finish(
+    return output.finish(
         {
             "vocabulary": tokenizer.vocabulary,
             "grid": [grid, grid],
@@ -108,10 +107,9 @@ def _finish(
             "context_length": context_length,
             "shards": {token_name(name): count for name, count in images.info["shards"].items()},
             **{split: images.info[split] for split in ("train", "validation", "composition")},
-        }
+        },
+        scratch=PARTS,
     )
-    storage.delete_prefix(parts)
-    return made
 
 
 def token_name(image_shard: str) -> str:

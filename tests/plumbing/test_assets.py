@@ -94,6 +94,21 @@ def test_finishing_deletes_the_checkpoints(root: str) -> None:
     assert list(storage.list_sizes(writer.uri)) == ["manifest.json", "model.safetensors"]
 
 
+def test_work_that_is_done_stays_done_where_tidying_up_after_it_fails(
+    root: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuses(uri: str) -> None:
+        raise UserError(f"{uri}: access denied")
+
+    writer = AssetWriter("tokens", {}, {})
+    storage.write_bytes(storage.join(writer.uri, "parts/0.json"), b"x")
+    monkeypatch.setattr(storage, "delete_prefix", refuses)
+    made = writer.finish({}, scratch="parts")
+    assert assets.find(writer.uri) == made
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"tokens | warning: {writer.uri}/parts is of no use any more and stays: ")
+
+
 def test_a_flipped_bit_is_seen_by_who_reads(root: str) -> None:
     made = write()
     uri = storage.join(made.uri, "b/train-00000.tar")
