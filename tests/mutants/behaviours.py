@@ -7,6 +7,8 @@ from tests.mutants import Mutant
 CONFIG = "model/config.py"
 RULES = "tests/test_config.py::test_settings_that_contradict_each_other_are_named_with_their_figures"
 
+SETTINGS = "tests/test_steps.py::test_every_setting_moves_the_assets_that_it_decides_and_no_others"
+
 
 def rule(row: str, condition: str) -> Mutant:
     """A rule of the config that no longer refuses anything."""
@@ -87,5 +89,91 @@ MUTANTS = [
         "        if run:\n            _record_failure(name, run)\n",
         "",
         "tests/components/test_step.py::test_a_failed_step_fails_the_run_in_mlflow[defect]",
+    ),
+    Mutant(
+        "step: its reason is left as an outcome",
+        "components/step.py",
+        "with outcome.recorded(name):",
+        "with environment.within({}):",
+        "tests/components/test_step.py::test_a_failed_step_says_why_to_the_run_and_to_its_container",
+    ),
+    Mutant(
+        "key: a transformer depends on the seed",
+        "model/steps.py",
+        '{"transformer": _plain(config.transformer), "seed": config.seed}',
+        '{"transformer": _plain(config.transformer)}',
+        f"{SETTINGS}[0-seed]",
+    ),
+    Mutant(
+        "key: tokens depend on the augmentation",
+        "model/steps.py",
+        '{"augment": _plain(config.data.augment), "seed": config.seed}',
+        '{"seed": config.seed}',
+        f"{SETTINGS}[0-data.augment.flip]",
+    ),
+    Mutant(
+        "key: the version of a step",
+        "model/plumbing/assets.py",
+        '"version": version, ',
+        "",
+        "tests/plumbing/test_assets.py::test_the_version_of_a_step_moves_its_assets",
+    ),
+    Mutant(
+        "assets: inputs are found where the store is now",
+        "model/plumbing/assets.py",
+        "def place(kind: Kind, key: str) -> str:",
+        '@__import__("functools").cache\ndef place(kind: Kind, key: str) -> str:',
+        "tests/plumbing/test_assets.py::test_inputs_are_found_where_the_store_is_now",
+    ),
+    Mutant(
+        "assets: an input is the very one that was used",
+        "model/plumbing/assets.py",
+        "if manifest.sha256 != self.sha256:",
+        "if False:",
+        "tests/plumbing/test_assets.py::test_an_input_with_other_bytes_is_refused",
+    ),
+    Mutant(
+        "assets: no metric that is not finite is kept",
+        "model/plumbing/assets.py",
+        "if not _finite(value):",
+        "if False:",
+        "tests/plumbing/test_assets.py::test_what_is_not_finite_is_not_kept[nan]",
+    ),
+    Mutant(
+        "assets: tidying up after it fails nothing",
+        "model/plumbing/assets.py",
+        "except (UserError, OSError) as error:",
+        "except ZeroDivisionError as error:",
+        "tests/plumbing/test_assets.py"
+        "::test_work_that_is_done_stays_done_where_tidying_up_after_it_fails[local]",
+    ),
+    Mutant(
+        "launch: a process that was killed was killed",
+        "components/launch/torchrun.py",
+        "    if spoken and not unstopped:\n",
+        "    if spoken:\n",
+        "tests/components/test_torchrun.py::test_the_blame_is_on_the_process_that_made_the_others_fail"
+        "[one is killed, the other loses it]",
+    ),
+    Mutant(
+        "launch: an older outcome is not this one's",
+        "components/launch/torchrun.py",
+        'return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=logs or None))',
+        "return Path(logs) / name",
+        "tests/components/test_launch.py::test_an_older_outcome_is_not_taken_for_this_one",
+    ),
+    Mutant(
+        "speech: a library's line is no step's",
+        "model/plumbing/speech.py",
+        "if match and match[1] in names",
+        "if match",
+        "tests/plumbing/test_speech.py::test_what_a_library_prints_is_no_line_of_a_step[judge | started]",
+    ),
+    Mutant(
+        "plan: an average of the weights takes memory",
+        "pipelines/plan.py",
+        "copies = 4 + (training.ema > 0)",
+        "copies = 4",
+        "tests/pipelines/test_plan.py::test_an_average_of_the_weights_takes_as_much_as_they_do",
     ),
 ]
