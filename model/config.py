@@ -22,6 +22,9 @@ PRESETS = Path(__file__).parent / "presets"
 UNIONS = ("data.source", "tokenizer", "clip")  # sections of several kinds
 VQVAE_EXPERIMENT = "vqvae-training"  # of phase 2, also where phase 3 trains its VQ-VAE first
 
+# Settings of earlier releases, which models that were stored then still carry. None decides what is drawn.
+RETIRED = {"estimator", "speculate"}
+
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 
@@ -410,6 +413,11 @@ def config_hash(*parts: BaseModel | dict[str, Any] | str | int) -> str:
     plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def without_retired(stored: dict[str, Any]) -> dict[str, Any]:
+    """A section as it was stored with a model, without the settings that there are no more."""
+    return {name: value for name, value in stored.items() if name not in RETIRED}
 
 
 def _override(values: dict[str, Any], override: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import torch
 from PIL import Image
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
-from model.config import SamplingConfig
+from model.config import SamplingConfig, without_retired
 from model.data.images import to_pixels
 from model.errors import UserError
 from model.inference.bundle import PARTS, SAMPLING
@@ -75,20 +76,20 @@ class Generator:
                 f"{folder} is no model: it has no {SAMPLING}; a model folder has {', '.join(PARTS)} and that"
             )
         try:
-            sampling = SamplingConfig.model_validate_json((folder / SAMPLING).read_text())
+            stored = json.loads((folder / SAMPLING).read_text())
+            if not isinstance(stored, dict):
+                raise UserError(f"{folder / SAMPLING} must be a table of settings")
+            sampling = SamplingConfig.model_validate(without_retired(stored))
         except ValidationError as error:
             raise UserError(f"{folder / SAMPLING}: {error.errors()[0]['msg']}") from None
+        except ValueError as error:
+            raise UserError(f"{folder / SAMPLING} is damaged: {error}") from None
         gpt = load_gpt(folder / "transformer", device)
         if device.type == "cuda" and gpt.config.training.precision == "bf16":
             gpt = gpt.bfloat16()
         judge = load_judge(folder / "judge", device) if (folder / "judge").is_dir() else None
         tokenizer = load_tokenizer(folder / "tokenizer", device)
         text = load_text_encoder(folder / "text", device)
-        for name, part in (("transformer", gpt), ("tokenizer", tokenizer)):
-            if isinstance(part, nn.Module) and not all(
-                weight.isfinite().all() for weight in part.parameters()
-            ):
-                raise Unfit(f"{folder / name} holds weights that are no finite numbers; train it anew")
         return cls(tokenizer, text, gpt, judge, sampling, compile)
 
     @property

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from model.config import without_retired
 from model.errors import UserError
 from model.plumbing.checkpoints import CONFIG, load_model
 
@@ -22,12 +23,15 @@ def load(folder: str | Path, build: Callable[[dict[str, Any]], Net]) -> tuple[Ne
         build: makes the net, with any weights, from what `config.json` says.
 
     Raises:
-        UserError: a file is missing or cannot be read, `config.json` describes no net that `build` knows, or
-            the weights are of another one.
+        UserError: a file is missing or cannot be read, `config.json` describes no net that `build` knows, the
+            weights are of another one, or not all of them are finite.
     """
     weights, description = load_model(folder)
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise UserError(f"{folder}: {name} holds what is no finite number; train this net anew")
     try:
-        net = build(description)
+        net = build(without_retired(description))
     except (KeyError, TypeError, ValueError) as error:  # a pydantic ValidationError is a ValueError
         raise UserError(f"{Path(folder) / CONFIG}: {_reason(error)}") from None
     fit(net, weights, str(folder))

@@ -127,7 +127,7 @@ def test_a_champion_that_is_no_numbers_is_replaced_by_any_healthy_model(
     version = registry.register(ids, cache.folder(broken), log_echo, lineage, run.registered_model)
     registry.promote(version, run.registered_model)
     assert aliases(run) == {"champion": "1"}
-    with pytest.raises(UserError, match="no finite numbers"):
+    with pytest.raises(UserError, match="holds what is no finite number"):
         Generator.load(registry.resolve(f"models:/{run.registered_model}@champion"))
     made = register(run, first)
     assert (made.version, made.alias) == (2, "champion")

@@ -98,6 +98,7 @@ def test_logged_and_loaded_elsewhere_without_pickle(
     with mlflow.start_run():
         info = serving.log_model(bundle, "latent-gpt")
     stored = Path(mlflow.artifacts.download_artifacts(info.model_uri))
+    assert not list(stored.rglob("__pycache__"))
     names = {path.name for path in stored.rglob("*") if path.is_file()}
     assert not [name for name in names if name.endswith((".pkl", ".pickle", ".pt", ".pth"))]
     assert "model.safetensors" in names

@@ -62,7 +62,7 @@ def test_what_is_missing_or_does_not_fit_is_named(name: str, folders: dict[str, 
     ("name", "change", "reason"),
     [
         ("tokenizer", {"kind": "clip"}, "kind is 'clip'; a tokenizer is 'vqvae' or 'pretrained'"),
-        ("tokenizer", {"estimator": "rotation"}, "estimator: Extra inputs are not permitted"),
+        ("tokenizer", {"guess": "rotation"}, "guess: Extra inputs are not permitted"),
         ("transformer", {"transformer": {"depth": 0}}, "depth: Input should be greater than 0"),
         ("transformer", {"grid": None}, "'grid' is missing"),
         ("text", {"architecture": None}, "'architecture' is missing"),

@@ -121,6 +121,18 @@ def test_a_wrong_checksum_leaves_no_file(root: str, tmp_path: Path) -> None:
     assert not (tmp_path / "target").exists()
 
 
+def test_a_copy_is_verified(root: str) -> None:
+    data = os.urandom(3 * storage.PART)  # in parts
+    source, target = storage.join(root, "a"), storage.join(root, "b/c")
+    storage.write_bytes(source, data)
+    storage.copy(source, target, hashlib.sha256(data).hexdigest())
+    assert storage.read_bytes(target) == data
+    with pytest.raises(storage.Damaged, match=f"{source} is damaged"):
+        storage.copy(source, storage.join(root, "d"), "0" * 64)
+    with pytest.raises(storage.NotFound, match=storage.join(root, "nothing")):
+        storage.copy(storage.join(root, "nothing"), target, "0" * 64)
+
+
 def test_streams_read_and_seek(root: str) -> None:
     data = os.urandom(3 << 20)
     uri = storage.join(root, "stream")
