@@ -1,12 +1,13 @@
 """What a run will need, computed before it starts: weights, memory per GPU, operations, hours.
 
-Nets are built and run forward on fake tensors: no memory is taken and nothing is computed, but every tensor
-that backward would keep is seen, and every operation counted. So the figures follow the code.
+Every net takes one step of its training on fake tensors: no memory is taken and nothing is computed, but each
+tensor that backward would keep is seen, each operation counted, and the optimiser and the average of the
+weights hold what they will hold. So the figures follow the code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,20 +29,13 @@ from model.errors import UserError
 from model.nets.clip import architecture, build_clip, pretrained_architecture
 from model.nets.gpt import GPT
 from model.nets.vqvae import VQVAE
+from model.plumbing.distributed import HARDWARE
+from model.plumbing.speech import quantity
+from model.training.clip import contrastive_loss
 from model.training.losses import Lpips, PatchDiscriminator, ReconstructionLoss
+from model.training.optim import Ema, adamw, muon
 
-# Dense peak of one device in FLOP/s (vendors' data sheets; for the CPU what two server cores reached) and
-# its memory in bytes.
-HARDWARE = {
-    "cpu": {"bf16": 0.4e12, "fp32": 0.18e12, "memory": 6 * 2**30},
-    "l4": {"bf16": 121e12, "fp32": 30e12, "memory": 24 * 2**30},
-    "a100": {"bf16": 312e12, "fp32": 19.5e12, "memory": 80 * 2**30},
-    "h100": {"bf16": 989e12, "fp32": 67e12, "memory": 80 * 2**30},
-    "h200": {"bf16": 989e12, "fp32": 67e12, "memory": 141 * 2**30},
-}
-UTILISATION = (
-    0.4  # share of the peak that training is expected to reach; what `benchmarks/` measures replaces it
-)
+UTILISATION = 0.4  # share of the peak that training is expected to reach, until `benchmarks/` has measured it
 
 # Vocabulary and factor of the published weights of each family; others are known once they are loaded.
 PRETRAINED = {"janus": (16384, 16), "emu3": (32768, 8)}
@@ -57,7 +51,7 @@ class Stage:
     samples: int  # seen in training, over all devices
     tokens: int  # image tokens seen; 0 where the net reads pictures
     flops: float  # of the whole training
-    state_bytes: float  # per device: weights, gradients, both moments of AdamW, EMA, low-precision copies
+    state_bytes: float  # per device: weights, gradients, optimiser's moments, EMA, low-precision copies
     activation_bytes: float  # per device: what backward keeps of one micro-batch
     hours: float
 
@@ -90,7 +84,7 @@ class Plan:
             memory = (f"{part / 2**30:.2f} GiB" for part in (stage.state_bytes, stage.activation_bytes))
             lines.append(
                 f"{stage.name:12}"
-                + "".join(f"{_short(count) if count else '-':>9}" for count in counts)
+                + "".join(f"{quantity(count) if count else '-':>9}" for count in counts)
                 + "{:>11}{:>13}".format(*memory)
                 + f"{stage.flops:>10.2g}{stage.hours:>9.2f}"
             )
@@ -117,138 +111,131 @@ def plan(config: RunConfig, hardware: str = "a100") -> Plan:
     if hardware not in HARDWARE:
         raise UserError(f"hardware '{hardware}' is unknown; choose one of {', '.join(HARDWARE)}")
     devices = config.jobs.workers * config.jobs.processes_per_worker
+    clip, tokenizer, transformer = config.clip, config.tokenizer, config.transformer
     size = config.data.image_size
-    stages = []
-    if isinstance(config.clip, TrainedCLIPConfig):
-        clip = config.clip
-        text_tokens, text_width = clip.context_length, clip.text_width
-
-        def clip_step(model: nn.Module, batch: int) -> Tensor:
-            images, ids = torch.zeros(batch, 3, size, size), torch.ones(batch, text_tokens, dtype=torch.long)
-            image, text, scale = model(images, ids)[:3]
-            return F.cross_entropy(scale * image @ text.T, torch.arange(batch))
-
-        built = _Net(lambda: build_clip({"architecture": architecture(clip, size)}), clip_step)
-        stages += [
-            _stage(f"clip {role}", built, clip.training, devices, hardware) for role in ("text", "judge")
-        ]
-    else:
-        text = pretrained_architecture(config.clip.name)["text_cfg"]
-        text_tokens, text_width = text["context_length"], text["width"]
-
-    tokenizer = config.tokenizer
     vocabulary: int
     factor: int
+    stages = []
+    if isinstance(clip, TrainedCLIPConfig):
+        text_tokens, text_width = clip.context_length, clip.text_width
+        described = {"architecture": architecture(clip, size)}
+
+        def contrast(batch: int, net: nn.Module) -> Tensor:
+            ids = torch.ones(batch, text_tokens, dtype=torch.long)
+            pictures, texts, scale = net(torch.zeros(batch, 3, size, size), ids)[:3]
+            return contrastive_loss(pictures.float(), texts.float(), ids, scale)
+
+        for kind in ("text", "judge"):
+            stages.append(
+                _stage(kind, lambda: [build_clip(described)], contrast, clip.training, devices, hardware)
+            )
+    else:
+        tower = pretrained_architecture(clip.name)["text_cfg"]
+        text_tokens, text_width = tower["context_length"], tower["width"]
+
     if isinstance(tokenizer, VQVAEConfig):
         vocabulary, factor = tokenizer.vocabulary, tokenizer.factor
+        losses = tokenizer.loss
 
-        def vqvae_step(nets: nn.ModuleList, batch: int) -> Tensor:
-            vqvae, criterion, *adversary = nets
-            images = torch.zeros(batch, 3, size, size)
-            reconstruction, _, loss = vqvae(images)
-            loss = loss + criterion(reconstruction.float(), images)
-            for net in adversary:
+        def reconstruct(batch: int, vqvae: nn.Module, criterion: nn.Module, *adversary: nn.Module) -> Tensor:
+            pictures = torch.zeros(batch, 3, size, size)
+            reconstruction, _, loss = vqvae(pictures)
+            loss = loss + criterion(reconstruction.float(), pictures)
+            for net in adversary:  # its own step, small beside this one, is left out
                 loss = loss - net(reconstruction).mean()
             return loss
 
-        built = _Net(lambda: _tokenizer_nets(tokenizer), vqvae_step)
-        stages.append(_stage("tokenizer", built, tokenizer.training, devices, hardware))
+        def tokenizer_nets() -> list[nn.Module]:
+            criterion = ReconstructionLoss(losses.model_copy(update={"perceptual_weights": ""}))
+            if losses.perceptual and losses.perceptual_weights:  # which need not be at hand
+                criterion.perceptual = Lpips()
+            adversary = [PatchDiscriminator().requires_grad_(False)] if losses.adversarial else []
+            return [VQVAE(tokenizer), criterion, *adversary]
+
+        stages.append(_stage("tokenizer", tokenizer_nets, reconstruct, tokenizer.training, devices, hardware))
     else:
         vocabulary, factor = _published(tokenizer)
 
-    if config.transformer:
-        transformer, side = config.transformer, size // factor
+    if transformer:
+        side = size // factor
 
-        def gpt_step(model: nn.Module, batch: int) -> Tensor:
-            codes = torch.zeros(batch, side * side, dtype=torch.long)
-            text, mask = (
-                torch.zeros(batch, text_tokens, text_width),
-                torch.ones(batch, text_tokens, dtype=torch.bool),
-            )
-            logits = model(codes, text, mask, torch.zeros(batch, dtype=torch.bool))
+        def predict(batch: int, gpt: nn.Module) -> Tensor:
+            codes, drop = torch.zeros(batch, side * side, dtype=torch.long), torch.zeros(batch).bool()
+            text, mask = torch.zeros(batch, text_tokens, text_width), torch.ones(batch, text_tokens).bool()
+            logits = gpt(codes, text, mask, drop)
             return F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
 
-        built = _Net(lambda: GPT(transformer, vocabulary, (side, side), text_width), gpt_step)
+        def gpt() -> list[nn.Module]:
+            return [GPT(transformer, vocabulary, (side, side), text_width)]
+
+        turned = transformer.optimizer == "muon"
         training = transformer.training
-        stages.append(_stage("transformer", built, training, devices, hardware, tokens=side * side))
+        stages.append(_stage("transformer", gpt, predict, training, devices, hardware, side * side, turned))
     return Plan(config.name, hardware, devices, stages)
 
 
-def _tokenizer_nets(config: VQVAEConfig) -> nn.ModuleList:
-    """What a step of the tokenizer's training runs through; LPIPS' weights need not be at hand."""
-    loss = config.loss
-    criterion = ReconstructionLoss(loss.model_copy(update={"perceptual_weights": ""}))
-    if loss.perceptual and loss.perceptual_weights:
-        criterion.perceptual = Lpips()
-    # The discriminator's own step, small beside this one, is left out.
-    adversary = [PatchDiscriminator().requires_grad_(False)] if loss.adversarial else []
-    return nn.ModuleList([VQVAE(config), criterion, *adversary])
-
-
-@dataclass(frozen=True)
-class _Net:
-    build: Callable[[], nn.Module]
-    step: Callable[[Any, int], Tensor]  # (net, batch) -> loss
-
-
 def _stage(
-    name: str, net: _Net, training: TrainingConfig, devices: int, hardware: str, tokens: int = 0
+    name: str,
+    build: Callable[[], list[nn.Module]],
+    loss: Callable[..., Tensor],
+    training: TrainingConfig,
+    devices: int,
+    hardware: str,
+    tokens: int = 0,
+    turned: bool = False,
 ) -> Stage:
-    micro_batch = max(training.batch_size // (devices * training.accumulate), 1)
+    """One step of a training, taken on fake tensors for one sample and for two.
+
+    Args:
+        build: the net that learns, and those that only judge it.
+        loss: of (batch, *nets).
+        tokens: image tokens of a sample.
+        turned: the net's blocks learn by Muon.
+    """
     with torch.device("meta"):
-        model = net.build()
-    with FakeTensorMode():
-        _to_fake_cpu(model)
-        parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        kept = [_cost(net, model, batch, training.precision) for batch in (1, 2)]
+        nets = build()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for net in nets:
+            net.to_empty(device="cpu")  # fake, but autocast and fused attention act as in life
+        learner: Any = nets[0]
+        optimizers: Collection[torch.optim.Optimizer] = (
+            muon(learner, learner.blocks, training).values() if turned else [adamw(learner, training)]
+        )
+        average = Ema(learner, training.ema).average
+        kept, flops = {}, {}
+        for batch in (1, 2):
+            with _kept(nets) as stored, FlopCounterMode(display=False) as counter:
+                with torch.autocast("cpu", torch.bfloat16, enabled=training.precision == "bf16"):
+                    total = loss(batch, *nets)
+                total.backward()
+            kept[batch], flops[batch] = sum(stored.values()), counter.get_total_flops()
+        for optimizer in optimizers:
+            optimizer.step()
+    weights = list(learner.parameters())
+    moments = [value for one in optimizers for state in one.state.values() for value in state.values()]
+    state = [*weights, *(weight.grad for weight in weights), *moments, *average.values()]
     # What two samples keep beyond one is a sample's; the rest (copies of weights in bf16) is kept once.
-    per_sample = kept[1][0] - kept[0][0]
-    fixed = max(kept[0][0] - per_sample, 0)
-    flops_per_sample = 3 * (kept[1][1] - kept[0][1])  # backward costs about twice the forward pass
+    per_sample = kept[2] - kept[1]
     samples = training.steps * training.batch_size
-    flops = float(flops_per_sample) * samples
+    work = float(flops[2] - flops[1]) * samples
     speed = HARDWARE[hardware][training.precision] * UTILISATION * (1 if hardware == "cpu" else devices)
-    copies = 4 + (training.ema > 0)  # weights, gradients, two moments, EMA: fp32 each
     return Stage(
         name=name,
-        parameters=parameters,
+        parameters=sum(weight.numel() for weight in weights),
         steps=training.steps,
         samples=samples,
         tokens=samples * tokens,
-        flops=flops,
-        state_bytes=4.0 * copies * parameters + fixed,
-        activation_bytes=float(per_sample) * micro_batch,
-        hours=flops / speed / 3600,
+        flops=work,
+        state_bytes=float(sum(tensor.nbytes for tensor in state)) + max(kept[1] - per_sample, 0),
+        activation_bytes=float(per_sample) * max(training.batch_size // (devices * training.accumulate), 1),
+        hours=work / speed / 3600,
     )
 
 
-def _to_fake_cpu(model: nn.Module) -> None:
-    """Give a net on the meta device fake CPU tensors: autocast and fused attention then act as in life."""
-    for module in model.modules():
-        for name, weight in module._parameters.items():
-            if weight is not None:
-                fake = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype)
-                module._parameters[name] = nn.Parameter(fake, weight.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty_strided(buffer.shape, buffer.stride(), dtype=buffer.dtype)
-
-
-def _cost(net: _Net, model: nn.Module, batch: int, precision: str) -> tuple[int, int]:
-    """Bytes that backward keeps of a forward pass over `batch` samples, and its floating-point operations."""
-    with (
-        _kept(model) as kept,
-        FlopCounterMode(display=False) as counter,
-        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
-    ):
-        net.step(model, batch)
-    return sum(kept.values()), counter.get_total_flops()
-
-
 @contextmanager
-def _kept(model: nn.Module) -> Iterator[dict[Any, int]]:
+def _kept(nets: list[nn.Module]) -> Iterator[dict[Any, int]]:
     """Sizes of the storages saved for backward, weights left out; each counted once."""
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    own = {weight.untyped_storage()._cdata for net in nets for weight in net.parameters()}
     kept: dict[Any, int] = {}
     alive = []  # a freed storage's address could be taken again
 
@@ -270,10 +257,3 @@ def _published(tokenizer: PretrainedTokenizerConfig) -> tuple[int, int]:
             f" loaded; plan knows {', '.join(PRETRAINED)}"
         )
     return PRETRAINED[tokenizer.family]
-
-
-def _short(value: float) -> str:
-    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g}{suffix}"
-    return f"{value:.3g}"

@@ -11,10 +11,11 @@ import hashlib
 import json
 import os
 import random
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -22,6 +23,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+# Dense peak of a device in FLOP/s (vendors' data sheets; for the CPU what two server cores reached) and its
+# memory in bytes, by a word of its name.
+HARDWARE = {
+    "cpu": {"bf16": 0.4e12, "fp32": 0.18e12, "memory": 6 * 2**30},
+    "l4": {"bf16": 121e12, "fp32": 30e12, "memory": 24 * 2**30},
+    "a100": {"bf16": 312e12, "fp32": 19.5e12, "memory": 80 * 2**30},
+    "h100": {"bf16": 989e12, "fp32": 67e12, "memory": 80 * 2**30},
+    "h200": {"bf16": 989e12, "fp32": 67e12, "memory": 141 * 2**30},
+}
 PATIENCE = datetime.timedelta(minutes=30)  # for a rank that validates or uploads alone
 
 
@@ -53,28 +63,6 @@ class Distributed:
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean of a floating-point tensor over all processes, in place."""
         return self.sum(tensor).div_(self.world)
-
-    def broadcast(self, tensor: Tensor) -> Tensor:
-        """Rank 0's tensor, in place."""
-        if self.world > 1:
-            dist.broadcast(tensor, 0)
-        return tensor
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        """Tensors of one shape from all processes, stacked by rank: (world, …), on every process."""
-        if self.world == 1:
-            return tensor[None]
-        parts = [torch.empty_like(tensor) for _ in range(self.world)]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.stack(parts)
-
-    def gather_json(self, value: Any) -> list[Any]:
-        """What every process says, by rank, on every process; as JSON, so that nothing is unpickled."""
-        data = json.dumps(value).encode()
-        size = torch.tensor([len(data)], device=self.device)
-        longest = int(self.gather(size).max())
-        padded = torch.frombuffer(bytearray(data.ljust(longest)), dtype=torch.uint8).to(self.device)
-        return [json.loads(bytes(row.tolist())) for row in self.gather(padded).cpu()]
 
     def close(self) -> None:
         """Leave the process group."""
@@ -120,6 +108,12 @@ def _keep_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, 2**30)
 
 
+def peak_flops(device: torch.device) -> float:
+    """Of a GPU, in bf16 operations per second; 0 where the table does not have it."""
+    name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else ""
+    return next((HARDWARE[word]["bf16"] for word in re.split(r"\W+", name) if word in HARDWARE), 0.0)
+
+
 # ── randomness ──────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -138,34 +132,3 @@ def seed_all(*parts: int | str) -> None:
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     torch.manual_seed(seed)
-
-
-def rng_state() -> dict[str, Tensor]:
-    """The state of Python's, NumPy's and torch's random numbers in this process, as tensors."""
-    _, words, gauss = random.getstate()
-    state: dict[str, Tensor] = {
-        "rng.python": torch.tensor(words, dtype=torch.int64),
-        "rng.python.gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
-        "rng.torch": torch.get_rng_state(),
-    }
-    numpy = np.random.get_state(legacy=False)
-    assert isinstance(numpy, dict)
-    assert numpy["bit_generator"] == "MT19937"
-    numbers = [*numpy["state"]["key"].tolist(), numpy["state"]["pos"], numpy["has_gauss"]]
-    state["rng.numpy"] = torch.tensor(numbers, dtype=torch.int64)
-    state["rng.numpy.gauss"] = torch.tensor([numpy["gauss"]], dtype=torch.float64)
-    if torch.cuda.is_available():
-        state["rng.cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_rng_state(state: dict[str, Tensor]) -> None:
-    """Put back what `rng_state` returned; other tensors in `state` are left alone."""
-    gauss = float(state["rng.python.gauss"])
-    random.setstate((3, tuple(state["rng.python"].tolist()), None if gauss != gauss else gauss))
-    *keys, position, has_gauss = state["rng.numpy"].tolist()
-    cached = float(state["rng.numpy.gauss"])
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["rng.torch"].cpu())
-    if torch.cuda.is_available() and "rng.cuda" in state:
-        torch.cuda.set_rng_state(state["rng.cuda"].cpu())

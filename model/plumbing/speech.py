@@ -162,7 +162,7 @@ def figure(value: float) -> str:
 
 def quantity(value: float) -> str:
     """1234567 is 1.2M, 41234 is 41k, 512.3 is 512, 3.21 is 3.2."""
-    for limit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for limit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.1f}{letter}" if value < 10 * limit else f"{value / limit:.0f}{letter}"
     return f"{value:.1f}" if value < 10 else f"{value:.0f}"

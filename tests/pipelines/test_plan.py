@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from model.config import PRESETS, load_config, preset_names
 from model.errors import UserError
 from model.nets.gpt import GPT
-from pipelines.plan import HARDWARE, UTILISATION, plan
+from model.plumbing.distributed import HARDWARE
+from model.training.optim import adamw, muon
+from pipelines.plan import UTILISATION, plan
 
 pytestmark = pytest.mark.slow  # too long for the inner loop
 
@@ -53,6 +55,38 @@ def test_weights_memory_and_operations_are_those_of_the_real_net():
     assert flops == pytest.approx(gpt.flops_per_token(text), rel=0.35)  # that formula leaves small terms out
     assert stage.tokens == stage.samples * side * side
     assert stage.hours == pytest.approx(stage.flops / (HARDWARE["cpu"]["fp32"] * UTILISATION) / 3600)
+
+
+def test_the_average_of_the_weights_takes_as_much_memory_as_they_do():
+    plain, averaged = (
+        stage_of(small(f"transformer.training.ema={decay}"), "transformer") for decay in (0, 0.99)
+    )
+    assert averaged.state_bytes - plain.state_bytes == 4 * plain.parameters
+    assert averaged.activation_bytes == plain.activation_bytes
+
+
+def test_memory_of_optimisers_is_what_they_hold():
+    """Two moments a weight with AdamW; one with Muon, for the blocks' matrices."""
+    of_adamw, of_muon = (
+        stage_of(small(f"transformer.optimizer={name}", "transformer.training.ema=0"), "transformer")
+        for name in ("adamw", "muon")
+    )
+    config = small().transformer
+    assert config
+    gpt = GPT(config, small().tokenizer.vocabulary, (4, 4), small().clip.text_width)
+    for parameter in gpt.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    matrices = sum(p.numel() for p in gpt.blocks.parameters() if p.ndim == 2)
+    held = {}
+    for name, optimizers in {
+        "adamw": [adamw(gpt, config.training)],
+        "muon": muon(gpt, gpt.blocks, config.training).values(),
+    }.items():
+        for optimizer in optimizers:
+            optimizer.step()
+        held[name] = sum(v.nbytes for o in optimizers for s in o.state.values() for v in s.values())
+    assert of_adamw.state_bytes - of_muon.state_bytes == held["adamw"] - held["muon"]
+    assert held["adamw"] - held["muon"] == pytest.approx(4 * matrices, rel=0.01)
 
 
 def test_more_devices_and_accumulation_divide_the_micro_batch():
