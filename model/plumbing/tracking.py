@@ -14,7 +14,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -23,7 +22,6 @@ from model.plumbing import environment
 from model.plumbing.jobs import TrackingIds
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from mlflow import MlflowClient
     from mlflow.entities import Run
     from PIL import Image
@@ -157,19 +155,6 @@ class Tracker:
             lambda: self._pending.append(self._client.log_batch(self.run_id, batch, synchronous=False))
         )
 
-    def tags(self, **values: str) -> None:
-        """Mark the run, e.g. with what it made."""
-
-        def send() -> None:
-            for name, value in values.items():
-                self._client.set_tag(self.run_id, name, value)
-
-        self._attempt(send)
-
-    def figure(self, name: str, figure: Figure) -> None:
-        """Keep a matplotlib figure under an artifact name such as `curves.png`."""
-        self._attempt(lambda: self._client.log_figure(self.run_id, figure, name))
-
     def image(self, name: str, image: Image.Image) -> None:
         """Keep a picture under an artifact name such as `samples/step-500.png`."""
         self._attempt(lambda: self._client.log_image(self.run_id, image, artifact_file=name))
@@ -177,10 +162,6 @@ class Tracker:
     def text(self, name: str, text: str) -> None:
         """Keep a text, e.g. `report.html`."""
         self._attempt(lambda: self._client.log_text(self.run_id, text, name))
-
-    def file(self, path: str | Path, folder: str | None = None) -> None:
-        """Keep a local file, in an artifact folder if one is named."""
-        self._attempt(lambda: self._client.log_artifact(self.run_id, str(path), folder))
 
     def finish(self, status: str = "FINISHED") -> None:
         """Wait for what is under way, report what was lost, and end the run as FINISHED, FAILED or KILLED."""
