@@ -31,7 +31,7 @@ def finite(device: torch.device) -> Iterator[Row]:
     codes = torch.randint(VOCABULARY, (training.batch_size, gpt.tokens), device=device)
     text = torch.randn(training.batch_size, TEXT, config.width, device=device)
     optimizer, ema, best = adamw(gpt, training), Ema(gpt, training.ema), Best()
-    sums = RunningSums(Distributed(0, 1, 0, device), "loss", "nll", "grad_norm")
+    sums = RunningSums(Distributed(0, 1, 0, device), "nll", "grad_norm")
     done = 0
 
     def step() -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ def finite(device: torch.device) -> Iterator[Row]:
     def interval() -> None:
         nonlocal done
         for _ in range(training.log_every):
-            sums.add(loss=loss, nll=loss)
+            sums.add(nll=loss)
             sums.add(grad_norm=norm)
         done += training.log_every
         sums.check(done)

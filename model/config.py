@@ -255,7 +255,6 @@ class TransformerConfig(Section):
     qk_norm: bool = True
     dropout: Share = 0.0
     condition_dropout: Share = 0.1  # share of samples trained with the null text state
-    z_loss: Annotated[float, Field(ge=0)] = 0.0  # weight of log²Z
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: AdamW but for the blocks' matrices
     keep: Literal["best", "last"] = "best"  # weights of the lowest validation NLL, or of the last step
     random_order: Share = 0.0  # share of the steps over which random token order is annealed to raster (RAR)

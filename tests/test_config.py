@@ -117,7 +117,6 @@ NOT_NEGATIVE = [
     "tokenizer.loss.perceptual",
     "tokenizer.loss.adversarial",
     "tokenizer.reset_after",
-    "transformer.z_loss",
     "sampling.temperature",
     "sampling.top_k",
     "sampling.cfg_scale",

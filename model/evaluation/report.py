@@ -115,7 +115,7 @@ def render(page: Page) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"embedded": _embedded, "png": _data_uri, "quantity": quantity, "size": _size}
+    environment.filters |= {"embedded": _embedded, "png": _data_uri, "quantity": quantity}
     side = page.reconstructions.originals.shape[-1]
     charts = _charts(page)
     sweep = [(name, {name: points}) for name, points in page.sweep.items()]
@@ -278,10 +278,3 @@ def _embedded(picture: Tensor) -> str:
 
 def _data_uri(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def _size(value: float) -> str:
-    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= limit:
-            return f"{value / limit:.1f} {unit}"
-    return f"{value:.0f} B"

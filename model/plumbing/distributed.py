@@ -64,6 +64,14 @@ class Distributed:
         """The mean of a floating-point tensor over all processes, in place."""
         return self.sum(tensor).div_(self.world)
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Tensors of one shape from all processes, stacked by rank: (world, …), on every process."""
+        if self.world == 1:
+            return tensor[None]
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.stack(parts)
+
     def close(self) -> None:
         """Leave the process group."""
         if dist.is_initialized():

@@ -31,14 +31,13 @@ from model.nets.tokenizers import Tokenizer, load_tokenizer
 from model.plumbing import cache
 from model.plumbing.assets import Manifest
 from model.plumbing.curves import Curves
-from model.plumbing.distributed import Distributed, seed_all
+from model.plumbing.distributed import Distributed, peak_flops, seed_all
 from model.plumbing.worker import Job, run_worker
 from model.training.optim import Ema, adamw, learning_rate, muon, set_learning_rate
 from model.training.state import Best, Resumable, RunningSums, explained, itstime, publish, synced
 
 VALIDATION_PICTURES = 4096  # measured at each validation, at most
 GRID_PICTURES = 8  # drawn from held-out captions and shown in MLflow at each validation
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, by the device's name
 
 
 def main(job: Job) -> Manifest | None:
@@ -67,7 +66,7 @@ def train(job: Job, config: TransformerConfig) -> Manifest | None:
         muon(gpt, gpt.blocks, training) if config.optimizer == "muon" else {"adamw": adamw(gpt, training)}
     )
     ema, best = Ema(gpt, training.ema), Best()
-    sums, curves = RunningSums(processes, "loss", "nll", "grad_norm"), Curves(job.tracker)
+    sums, curves = RunningSums(processes, "nll", "grad_norm"), Curves(job.tracker)
 
     # ── where it was ─────────────────────────────────────────────────────────────────────────────────────
     state = Resumable(
@@ -102,11 +101,8 @@ def train(job: Job, config: TransformerConfig) -> Manifest | None:
             ):
                 logits = model(codes, states, mask, drop, order)  # (B, T, K)
                 nll = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())
-                loss = nll
-                if config.z_loss:
-                    loss = loss + config.z_loss * logits.float().logsumexp(dim=-1).square().mean()
-                (loss / training.accumulate).backward()
-            sums.add(training.accumulate, loss=loss, nll=nll)
+                (nll / training.accumulate).backward()
+            sums.add(training.accumulate, nll=nll)
         sums.add(grad_norm=nn.utils.clip_grad_norm_(gpt.parameters(), training.grad_clip))
         for optimizer in optimizers.values():
             optimizer.step()
@@ -117,7 +113,7 @@ def train(job: Job, config: TransformerConfig) -> Manifest | None:
         if itstime(done, training.log_every, training.steps):
             means = sums.means(done)
             curves.add(done, "train", means | {"learning_rate": rate})
-            progress.update(done, loss=means["loss"], **utilisation.since(done))
+            progress.update(done, loss=means["nll"], **utilisation.since(done))
         if itstime(done, training.eval_every, training.steps):
             sums.check(done)
             with ema.applied():
@@ -212,8 +208,7 @@ class Utilisation:
             device: where it is done.
             done: steps behind us.
         """
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), 0.0)
+        peak = peak_flops(device)
         self.share = work / peak if peak else 0.0  # in a step of one second
         self.done, self.then = done, time.monotonic()
 

@@ -127,7 +127,7 @@ def test_what_the_page_says(page: Page) -> None:
     text = " ".join(Reader(report.render(page)).text.split())
     for said in (
         "75.0 %", "27.2 dB", "compact CLIP trained in this run", "2.3M weights", "Combinations held out",
-        "images/0123456789abcdef", "quarantined 3", "1.2 MB", "tokenizer/x", "psnr 27.25", "4.9 MB",
+        "images/0123456789abcdef", "quarantined 3", "1.2MB", "tokenizer/x", "psnr 27.25", "4.9MB",
         "codebook_size: 16", "0.123",
         "24 captions seen in training, 20 captions held out", "latent-gpt run --preset tiny.yaml",
     ):  # fmt: skip

@@ -27,6 +27,7 @@ with setup() as dist:
         "main": dist.is_main,
         "sum": dist.sum(mine.clone()).item(),
         "mean": dist.mean(mine.clone()).item(),
+        "gather": dist.gather(mine).tolist(),
     }
     open(f"{sys.argv[1]}/{dist.rank}.json", "w").write(json.dumps(result))
 """
@@ -38,6 +39,7 @@ def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     with setup() as dist:
         assert (dist.rank, dist.world, dist.is_main) == (0, 1, True)
         assert dist.mean(torch.tensor([3.0])).item() == 3.0
+        assert dist.gather(torch.tensor([3.0])).tolist() == [[3.0]]
         dist.barrier()
         assert not torch.distributed.is_initialized()
 
@@ -60,6 +62,7 @@ def test_two_processes_hear_each_other(tmp_path: Path) -> None:
         "world": 2,
         "sum": 3.0,
         "mean": 1.5,
+        "gather": [[1.0], [2.0]],
     }
 
 
