@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from model.config import load_config
+from model.steps import STEPS
+
 ROOT = Path(__file__).resolve().parent.parent
 BASE = {"model.config", "model.errors", "model.plumbing"}
 PARTS = {  # what each part may import of ours beside itself; the first that holds a file is the file's part
@@ -92,6 +95,18 @@ def test_light_modules_do_not_import_torch(module: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_table_of_steps_in_the_docs_is_the_table_of_steps() -> None:
+    lines = ["| step | makes it from | settings that decide it | job | version |", "|---|---|---|---|---|"]
+    for kind, step in STEPS.items():
+        decided_by = ", ".join(f"`{name}`" for name in step.settings(load_config("smoke")))
+        job = (
+            f"`{step.module}`" if step.module else f"none; within `{step.within}`" if step.within else "none"
+        )
+        lines.append(f"| `{kind}` | {', '.join(step.needs)} | {decided_by} | {job} | {step.version} |")
+    table = "\n".join(lines)
+    assert table in (ROOT / "docs/ARCHITECTURE.md").read_text(), f"it should read\n{table}"
 
 
 def readme_map() -> set[str]:
