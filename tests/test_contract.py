@@ -109,6 +109,16 @@ def test_the_table_of_steps_in_the_docs_is_the_table_of_steps() -> None:
     assert table in (ROOT / "docs/ARCHITECTURE.md").read_text(), f"it should read\n{table}"
 
 
+def test_experiments_are_newest_first_with_an_index_and_short_lines() -> None:
+    lines = (ROOT / "docs/EXPERIMENTS.md").read_text().splitlines()
+    entries = [line.removeprefix("## ").split(" — ", 1) for line in lines if line.startswith("## ")]
+    assert [line for line in lines if re.match(r"- \d\d-\d\d ", line)] == [
+        f"- {date[5:]} {title}" for date, title in entries
+    ]
+    assert sorted((date for date, _ in entries), reverse=True) == [date for date, _ in entries]
+    assert [line for line in lines if len(line) > 130 and not line.startswith("|")] == []
+
+
 def readme_map() -> set[str]:
     """Paths in the README's file map: an indented tree of `name  what it is`."""
     text = (ROOT / "README.md").read_text()
