@@ -11,9 +11,8 @@ A server that crashes is started again; one that dies young is given up, and the
 kernel kills the server when its keeper dies.
 """
 
-import contextlib
-import ctypes
 import fcntl
+import functools
 import json
 import os
 import signal
@@ -24,10 +23,11 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from model.plumbing import processes
+
 POLL = 0.1  # seconds
 YOUNG = 10.0  # seconds; a server that ends sooner would end again
 PATIENCE = 3.0  # seconds that a server gets to stop; SeaweedFS may wait longer for connections of its own
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def lock(file: IO[str], kind: int) -> bool:
@@ -63,7 +63,7 @@ def main(folder: Path) -> int:
             while child.poll() is None:
                 # From here to the end of this process, a newcomer waits for the lock and then starts afresh.
                 if stop or lock(clients, fcntl.LOCK_EX):
-                    _end(child)
+                    processes.end(child, PATIENCE)
                     return 0
                 time.sleep(POLL)
             print(f"keeper: {server['name']} ended with status {child.returncode}", flush=True)
@@ -72,28 +72,12 @@ def main(folder: Path) -> int:
 
 
 def _start(server: dict[str, object], inherited: int) -> "subprocess.Popen[bytes]":
-    me = os.getpid()
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def die_with_me() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != me:  # died in between
-            os._exit(1)
-
     return subprocess.Popen(
         server["command"],  # type: ignore[call-overload]
         stdin=subprocess.DEVNULL,
         pass_fds=[inherited],
-        preexec_fn=die_with_me,
+        preexec_fn=functools.partial(processes.tie_to_parent, parent=os.getpid()),
     )
-
-
-def _end(child: "subprocess.Popen[bytes]") -> None:
-    child.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(PATIENCE)
-    child.kill()
-    child.wait()
 
 
 if __name__ == "__main__":

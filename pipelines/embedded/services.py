@@ -46,8 +46,8 @@ def services(state_dir: str | Path) -> Iterator[dict[str, str]]:
         UserError: a configured service does not work, or ours does not start; says what to do.
     """
     state = Path(state_dir).expanduser().absolute()
-    needs_s3 = not os.environ.get("S3_ENDPOINT_URL")
-    needs_mlflow = not os.environ.get("MLFLOW_TRACKING_URI")
+    needs_s3 = not environment.S3_ENDPOINT_URL.get()
+    needs_mlflow = not environment.MLFLOW_TRACKING_URI.get()
     with ExitStack() as stack:
         s3 = mlflow = None
         names = ["S3_ENDPOINT_URL", "MLFLOW_TRACKING_URI", "LATENT_GPT_STORE"]
@@ -65,12 +65,12 @@ def services(state_dir: str | Path) -> Iterator[dict[str, str]]:
             say(_forgotten("AWS_", *MLFLOW_TO_S3))
             s3 = stack.enter_context(_use(state / "s3", S3Server()))
             say(s3.environment)
-        if not os.environ.get("LATENT_GPT_STORE"):
+        if not environment.STORE.get():
             say({"LATENT_GPT_STORE": BUCKET})
         if not s3:
             storage.check_store(storage.store_root())
         if needs_mlflow:  # its records point at artifacts in this very S3: another S3, another MLflow
-            place = os.environ["S3_ENDPOINT_URL"] + storage.store_root()
+            place = environment.S3_ENDPOINT_URL.get() + storage.store_root()
             name = "mlflow" if s3 else f"mlflow-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
             mlflow = stack.enter_context(_use(state / name, MLflowServer()))
             say(mlflow.environment)
@@ -180,7 +180,7 @@ class _Used:
                 last = said[-1] if said else "it said nothing"
                 raise UserError(f"{self.server.name} does not start: {last[:300]} (its log: {self.log})")
         self._start()
-        os.environ.update(self.environment)  # the ports may be new
+        environment.put(self.environment)  # the ports may be new
 
 
 @contextmanager
