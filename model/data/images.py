@@ -17,6 +17,8 @@ from __future__ import annotations
 import io
 import warnings
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,15 +29,16 @@ from model.config import Augment, DataConfig
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 ORIENTATION = 0x0112  # EXIF's tag
-TURNS = {  # that make its values upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+TURNS: dict[Any, Callable[[np.ndarray], np.ndarray]] = {  # that make pictures of its values upright
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, 3),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: np.rot90(pixels),
 }
+BAND = 1 << 22  # pixels converted at a time: of a large picture, no second copy in another mode is held
 
 # Drawing programs store whole workflows as text; 64 MiB of it, Pillow's own limit for all, is no damage.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
@@ -75,24 +78,34 @@ def decode(data: bytes, config: DataConfig) -> np.ndarray:
             if image.format == "JPEG":
                 image.draft(None, (2 * config.image_size, 2 * config.image_size))
             image.load()
-            pixels = _to_rgb(_upright(image), config.background)
+            pixels = _to_rgb(image, config.background)
+            turn = _turn(image)
         except Exception as error:  # whatever a decoder throws at a stranger's data
             raise BadImage(f"truncated or corrupt: {_first_line(error)}") from None
-    return _resize(pixels, config)
+    del image  # large, and done with
+    return _resize(turn(pixels) if turn else pixels, config)
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _turn(image: Image.Image) -> Callable[[np.ndarray], np.ndarray] | None:
     try:
-        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+        return TURNS.get(image.getexif().get(ORIENTATION))
     except Exception:  # whatever a parser throws at a damaged block; the pixels are whole
-        return image
-    return image if turn is None else image.transpose(turn)
+        return None
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> np.ndarray:
+    width, height = image.size
+    pixels = np.empty((height, width, 3), dtype=np.uint8)
+    rows = max(1, BAND // width)
+    for top in range(0, height, rows):
+        part = image if rows >= height else image.crop((0, top, width, min(top + rows, height)))
+        pixels[top : top + rows] = _band_to_rgb(part, background)
+    return pixels
+
+
+def _band_to_rgb(image: Image.Image, background: tuple[int, int, int]) -> np.ndarray:
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
-        grey = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
+        return (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255)[..., None]
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
@@ -116,9 +129,12 @@ def _resize(pixels: np.ndarray, config: DataConfig) -> np.ndarray:
 
 
 def _scale(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    pixels = np.ascontiguousarray(pixels)
     if pixels.shape[:2] == (height, width):
-        return np.ascontiguousarray(pixels)
-    tensor = torch.tensor(pixels)[None].permute(0, 3, 1, 2)  # channels last, and seen to be: the quick path
+        return pixels
+    tensor = torch.from_numpy(pixels)[None].permute(
+        0, 3, 1, 2
+    )  # channels last, and seen to be: the quick path
     scaled = F.interpolate(tensor, size=(height, width), mode="bicubic", antialias=True)
     return scaled[0].permute(1, 2, 0).contiguous().numpy()
 

@@ -11,7 +11,8 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from model.config import Augment, DataConfig, OpenMojiSource
 from model.data.images import (
@@ -83,6 +84,57 @@ def test_exif_rotation_is_applied():
     pixels = decode(save(image, "JPEG", exif=exif, quality=95), config())
     assert near(pixels[:, :12], (255,) * 3, 8)
     assert near(pixels[:, 20:], (0,) * 3, 8)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("value", range(2, 9))
+def test_every_exif_orientation_is_made_upright(kind, value):
+    upright = Image.fromarray(np.random.default_rng(value).integers(0, 256, (4, 6, 3), np.uint8)).resize(
+        (96, 64)
+    )
+    exif = Image.Exif()
+    exif[0x0112] = value
+    turned = save(upright, kind, exif=exif, lossless=True, quality=95)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(turned)))
+    expected.info.clear()
+    assert near(decode(turned, config()), decode(save(expected), config()), 2)
+
+
+EXIFS = {
+    "garbage": b"Exif\0\0not a tiff at all",
+    "empty": b"Exif\0\0",
+    "cut off": b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01",
+    "endless count": b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\xff\xff\xff\xff\x06\0\0\0\0\0\0\0",
+    "orientation 9": b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x09\0\0\0\0\0\0\0",
+    "orientation in words": b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x02\0\0\0six\0\0\0\0\0",
+}
+
+
+@pytest.mark.parametrize("exif", EXIFS.values(), ids=EXIFS)
+def test_damaged_exif_costs_no_picture(exif):
+    data = save(plain("RGB", (200, 100, 50)), "JPEG")
+    data = data[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + data[2:]
+    assert near(decode(data, config()), (200, 100, 50))
+    for kind in ("PNG", "WEBP"):
+        assert near(decode(save(plain("RGB", (200, 100, 50)), kind, exif=exif), config()), (200, 100, 50))
+
+
+def test_long_texts_of_a_png_cost_no_picture():
+    notes = PngInfo()
+    notes.add_text("workflow", "x" * (5 << 20), zip=True)
+    notes.add_itxt("prompt", "é" * (5 << 20), zip=True)
+    notes.add_text("plain", "x" * (2 << 20))
+    assert near(decode(save(plain("RGB", (200, 100, 50)), pnginfo=notes), config()), (200, 100, 50))
+
+
+def test_a_large_picture_converted_in_bands_is_the_same(monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (90, 130, 4), dtype=np.uint8)
+    modes = [Image.fromarray(noise).convert(mode) for mode in ("RGB", "RGBA", "L", "LA", "1", "P")]
+    grey = Image.fromarray(noise[..., :2].copy().view(np.uint16)[..., 0])
+    whole = [save(image) for image in (*modes, grey)] + [save(modes[0].convert("CMYK"), "JPEG")]
+    expected = [decode(data, config()) for data in whole]
+    monkeypatch.setattr("model.data.images.BAND", 500)
+    assert all((decode(data, config()) == pixels).all() for data, pixels in zip(whole, expected, strict=True))
 
 
 def test_crop_takes_the_centre_and_pad_keeps_all():

@@ -377,14 +377,16 @@ def test_a_shard_that_changed_on_s3_is_another_source(services, here):
 
 # ── bounded memory ──────────────────────────────────────────────────────────────────────────────────────
 
-PROBE = """
+# In KiB; a figure of `getrusage` would hold the parent's as well.
+PEAK = 'peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])'
+PROBE = f"""
 import json, sys
 from model.config import DataConfig
 from model.data import sources
 from model.errors import UserError
 import pyarrow.parquet, webdataset
 source = DataConfig.model_validate_json(sys.stdin.read()).source
-peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+{PEAK}
 idle, good, bad = peak(), 0, []
 try:
     sources.fingerprint(source)
@@ -409,6 +411,29 @@ def probe(source: Source) -> tuple[int, list[str]]:
     print(f"{time.monotonic() - start:.1f} s, {kilobytes / 1024:.0f} MiB: {bad[:1]}")
     assert kilobytes < 1 << 20
     return good, bad
+
+
+@pytest.mark.slow
+def test_large_pictures_do_not_wait_for_the_workers_all_at_once(store, here):
+    write(here, good())
+    for number in range(16):
+        write(here, {f"large{number}.txt": "x", f"large{number}.png": picture(1)[:60]})
+        os.truncate(here / f"large{number}.png", LARGEST_PICTURE)
+    program = f"""
+import sys
+from model.config import DataConfig
+from tests.instances import ingest
+import model.data.images
+{PEAK}
+idle = peak()
+print(ingest(DataConfig.model_validate_json(sys.stdin.read())).info["quarantined"], peak() - idle)
+"""
+    wanted = data(FolderSource(path=str(here))).model_dump_json()
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, input=wanted, cwd=ROOT, capture_output=True, text=True)
+    quarantined, kilobytes = map(int, done.stdout.splitlines()[-1].split())
+    assert quarantined == 16
+    assert kilobytes < 1 << 20
 
 
 def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
