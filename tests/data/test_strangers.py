@@ -420,12 +420,13 @@ def test_large_pictures_do_not_wait_for_the_workers_all_at_once(store, here):
         write(here, {f"large{number}.txt": "x", f"large{number}.png": picture(1)[:60]})
         os.truncate(here / f"large{number}.png", LARGEST_PICTURE)
     program = f"""
-import sys
+import sys, time
 from model.config import DataConfig
 from tests.instances import ingest
-import model.data.images
+import model.data.images, model.data.ingest as module
 {PEAK}
-idle = peak()
+idle, real = peak(), module._normalise
+module._normalise = lambda *arguments: (time.sleep(0.5), real(*arguments))[1]  # slower than the reader
 print(ingest(DataConfig.model_validate_json(sys.stdin.read())).info["quarantined"], peak() - idle)
 """
     wanted = data(FolderSource(path=str(here))).model_dump_json()
