@@ -153,7 +153,7 @@ def _files_to_tokens(folder: Path, root: Path, count: int, device: torch.device)
     plain_net = copy.deepcopy(tokenizer).to(memory_format=torch.contiguous_format)
 
     def ours() -> np.ndarray:
-        # another seed, another set: nothing is found again
+        # another seed, another asset: nothing is found again
         fresh = run.model_copy(update={"seed": next(turn)})
         os.environ["LATENT_GPT_STORE"] = str(root / f"run{fresh.seed}")
         images = ingest(fresh.data)

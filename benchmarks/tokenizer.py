@@ -73,7 +73,7 @@ def vqmodel(config: VQVAEConfig) -> nn.Module:
 
 @torch.no_grad()
 def encoding(device: torch.device) -> Iterator[Row]:
-    """Pictures to codes, as a set is tokenized."""
+    """Pictures to codes, as pictures are tokenized."""
     torch.manual_seed(0)
     config = vqvae_config(device)
     images = _pictures(BATCH_PIXELS[device.type] // SIDE**2, device)

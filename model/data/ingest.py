@@ -156,7 +156,12 @@ def normalise(records: list[Record], config: DataConfig) -> list[Outcome]:
 
 
 def _normalise(record: Record, config: DataConfig) -> Outcome:
-    from model.data.images import BadImage, decode, encode, is_jpeg  # torch: a set that is found needs none
+    from model.data.images import (
+        BadImage,
+        decode,
+        encode,
+        is_jpeg,
+    )  # torch: what is found needs none
 
     if record.others:
         return Others(record.others)
@@ -234,7 +239,7 @@ class Chunk:
 
     counts: Counter[str]
     files: list[File]
-    hashes: list[bytes]  # contents that are now part of the set
+    hashes: list[bytes]  # contents that are now part of the asset
     quarantined: list[dict[str, str]]
     others: Counter[str]  # files that are no pictures, by kind
 

@@ -124,13 +124,13 @@ def _narrowest(vocabulary: int) -> type[np.unsignedinteger[Any]]:
 
 
 class TokenReader:
-    """A split of a `tokens` set as batches; all work is on whole arrays.
+    """A split of a `tokens` asset as batches; all work is on whole arrays.
 
     Shards are downloaded and verified in other threads, a window ahead. Batches are made in the caller's: a
     thread of their own was not faster, as the two wait for each other's hold of Python's lock.
 
     Args:
-        manifest: of the `tokens` set.
+        manifest: of the `tokens` asset.
         split: train, validation or composition.
         batch_size: pictures of all ranks together.
         seed: of order, views and captions.
@@ -170,7 +170,7 @@ class TokenReader:
                     yield self._batch(stretch, slice(first, first + share))
 
     def ordered(self, limit: int = 0) -> Iterator[TokenBatch]:
-        """The plain view of each picture with its first caption, once, in the set's order.
+        """The plain view of each picture with its first caption, once, in the asset's order.
 
         A shard's last batch may be short. Of each batch this rank gets every `world`-th picture; `limit` is
         the pictures of all ranks (0: all of them).

@@ -234,7 +234,7 @@ def _scores(figures: dict[str, float]) -> list[Score]:
 
 
 def _charts(page: Page) -> list[tuple[str, Curves]]:
-    """Training curves by set and quantity; the learning rate, which nobody doubts, left out."""
+    """Training curves by asset and quantity; the learning rate, which nobody doubts, left out."""
     return [
         (f"{name}: {title}", lines)
         for name, curves in page.histories.items()

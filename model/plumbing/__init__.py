@@ -1,1 +1,1 @@
-"""Plumbing without nets: storage, manifests, checkpoints, tracking, registry, distributed set-up."""
+"""Plumbing without nets: storage, assets, jobs, checkpoints, tracking, registry, distributed set-up."""

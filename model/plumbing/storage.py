@@ -56,7 +56,7 @@ def join(uri: str, *parts: str) -> str:
 
 
 def store_root() -> str:
-    """Where sets are kept: the environment's `LATENT_GPT_STORE`, an S3 URI or a local folder."""
+    """Where assets are kept: the environment's `LATENT_GPT_STORE`, an S3 URI or a local folder."""
     root = environment.STORE.get()
     if not root:
         raise UserError("LATENT_GPT_STORE is not set; give a place for data, e.g. s3://latent-gpt or /data")
@@ -349,7 +349,7 @@ def checksum_error(uri: str, found: str, expected: str) -> Damaged:
     """The error of a file that is not what its manifest says."""
     return Damaged(
         f"{uri} is damaged: its SHA-256 is {found[:16]}…, its manifest says {expected[:16]}…;"
-        " delete the set, so that it is made again, or restore the file"
+        " delete the asset, so that it is made again, or restore the file"
     )
 
 

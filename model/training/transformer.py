@@ -2,11 +2,11 @@
 
     python -m model.training.transformer SPEC_URI        (by torchrun, one process per device)
 
-The set holds the weights (averaged, with `training.ema`) of the validation with the lowest NLL on held-out
-pictures, as small sets overfit long before the last step. With `keep: last` it holds those of the last step:
-right where held-out pictures are of things that no training caption names, so that their NLL says nothing of
-the prompts that the model is for. A step draws its chances from (seed, rank, step) and
-its pictures from a position in the shuffled order, and a checkpoint holds everything else, so a job that was
+The asset holds the weights (averaged, with `training.ema`) of the validation with the lowest NLL on held-out
+pictures, as few pictures are overfitted long before the end. With `keep: last` it holds those of the last
+step: right where held-out pictures are of things that no training caption names, so that their NLL says
+nothing of the prompts that the model is for. A step draws its chances from (seed, rank, step) and its
+pictures from a position in the shuffled order, and a checkpoint holds everything else, so a job that was
 killed at any moment continues as if nothing had happened.
 """
 

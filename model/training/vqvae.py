@@ -2,9 +2,9 @@
 
     python -m model.training.vqvae SPEC_URI        (by torchrun, one process per device)
 
-The set holds the averaged weights (`training.ema`) of the validation with the highest PSNR. A step draws its
-chances from (seed, rank, step) and its pictures from a position in the shuffled order, and a checkpoint holds
-everything else, so a job that was killed at any moment continues as if nothing had happened.
+The asset holds the averaged weights (`training.ema`) of the validation with the highest PSNR. A step draws
+its chances from (seed, rank, step) and its pictures from a position in the shuffled order, and a checkpoint
+holds everything else, so a job that was killed at any moment continues as if nothing had happened.
 """
 
 from __future__ import annotations

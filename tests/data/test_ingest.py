@@ -81,7 +81,7 @@ def members(path: Path) -> list[str]:
         return archive.getnames()
 
 
-# ── the set ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── the asset ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_every_record_ends_in_one_place(store):
@@ -131,7 +131,7 @@ def test_the_same_picture_is_on_the_same_side_in_a_grown_set(store):
     assert small.items() < large.items()
 
 
-def test_repeated_it_is_found_and_another_config_is_another_set(store, monkeypatch):
+def test_repeated_it_is_found_and_another_config_is_another_asset(store, monkeypatch):
     first = ingest(shapes())
     assert ingest(shapes(image_size=32)).uri != first.uri
     assert ingest(shapes(augment={"views": 4, "flip": True})).uri == first.uri
@@ -139,7 +139,7 @@ def test_repeated_it_is_found_and_another_config_is_another_set(store, monkeypat
     assert ingest(shapes()) == first
 
 
-def test_a_set_that_is_found_costs_no_import_of_torch(store):
+def test_an_asset_that_is_found_costs_no_import_of_torch(store):
     wanted = shapes(source=ShapesSource(count=10))
     made = ingest(wanted)
     program = (
@@ -353,7 +353,7 @@ def test_too_many_bad_pictures_fail_and_leave_nothing(store, here):
 
 
 def test_the_share_of_bad_pictures_is_that_of_all(store, here):
-    """A bad beginning does not fail a set that is good enough; what cannot be mended fails at once."""
+    """A bad beginning does not fail an asset that is good enough; what cannot be mended fails at once."""
     write(here, {f"{n}.png": picture(n) if n > 1 else b"" for n in range(8)})
     write(here, {f"{n}.txt": "x" for n in range(8)})
     assert ingest(folder(here, shard_images=2, max_bad_share=0.25)).info["quarantined"] == 2

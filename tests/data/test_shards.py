@@ -236,7 +236,7 @@ def test_uneven_batch_is_refused(tmp_path, monkeypatch):
 
 @pytest.fixture
 def remote(tmp_path, monkeypatch):
-    """A token set that claims to be in S3, with downloads served from the local store and counted."""
+    """A `tokens` asset that claims to be in S3, with downloads served from the local store and counted."""
     manifest = token_set(tmp_path / "store", monkeypatch=monkeypatch)
     local = manifest.uri
     monkeypatch.setenv("LATENT_GPT_CACHE", str(tmp_path / "cache"))

@@ -166,7 +166,7 @@ def test_a_judge_that_also_reads_or_chooses_is_named_so(page: Page) -> None:
     assert "among 4 draws, which flatters its scores" in text
 
 
-def test_files_of_the_set(page: Page) -> None:
+def test_files_of_the_asset(page: Page) -> None:
     made = report.files(page)
     assert set(made) == {
         "report.html", "samples-train.png", "samples-composition.png", "reconstructions.png",

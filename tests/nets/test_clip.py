@@ -44,7 +44,7 @@ DESCRIPTION = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A `clip` set's folder with random weights."""
+    """A `text` asset's folder with random weights."""
     path = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
     model = build_clip(DESCRIPTION)
@@ -130,7 +130,7 @@ def test_states_do_not_depend_on_the_batch_to_the_last_bit(folder: Path) -> None
     assert torch.equal(torch.cat([alone.encode(row[None])[0] for row in ids]), together)
 
 
-def test_precision_is_the_one_that_the_set_names(folder: Path, tmp_path: Path) -> None:
+def test_precision_is_the_one_that_the_asset_names(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(DESCRIPTION | {"precision": "bf16"}))
     encoder = load_text_encoder(tmp_path)

@@ -143,7 +143,7 @@ def test_names():
 
 
 @pytest.mark.slow
-def test_two_workers_make_the_same_set_as_one(spec):
+def test_two_workers_make_the_same_asset_as_one(spec):
     job, _ = spec
     alone = run_job(job)
     storage.delete_prefix(job.output)

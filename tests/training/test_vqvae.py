@@ -88,7 +88,7 @@ def test_a_killed_job_ends_as_if_nothing_had_happened(
     assert resumed.files == whole.files  # every weight, by SHA-256
 
 
-def test_the_set_is_the_best_validation_and_loads_as_a_tokenizer(store: str, tmp_path: Path) -> None:
+def test_the_asset_is_the_best_validation_and_loads_as_a_tokenizer(store: str, tmp_path: Path) -> None:
     run = config("training.steps=40", "training.eval_every=10", "training.learning_rate=5e-3")
     made = run_job(spec_of(run))
     curve = history(made)["validation/psnr"]

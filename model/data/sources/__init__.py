@@ -1,15 +1,15 @@
 """Where captioned pictures come from: one module per kind of source, one interface.
 
 A source module has two functions. `iterate(config, side, start)` yields every picture once, always in one
-order and without holding the set in memory; the first `start` are passed over, without reading them where the
-format allows. `fingerprint(config)` says in a few bytes what it will yield, so that a set made from the same
-source is found again, and refuses a source that is not there. Pictures are passed on as the bytes that were
-found, and only `model.data.images` judges them; sources that draw theirs draw them for a wanted `side`. Where
-no picture has to be read to know, `count(config)` says how many records there are.
+order and without holding all in memory; the first `start` are passed over, without reading them where the
+format allows. `fingerprint(config)` says in a few bytes what it will yield, so that an asset made from the
+same source is found again, and refuses a source that is not there. Pictures are passed on as the bytes that
+were found, and only `model.data.images` judges them; sources that draw theirs draw them for a wanted `side`.
+Where no picture has to be read to know, `count(config)` says how many records there are.
 
-One rule for what is found: it is a picture, and ends in the set or in quarantine with its reason; or it says
-what a picture shows; or it is counted among `others`. What is hidden (.name) is not looked at. Only regular
-files are opened, and sizes are looked at before anything is read.
+One rule for what is found: it is a picture, and ends in the asset or in quarantine with its reason; or it
+says what a picture shows; or it is counted among `others`. What is hidden (.name) is not looked at. Only
+regular files are opened, and sizes are looked at before anything is read.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Record:
 
 
 def iterate(config: Source, side: int, start: int = 0) -> Iterator[Record]:
-    """Every record of a source from number `start` on; `side` is the pictures' side in the set, pixels.
+    """Every record of a source from number `start` on; `side` is the pictures' side in the asset, pixels.
 
     Raises:
         UserError: when the source is missing, empty or not what its kind promises.
