@@ -85,7 +85,7 @@ def _judge(config: RunConfig, evaluation: Manifest, name: str, version: int) -> 
     except (storage.NotFound, storage.Damaged) as error:
         return True, f"the champion is lost: {error}"
     try:
-        generator = Generator.load(folder)
+        generator = Generator.load(folder, pictures=len(evaluation.info["scores"]))
     except UserError as error:  # all of it is here and whole: nobody can draw with it
         return True, f"the champion, version {champion}, cannot be used: {error}"
     if registry.tags_of(champion, name).get(IMAGES_TAG) != evaluation.inputs["images"].sha256:

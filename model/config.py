@@ -23,7 +23,7 @@ UNIONS = ("data.source", "tokenizer", "clip")  # sections of several kinds
 VQVAE_EXPERIMENT = "vqvae-training"  # of phase 2, also where phase 3 trains its VQ-VAE first
 
 # Settings of earlier releases, which models that were stored then still carry. None decides what is drawn.
-RETIRED = {"estimator", "speculate"}
+RETIRED = {"estimator", "speculate", "z_loss"}
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]

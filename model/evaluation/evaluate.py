@@ -64,10 +64,10 @@ def main(job: Job) -> Manifest:
     """
     config, images, model = job.config, job.inputs["images"], job.inputs["model"]
     folder = cache.folder(model)
-    generator = Generator.load(folder)
-    assert generator.judge is not None  # every bundle of ours has one
     benchmark = load_benchmark(config, images, model.inputs["judge"].sha256)
-    total = _pictures_to_draw(config.evaluation, benchmark, generator.sampling.cfg_scale)
+    total = _pictures_to_draw(config.evaluation, benchmark, config.sampling.cfg_scale)
+    generator = Generator.load(folder, pictures=total)
+    assert generator.judge is not None  # every bundle of ours has one
     drawn = Drawn(generator, generator.judge, benchmark, job.progress(total, "img", counted="picture"))
 
     figures: dict[str, float] = {}

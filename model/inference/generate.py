@@ -17,7 +17,7 @@ from model.data.images import to_pixels
 from model.errors import UserError
 from model.inference.bundle import PARTS, SAMPLING
 from model.nets.clip import Judge, TextEncoder, load_judge, load_text_encoder
-from model.nets.compiled import CompiledSampler
+from model.nets.compiled import CompiledSampler, pays
 from model.nets.gpt import GPT, load_gpt
 from model.nets.sampler import OnToken, Rerank, Sampler
 from model.nets.tokenizers import Tokenizer, load_tokenizer
@@ -61,9 +61,10 @@ class Generator:
 
     @classmethod
     def load(
-        cls, folder: str | Path, device: str | torch.device | None = None, compile: bool = False
+        cls, folder: str | Path, device: str | torch.device | None = None, pictures: int = 1
     ) -> Generator:
         """The generator of a bundle (see `bundle.py`); on the GPU where there is one, unless told otherwise.
+        It compiles its steps where that pays for so many `pictures`.
 
         Raises:
             UserError: where the folder is no bundle, a part is missing or does not fit, or a weight is no
@@ -90,7 +91,7 @@ class Generator:
         judge = load_judge(folder / "judge", device) if (folder / "judge").is_dir() else None
         tokenizer = load_tokenizer(folder / "tokenizer", device)
         text = load_text_encoder(folder / "text", device)
-        return cls(tokenizer, text, gpt, judge, sampling, compile)
+        return cls(tokenizer, text, gpt, judge, sampling, compile=pays(device, pictures))
 
     @property
     def device(self) -> torch.device:
@@ -142,8 +143,12 @@ class Generator:
         size = max(1, size // sampling.best_of)
         images = []
         for start in range(0, len(seeds), size):
-            batch = list(prompts[start : start + size])
-            codes = self._codes(batch, list(seeds[start : start + size]), sampling, unconditional, on_token)
+            batch, chosen = list(prompts[start : start + size]), list(seeds[start : start + size])
+            count = len(chosen)
+            if isinstance(self.sampler, CompiledSampler):  # compiles for each size of a batch: fill it up
+                batch += batch[-1:] * (size - count)
+                chosen += chosen[-1:] * (size - count)
+            codes = self._codes(batch, chosen, sampling, unconditional, on_token)[:count]
             images.append(self.tokenizer.decode(codes.view(len(codes), *self.gpt.grid)))
             if on_batch is not None:
                 on_batch(min(start + size, len(seeds)))
@@ -157,6 +162,7 @@ class Generator:
         unconditional: bool,
         on_token: OnToken | None,
     ) -> Tensor:
+        """Codes (B, T), one row per seed."""
         if unconditional:
             alone = sampling.model_copy(update={"best_of": 1})  # there is nothing to judge a picture by
             return self.sampler(None, None, alone, seeds, on_token=on_token)

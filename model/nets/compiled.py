@@ -25,14 +25,15 @@ CPU_OPTIONS: dict[str, Any] = {
     "max_autotune_gemm_backends": "CPP,ATEN",
 }
 CPU_PICTURES = 15_000  # in batches of 64; measured in docs/EXPERIMENTS.md
+GPU_PICTURES = 64  # any evaluation; not measured
 PROGRAMS = 4  # compiled per sequence, at most; one where the weights that each reads outweigh the cache
 STEPS_COMPILED = 1024  # in a process, at most: to dynamo all are one function, whose ninth program it refuses
 
 
 def pays(device: torch.device, pictures: int) -> bool:
-    """Whether so many pictures, side by side in batches, are worth compiling for: on a GPU, whose steps are
-    launches by the dozen, always; on a CPU where drawing them takes longer than compiling does."""
-    return device.type == "cuda" or pictures >= CPU_PICTURES
+    """Whether so many pictures, side by side in batches, are worth compiling for: where drawing them step by
+    step, on a GPU a hundred launches each, would take longer than compiling does."""
+    return pictures >= (GPU_PICTURES if device.type == "cuda" else CPU_PICTURES)
 
 
 class CompiledSampler(Sampler):

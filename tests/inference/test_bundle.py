@@ -98,6 +98,10 @@ def old_format(folder: Path) -> Path:
     )
     described = folder / "tokenizer/config.json"
     described.write_text(json.dumps({**json.loads(described.read_text()), "estimator": "rotation"}))
+    described = folder / "transformer/config.json"
+    values = json.loads(described.read_text())
+    values["transformer"]["z_loss"] = 0.0
+    described.write_text(json.dumps(values))
     (folder / "lineage.json").write_text('{"images": {"uri": "s3://bucket/images/0", "sha256": "0"}}')
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sums = {path.relative_to(folder).as_posix(): storage.file_sha256(path) for path in files}

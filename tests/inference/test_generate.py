@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from model.config import SamplingConfig
 from model.errors import UserError
 from model.inference.generate import Generator, checked
+from model.nets.compiled import CompiledSampler
 from model.plumbing.checkpoints import load_model, save_model
 from tests.instances import config, write_models
 
@@ -64,6 +66,23 @@ def test_more_pictures_than_a_batch(generator: Generator, monkeypatch: pytest.Mo
     heard: list[int] = []
     torch.testing.assert_close(generator.draw(TWO * 2, [1, 2, 3, 4], on_batch=heard.append), whole)
     assert heard == [3, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.compiles
+def test_a_compiled_generator_draws_the_same_and_compiles_for_full_batches_alone(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # tracing is what is tried
+    monkeypatch.setattr("model.nets.compiled.CPU_PICTURES", 4)
+    monkeypatch.setattr("model.inference.generate.BATCH_CPU", 3)
+    few, many = (Generator.load(bundle, "cpu", pictures=pictures) for pictures in (3, 4))
+    assert not isinstance(few.sampler, CompiledSampler)
+    assert isinstance(many.sampler, CompiledSampler)
+    for unconditional in (False, True):
+        plain = few.draw(TWO * 2, [1, 2, 3, 4], unconditional=unconditional)
+        torch.testing.assert_close(many.draw(TWO * 2, [1, 2, 3, 4], unconditional=unconditional), plain)
+    assert [key[0] for key in many.sampler._programs] == [3, 3]
 
 
 def test_best_of_keeps_what_the_judge_prefers(generator: Generator) -> None:
