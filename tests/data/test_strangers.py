@@ -14,7 +14,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,6 +24,7 @@ import pytest
 from model.config import DataConfig, FolderSource, ParquetSource, Source, WebDatasetSource
 from model.data import sources
 from model.data.captions import LARGEST_TEXT
+from model.data.ingest import IN_FLIGHT, _chunks
 from model.data.sources import LARGEST_PICTURE
 from model.errors import UserError
 from model.plumbing.assets import Manifest
@@ -377,16 +378,15 @@ def test_a_shard_that_changed_on_s3_is_another_source(services, here):
 
 # ── bounded memory ──────────────────────────────────────────────────────────────────────────────────────
 
-# In KiB; a figure of `getrusage` would hold the parent's as well.
-PEAK = 'peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])'
-PROBE = f"""
+PROBE = """
 import json, sys
 from model.config import DataConfig
 from model.data import sources
 from model.errors import UserError
 import pyarrow.parquet, webdataset
 source = DataConfig.model_validate_json(sys.stdin.read()).source
-{PEAK}
+# `getrusage` would count the memory of the process that started this one
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 idle, good, bad = peak(), 0, []
 try:
     sources.fingerprint(source)
@@ -413,28 +413,23 @@ def probe(source: Source) -> tuple[int, list[str]]:
     return good, bad
 
 
-@pytest.mark.slow
-def test_large_pictures_do_not_wait_for_the_workers_all_at_once(store, here):
-    write(here, good())
-    for number in range(16):
-        write(here, {f"large{number}.txt": "x", f"large{number}.png": picture(1)[:60]})
-        os.truncate(here / f"large{number}.png", LARGEST_PICTURE)
-    program = f"""
-import sys, time
-from model.config import DataConfig
-from tests.instances import ingest
-import model.data.images, model.data.ingest as module
-{PEAK}
-idle, real = peak(), module._normalise
-module._normalise = lambda *arguments: (time.sleep(0.5), real(*arguments))[1]  # slower than the reader
-print(ingest(DataConfig.model_validate_json(sys.stdin.read())).info["quarantined"], peak() - idle)
-"""
-    wanted = data(FolderSource(path=str(here))).model_dump_json()
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, input=wanted, cwd=ROOT, capture_output=True, text=True)
-    quarantined, kilobytes = map(int, done.stdout.splitlines()[-1].split())
-    assert quarantined == 16
-    assert kilobytes < 1 << 20
+def test_pictures_under_way_to_the_workers_are_bounded_in_bytes(monkeypatch):
+    monkeypatch.setattr("model.plumbing.parallel.cores", lambda: 2)
+    monkeypatch.setattr("model.data.ingest.cores", lambda: 2)
+    size = LARGEST_PICTURE // 2
+    read = taken = most = 0
+
+    def records() -> Iterator[sources.Record]:
+        nonlocal read
+        for read in range(1, 21):
+            yield sources.Record(f"{read}", bytes(size), ["x"])
+
+    for _, outcomes in _chunks(records(), data(FolderSource(path="")), 0):
+        for _ in outcomes:
+            most = max(most, read - taken)
+            taken += 1
+    assert taken == 20
+    assert 2 * size < most * size <= IN_FLIGHT + size
 
 
 def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
