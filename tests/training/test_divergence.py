@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -114,9 +113,7 @@ def _in_rank(kind: Kind, run: str, inputs: dict[str, str], only: int) -> None:
 def test_all_ranks_stop_together(kind: Kind, only: int, store: str) -> None:
     run, inputs = diverging(kind) if only < 0 else ((healthy := run_config()), tokens_and_text(healthy))
     uris = {name: manifest.uri for name, manifest in inputs.items()}
-    began = time.monotonic()
     two_ranks(_in_rank, store, kind, run.model_dump_json(), uris, only)
-    assert time.monotonic() - began < 90
     assert find(job(kind, run, "test", inputs).output) is None
 
 
