@@ -1,5 +1,8 @@
 """Jobs by torchrun, as processes of this machine.
 
+They meet in files. Torchrun's store at a port is open to everybody who reaches this machine, and what is put
+there is unpickled.
+
 No restarts: on one machine a failure repeats itself, and the next launch resumes from the checkpoint anyway.
 """
 
@@ -52,7 +55,8 @@ def _run(spec: JobSpec, folder: Path) -> Outcome:
         nproc_per_node=processes,
         run_id=spec.name,
         rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
+        rdzv_endpoint=str(folder / "agent"),
+        rdzv_configs={"store_type": "file", "keep_alive_interval": 3600},  # it says so by adding to the file
         local_addr="127.0.0.1",
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(
@@ -67,6 +71,8 @@ def _run(spec: JobSpec, folder: Path) -> Outcome:
     outcomes = folder / "outcomes"
     told = {
         environment.OUTCOMES.name: str(outcomes),
+        environment.MEETING.name: str(folder / "meeting"),
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "PYTHONUNBUFFERED": "1",  # a line must arrive when it is written, not when a buffer is full
     }
     try:

@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model.plumbing.environment import MEETING
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 # Dense peak of a device in FLOP/s (vendors' data sheets; for the CPU what two server cores reached) and its
 # memory in bytes, by a word of its name.
@@ -104,7 +106,14 @@ def setup() -> Distributed:
         if world == local_world:  # one machine: no name of the host has to resolve
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         on_gpu = device.type == "cuda" and torch.cuda.device_count() >= local_world
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
+        meeting = MEETING.get()
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=dist.FileStore(meeting, world) if meeting else None,
+            rank=rank,
+            world_size=world,
+            timeout=PATIENCE,
+        )
     return Distributed(rank, world, local_rank, device)
 
 

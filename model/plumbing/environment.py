@@ -104,6 +104,7 @@ DEBUG = Variable("LATENT_GPT_DEBUG", "anything: every error comes with its stack
 # What one of our processes says to another that it starts:
 LOGS = Variable("LATENT_GPT_LOGS", "folder for the logs of training jobs", "a temporary one")
 OUTCOMES = Variable("LATENT_GPT_OUTCOMES", "where a process leaves how it ended; of this attempt alone")
+MEETING = Variable("LATENT_GPT_MEETING", "file in which the processes of a job find each other", "a port")
 
 FOR_PEOPLE = (
     *(S3_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_DEFAULT_REGION),

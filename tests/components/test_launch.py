@@ -15,6 +15,7 @@ from model.errors import UserError
 from model.plumbing.jobs import JobSpec, TrackingIds
 from model.plumbing.outcome import JobFailed
 from tests import ROOT
+from tests.sockets import LOOPBACK, listening
 
 pytestmark = pytest.mark.slow
 
@@ -146,7 +147,9 @@ def test_what_else_is_in_the_environment_chooses_no_launcher(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_workers(store: Path, number: signal.Signals) -> None:
+def test_a_signal_ends_the_workers_who_listened_on_loopback_alone(
+    store: Path, number: signal.Signals
+) -> None:
     code = (
         "import sys; from model.plumbing.jobs import JobSpec;"
         "from components.launch import launch;"
@@ -158,11 +161,14 @@ def test_a_signal_ends_the_workers(store: Path, number: signal.Signals) -> None:
         until = time.monotonic() + 60
         while not all(mark.exists() and mark.read_text() for mark in marks) and time.monotonic() < until:
             time.sleep(0.1)
+        workers = [int(mark.read_text()) for mark in marks]
+        assert listening([launcher.pid]) == ({}, []), "torchrun unpickles what anybody puts into its store"
+        assert set(listening(workers)[0].values()) == {LOOPBACK}
         launcher.send_signal(number)
         assert launcher.wait(60) != 0
-    for mark in marks:
+    for worker in workers:
         with pytest.raises(ProcessLookupError):
-            os.kill(int(mark.read_text()), 0)
+            os.kill(worker, 0)
 
 
 def test_two_launches_of_the_same_work_side_by_side_do_it_once(store: Path) -> None:

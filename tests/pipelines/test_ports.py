@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from pipelines.embedded import servers
 from pipelines.embedded.services import services as start
 from tests.pipelines import stranger
 from tests.pipelines.test_services import eventually, nothing_configured, processes  # noqa: F401
+from tests.sockets import LOOPBACK, listening
 
 pytestmark = pytest.mark.slow
 
@@ -84,34 +85,6 @@ def open_to_all() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         os.chmod(name, 0o777)
         yield Path(name)
-
-
-def inodes(pids: Iterable[int]) -> set[str]:
-    """Of the sockets that processes hold."""
-    found = set()
-    for pid in pids:
-        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-            target = os.readlink(descriptor)
-            if target.startswith("socket:["):
-                found.add(target[8:-1])
-    return found
-
-
-def listening(ours: set[str]) -> tuple[dict[int, str], list[Path]]:
-    """Ports with the addresses they are bound to, and paths of Unix sockets, that wait for somebody."""
-    ports = {}
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and fields[9] in ours:
-                address, port = fields[1].split(":")
-                ports[int(port, 16)] = address
-    paths = []
-    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
-        fields = line.split()
-        if fields[3] == "00010000" and fields[6] in ours:
-            paths.append(Path(fields[7]))
-    return ports, paths
 
 
 def answers(ports: list[int], questions: list[tuple[str, str, str]], certificate: Path) -> list[list[str]]:
@@ -176,9 +149,9 @@ def test_no_port_answers_a_stranger(state: Path, open_to_all: Path) -> None:
         storage.write_bytes("s3://latent-gpt/kept", SECRET)
         client = mlflow_client()
         client.create_experiment(EXPERIMENT)
-        assert eventually(lambda: len(listening(inodes(processes(state)))[0]) == 11)  # one comes late
-        ports, paths = listening(inodes(processes(state)))
-        assert set(ports.values()) == {"0100007F"}  # 127.0.0.1
+        assert eventually(lambda: len(listening(processes(state))[0]) == 11)  # one comes late
+        ports, paths = listening(processes(state))
+        assert set(ports.values()) == {LOOPBACK}
         assert len(paths) == 7
         for path in paths:
             assert not stat.S_IMODE((state / "s3" / path).stat().st_mode) & 0o077, path

@@ -58,6 +58,7 @@ def test_every_variable_of_ours_is_for_people_or_between_processes() -> None:
     assert {one.name for one in declared} - {one.name for one in FOR_PEOPLE} == {
         "LATENT_GPT_LOGS",
         "LATENT_GPT_OUTCOMES",
+        "LATENT_GPT_MEETING",
     }
 
 
