@@ -37,7 +37,7 @@ def register_model(config: RunConfig, run: str, evaluation: Manifest) -> Registe
         UserError: MLflow or the store cannot be reached, or do not hold what they should.
     """
     model, name = evaluation.input("model"), config.registered_model
-    version = registry.find(model.sha256, name)
+    version = registry.find(model, name)
     if version is not None:
         speech.reused("register", f"{name} version {version}")
     else:

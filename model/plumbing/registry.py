@@ -34,13 +34,14 @@ CHECKSUMS, OLD_TAG = (
 )  # of earlier releases: SHA-256 sums, and their hash
 
 
-def find(model: str, name: str) -> int | None:
-    """The newest version that holds a bundle, named by its manifest's hash, and holds it still; or None."""
+def find(bundle: Manifest, name: str) -> int | None:
+    """The newest version that holds a bundle, and holds all of it still; or None."""
     client = mlflow_client()
     with explained():
-        same = [one for one in _versions(client, name) if one.tags.get(MODEL_TAG) == model]
+        same = [one for one in _versions(client, name) if one.tags.get(MODEL_TAG) == bundle.sha256]
         for version in reversed(same):
-            if _files(version):
+            there = {path.split("/", 2)[-1] for path in _files(version)}  # after artifacts/bundle/
+            if there >= {file.name for file in bundle.files}:
                 client.set_model_version_tag(name, version.version, TIME_TAG, _now())
                 return int(version.version)
     return None

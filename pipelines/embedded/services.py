@@ -60,7 +60,7 @@ def services(state_dir: str | Path) -> Iterator[dict[str, str]]:
             say(_past_proxies())
         if needs_mlflow:
             say(_forgotten("MLFLOW_", but=MLFLOW_TO_S3))
-        say({**MLFLOW_SETTINGS, "LATENT_GPT_CACHE": str(state / "cache")})
+        say({**MLFLOW_SETTINGS, "LATENT_GPT_CACHE": environment.CACHE.get() or str(state / "cache")})
         if needs_s3:
             say(_forgotten("AWS_", *MLFLOW_TO_S3))
             s3 = stack.enter_context(_use(state / "s3", S3Server()))

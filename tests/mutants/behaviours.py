@@ -176,4 +176,47 @@ MUTANTS = [
         "copies = 4",
         "tests/pipelines/test_plan.py::test_an_average_of_the_weights_takes_as_much_as_they_do",
     ),
+    Mutant(
+        "cache: what was not asked for the longest goes first",
+        "model/plumbing/cache.py",
+        "in sorted(copies):",
+        "in sorted(copies, reverse=True):",
+        "tests/plumbing/test_cache.py::test_what_was_not_asked_for_the_longest_goes_first",
+    ),
+    Mutant(
+        "cache: a folder in use stays",
+        "model/plumbing/cache.py",
+        "    _hold(home)\n",
+        "",
+        "tests/plumbing/test_cache.py::test_a_folder_stays_while_the_process_that_was_given_it_lives",
+    ),
+    Mutant(
+        "evaluation: the sweep does not draw anew at the model's own scale",
+        "model/evaluation/evaluate.py",
+        "own = scale == drawn.generator.sampling.cfg_scale",
+        "own = False",
+        "tests/evaluation/test_evaluate.py::test_every_picture_is_encoded_decoded_and_drawn_once",
+    ),
+    Mutant(
+        "registration: a better challenger is promoted",
+        "components/registration.py",
+        "        registry.promote(version, name)\n",
+        "        pass\n",
+        "tests/components/test_registration.py"
+        "::test_a_better_challenger_becomes_champion_and_a_worse_one_does_not",
+    ),
+    Mutant(
+        "registration: what is no number is no champion",
+        "components/registration.py",
+        'if not finite(evaluation.info["scores"]):',
+        "if False:",
+        "tests/components/test_registration.py::test_a_model_that_is_no_numbers_never_becomes_champion",
+    ),
+    Mutant(
+        "registration: other pictures are not compared",
+        "components/registration.py",
+        '.get(IMAGES_TAG) != evaluation.inputs["images"].sha256:',
+        ".get(IMAGES_TAG) is None:",
+        "tests/components/test_registration.py::test_what_was_made_from_other_pictures_is_not_compared",
+    ),
 ]

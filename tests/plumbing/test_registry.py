@@ -131,10 +131,10 @@ class TestRealServers:
 
     def test_a_version_comes_back_whole(self, services: dict[str, str], place: Path, model: str) -> None:
         bundle = made()
-        assert registry.find(bundle.sha256, model) is None
+        assert registry.find(bundle, model) is None
         assert register(model, bundle) == 1
         assert registry.version_of("challenger", model) == 1
-        assert registry.find(bundle.sha256, model) == 1
+        assert registry.find(bundle, model) == 1
         registry.promote(1, model)
         assert registry.version_of("champion", model) == 1
         assert registry.version_of("challenger", model) is None
@@ -187,7 +187,7 @@ class TestRealServers:
         register(first, bundle)
         register(second, bundle)
         assert registry.last_registered(shared=False) == second
-        assert registry.find(bundle.sha256, first) == 1
+        assert registry.find(bundle, first) == 1
         assert registry.last_registered(shared=False) == first
         with pytest.raises(UserError, match=rf"several models .*; name one of .*{first}, {second}"):
             registry.last_registered(shared=True)
@@ -225,6 +225,7 @@ class TestRealServers:
         storage.delete(kept)
         with pytest.raises(storage.NotFound, match=r"model.safetensors of models:/.* is gone from MLflow"):
             registry.resolve(f"models:/{model}/1")
+        assert registry.find(bundle, model) is None, "it is registered anew"
         storage.write_bytes(kept, b"weights 9")
         assert assets.load(str(registry.resolve(here))).text == bundle.text
 
