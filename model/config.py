@@ -415,8 +415,12 @@ def config_hash(*parts: BaseModel | dict[str, Any] | str | int) -> str:
 
 
 def without_retired(stored: dict[str, Any]) -> dict[str, Any]:
-    """A section as it was stored with a model, without the settings that there are no more."""
-    return {name: value for name, value in stored.items() if name not in RETIRED}
+    """Sections as they were stored with a model, without the settings that there are no more."""
+    return {
+        name: without_retired(value) if isinstance(value, dict) else value
+        for name, value in stored.items()
+        if name not in RETIRED
+    }
 
 
 def _override(values: dict[str, Any], override: str) -> None:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from model.config import TransformerConfig, without_retired
+from model.config import TransformerConfig
 from model.nets.attention import Cache, StaticCache, attend, rotate
 from model.nets.folder import load
 
@@ -337,7 +337,7 @@ class GPT(nn.Module):
 
 def build(description: dict[str, Any]) -> GPT:
     """A GPT with fresh weights from its `description()`."""
-    config = TransformerConfig.model_validate(without_retired(description["transformer"]))
+    config = TransformerConfig.model_validate(description["transformer"])
     return GPT(config, description["vocabulary"], description["grid"], description["text_width"])
 
 

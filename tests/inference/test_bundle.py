@@ -90,19 +90,11 @@ def test_the_same_run_has_the_same_hashes_in_every_store_and_in_a_copy_goes_on(
 
 
 def old_format(folder: Path) -> Path:
-    """A bundle as releases up to commit 9cbfb22 wrote it, from the models of `write_models`."""
+    """A bundle as releases up to commit 9cbfb22 wrote it: its texts, with weights of `write_models`."""
     write_models(folder, config())
-    (folder / "sampling.json").write_text(
-        '{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "cfg_scale": 2.0, "cfg_schedule": "constant",'
-        ' "best_of": 1, "speculate": 0}'
-    )
-    described = folder / "tokenizer/config.json"
-    described.write_text(json.dumps({**json.loads(described.read_text()), "estimator": "rotation"}))
-    described = folder / "transformer/config.json"
-    values = json.loads(described.read_text())
-    values["transformer"]["z_loss"] = 0.0
-    described.write_text(json.dumps(values))
-    (folder / "lineage.json").write_text('{"images": {"uri": "s3://bucket/images/0", "sha256": "0"}}')
+    texts = json.loads((Path(__file__).parent / "bundle_9cbfb22.json").read_text())
+    for name, value in texts.items():
+        (folder / name).write_text(json.dumps(value, indent=2))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sums = {path.relative_to(folder).as_posix(): storage.file_sha256(path) for path in files}
     (folder / "checksums.json").write_text(json.dumps(sums, indent=2, sort_keys=True))
