@@ -99,7 +99,7 @@ def mlflow_ui() -> None:
     from pipelines.embedded.servers import link
 
     with _services() as environment:
-        print(f"MLflow is at {link(environment)} ; Ctrl-C stops it", flush=True)
+        print(f"MLflow, until Ctrl-C: {link(environment)}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             signal.pause()
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from pipelines.embedded import tracking_server
+from pipelines.embedded.servers import link
 from pipelines.embedded.tracking_server import DATABASE, PARTIAL, Guard, prepare
 from tests import ROOT
 
@@ -76,6 +77,13 @@ def test_the_link_with_the_password_leads_to_an_address_without() -> None:
     started = answer(tracking_server.LOGIN, host=HOST, authorization=RIGHT)[0]
     assert started["status"] == 303
     assert started["headers"] == [(b"location", b"http://127.0.0.1:1234/")]
+
+
+def test_only_our_own_password_is_in_the_link() -> None:
+    ours = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:1234"}
+    assert link(ours) == "http://127.0.0.1:1234", "the user's server"
+    ours |= {"MLFLOW_TRACKING_USERNAME": "latent-gpt", "MLFLOW_TRACKING_PASSWORD": "secret"}
+    assert link(ours) == "http://latent-gpt:secret@127.0.0.1:1234/login"
 
 
 def test_a_web_socket_is_closed() -> None:
