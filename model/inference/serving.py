@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -24,9 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 import mlflow
 import pandas as pd
+from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature, set_model
 from mlflow.pyfunc import PythonModel
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.types.schema import AnyType
 
 from model.errors import UserError
 
@@ -80,11 +83,16 @@ class TextToImage(PythonModel):
             A table with a row per picture: `prompt`, `seed`, `png` (base64).
 
         Raises:
-            UserError: an empty or far too long prompt, or an impossible setting.
+            MlflowException: a prompt that is empty, far too long or no text, or an impossible setting; a
+                server answers with status 400 and the line that says so.
         """
-        given = dict(params or {})
+        try:
+            return self._predict(_prompts(model_input["prompt"]), dict(params or {}))
+        except UserError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from None
+
+    def _predict(self, prompts: list[str], given: dict[str, Any]) -> pd.DataFrame:
         seed, count = int(given.pop("seed", 0)), int(given.pop("num_images", 1))
-        prompts = [str(prompt) for prompt in model_input["prompt"]]
         if count < 1 or count * len(prompts) > MAX_IMAGES:
             raise UserError(
                 f"num_images {count} for {len(prompts)} prompts; 1 to {MAX_IMAGES} pictures at once"
@@ -104,10 +112,21 @@ class TextToImage(PythonModel):
         )
 
 
+def _prompts(column: Iterable[Any]) -> list[str]:
+    """The prompts of a request. Raises UserError: one is no text."""
+    # MLflow hands a request for one prompt over as one cell with a list in it
+    prompts = [prompt for cell in column for prompt in (cell if isinstance(cell, list) else [cell])]
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise UserError(f"prompt is {json.dumps(prompt, default=str)}; it must be text")
+    return prompts
+
+
 def signature() -> ModelSignature:
     """What goes in and comes out."""
     return ModelSignature(
-        inputs=Schema([ColSpec(DataType.string, "prompt")]),
+        # as a string column null and numbers would reach us as the texts 'None' and '3'
+        inputs=Schema([ColSpec(AnyType(), "prompt")]),
         outputs=Schema(
             [
                 ColSpec(DataType.string, "prompt"),

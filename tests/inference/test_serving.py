@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model
+from mlflow.pyfunc import PyFuncModel, scoring_server
 from PIL import Image
 
-from model.errors import UserError
 from model.inference import serving
 from model.inference.generate import Generator
 from tests.instances import config, write_models
@@ -69,8 +74,56 @@ def test_settings_change_the_picture(model: serving.TextToImage) -> None:
 def test_bad_requests_are_refused(
     model: serving.TextToImage, prompt: str, params: dict[str, float], says: str
 ) -> None:
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(MlflowException, match=says) as refused:
         model.predict(None, pd.DataFrame({"prompt": [prompt]}), params)
+    assert refused.value.get_http_status_code() == 400
+
+
+def answered(model: serving.TextToImage, request: dict[str, Any]) -> Any:
+    """What MLflow's server answers, as far as it is no web server."""
+    described = Model(flavors={"python_function": {"loader_module": "none"}}, signature=serving.signature())
+    implementation = SimpleNamespace(predict=lambda data, params: model.predict(None, data, params))
+    loaded = PyFuncModel(described, implementation)
+    text = json.dumps(request)
+    return scoring_server.invocations(text, "application/json", loaded, serving.signature().inputs)
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        {"inputs": {"prompt": [PROMPT]}},
+        {"inputs": {"prompt": [PROMPT, PROMPT]}},
+        {"instances": [{"prompt": PROMPT}]},
+        {"dataframe_split": {"columns": ["prompt"], "data": [[PROMPT]]}},
+    ],
+)
+def test_a_request_is_answered_in_every_form_that_mlflow_has(
+    model: serving.TextToImage, prompts: dict[str, Any]
+) -> None:
+    answer = answered(model, {**prompts, "params": {"seed": 3}})
+    assert answer.status == 200
+    rows = json.loads(answer.response)["predictions"]
+    assert [row["prompt"] for row in rows] == [PROMPT] * len(rows)
+    assert rows[0]["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        ({"inputs": {"prompt": [None]}}, "null"),
+        ({"inputs": {"prompt": [3]}}, "3"),
+        ({"inputs": {"prompt": [PROMPT, None]}}, "(null|NaN)"),
+        ({"instances": [{"prompt": 3}]}, "3"),
+        ({"dataframe_records": [{"prompt": True}]}, "true"),
+        ({"dataframe_split": {"columns": ["prompt"], "data": [[None]]}}, "null"),
+    ],
+)
+def test_a_prompt_that_is_no_text_is_refused(
+    model: serving.TextToImage, prompts: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(MlflowException, match=f"prompt is {said}; it must be text") as refused:
+        answered(model, prompts)
+    assert refused.value.get_http_status_code() == 400
 
 
 LOAD = """
