@@ -69,6 +69,10 @@ def generate(
         raise UserError(f"--out {out} must end in .png, .jpg or .webp")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: folder {out.parent} does not exist")
+    paths = [out if num_images == 1 else out.with_stem(f"{out.stem}-{n}") for n in range(num_images)]
+    for path in paths:
+        if path.is_dir():
+            raise UserError(f"--out {path} is a folder; name a file, e.g. {path / 'out.png'}")
     from model.inference.generate import Generator, check_prompt
     from model.plumbing import registry
 
@@ -88,9 +92,11 @@ def generate(
     sampling = generator.sampling.model_copy(update=given)
     seeds = list(range(seed, seed + num_images))
     pictures = generator.generate([prompt] * num_images, seeds, sampling, unconditional)
-    for number, picture in enumerate(pictures):
-        path = out if num_images == 1 else out.with_stem(f"{out.stem}-{number}")
-        picture.save(path)
+    for path, picture in zip(paths, pictures, strict=True):
+        try:
+            picture.save(path)
+        except OSError as error:
+            raise UserError(f"--out {path} cannot be written: {error.strerror or error}") from None
         print(path)
 
 
