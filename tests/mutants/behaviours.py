@@ -172,9 +172,9 @@ MUTANTS = [
     Mutant(
         "plan: an average of the weights takes memory",
         "pipelines/plan.py",
-        "copies = 4 + (training.ema > 0)",
-        "copies = 4",
-        "tests/pipelines/test_plan.py::test_an_average_of_the_weights_takes_as_much_as_they_do",
+        ", *moments, *average.values()]",
+        ", *moments]",
+        "tests/pipelines/test_plan.py::test_the_average_of_the_weights_takes_as_much_memory_as_they_do",
     ),
     Mutant(
         "cache: what was not asked for the longest goes first",
@@ -218,5 +218,26 @@ MUTANTS = [
         '.get(IMAGES_TAG) != evaluation.inputs["images"].sha256:',
         ".get(IMAGES_TAG) is None:",
         "tests/components/test_registration.py::test_what_was_made_from_other_pictures_is_not_compared",
+    ),
+    Mutant(
+        "training: no checkpoint holds what is not finite",
+        "model/training/state.py",
+        "if bad := not_finite(states):",
+        "if bad := None:",
+        "tests/training/test_state.py::test_no_part_that_is_not_finite_reaches_a_checkpoint[net]",
+    ),
+    Mutant(
+        "training: a figure that is not finite stops it",
+        "model/training/state.py",
+        "if not math.isfinite(value):",
+        "if False:",
+        "tests/training/test_state.py::test_one_bad_addend_spoils_the_sum[nan]",
+    ),
+    Mutant(
+        "sources: a shard that changed is another source",
+        "model/data/sources/webdataset.py",
+        'f"{uri}\\0{mark}\\n"',
+        'f"{uri}\\n"',
+        "tests/data/test_strangers.py::test_a_shard_that_changed_is_another_source",
     ),
 ]

@@ -98,13 +98,6 @@ def test_more_devices_and_accumulation_divide_the_micro_batch():
     assert shared == pytest.approx(whole / 2)
 
 
-def test_an_average_of_the_weights_takes_as_much_as_they_do():
-    without, averaged = (
-        stage_of(small(f"transformer.training.ema={ema}"), "transformer") for ema in (0, 0.99)
-    )
-    assert averaged.state_bytes - without.state_bytes == 4 * without.parameters
-
-
 @pytest.mark.parametrize("preset", preset_names())
 def test_every_preset_is_planned(preset):
     config = load_config(preset)
