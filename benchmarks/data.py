@@ -377,7 +377,7 @@ def _run(folder: Path) -> RunConfig:
             "data": {
                 "source": FolderSource(path=str(folder)).model_dump(),
                 "image_size": SIDE,
-                "validation_share": 0,
+                "validation_share": 1e-9,
             },
             "clip": {"kind": "trained", "training": training},
             "tokenizer": {

@@ -14,10 +14,16 @@ def images(config: str, run: str, images: dsl.Output[dsl.Dataset]) -> None:
     with step("images", run):
         from model.config import parse_config
         from model.data.ingest import ingest
+        from model.errors import UserError
         from model.steps import writer
 
         settings = parse_config(config)
         output = writer("images", settings, {})
         with alone("images", output.uri):
             made = ingest(settings.data, output)
+        if not made.info["validation"]:
+            raise UserError(
+                f"data: none of {made.info['train']} pictures ({made.info['duplicates']} duplicates apart) is"
+                f" held out; give more, or raise validation_share (it is {settings.data.validation_share:g})"
+            )
         write(made, images)

@@ -25,8 +25,11 @@ VQVAE_EXPERIMENT = "vqvae-training"  # of phase 2, also where phase 3 trains its
 # Settings of earlier releases, which models that were stored then still carry. None decides what is drawn.
 RETIRED = {"estimator", "speculate", "z_loss"}
 
+Byte = Annotated[int, Field(ge=0, le=255)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
+LONGEST_PROMPT = 1000  # characters: far beyond any text encoder's context
+HEAD_WIDTH = 32  # channels of an attention head in the pictures' tower of a CLIP that is trained here
 
 
 class Section(BaseModel):
@@ -101,7 +104,7 @@ class DataConfig(Section):
     source: Source
     image_size: Positive = 64  # side of the square pictures, pixels
     fit: Literal["crop", "pad"] = "crop"  # crop: short side to size, centre crop; pad: long side to size, pad
-    background: tuple[int, int, int] = (255, 255, 255)  # under transparency and padding, RGB 0–255
+    background: tuple[Byte, Byte, Byte] = (255, 255, 255)  # under transparency and padding, RGB 0–255
     min_side: Positive = 16  # smaller pictures are quarantined, pixels
     max_pixels: Positive = 64_000_000  # larger pictures are quarantined before they are decoded
     max_bad_share: Share = 0.05  # more quarantined pictures than this share of all fail the run
@@ -227,6 +230,16 @@ class TrainedCLIPConfig(Section):
     patch_size: Positive = 8  # pixels
     training: TrainingConfig
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.text_width % self.text_heads:
+            raise ValueError(
+                f"text_width ({self.text_width}) must be a multiple of text_heads ({self.text_heads})"
+            )
+        if self.vision_width > HEAD_WIDTH and self.vision_width % HEAD_WIDTH:
+            raise ValueError(f"vision_width ({self.vision_width}) must be a multiple of {HEAD_WIDTH}")
+        return self
+
 
 class PretrainedCLIPConfig(Section):
     """An open_clip model used frozen, as encoder of prompts and as judge."""
@@ -288,11 +301,22 @@ class SamplingConfig(Section):
 class EvaluationConfig(Section):
     """What evaluate measures and shows; seeds and prompts are pinned so that models can be compared."""
 
-    seed: int = 1234
+    seed: Annotated[int, Field(ge=0, lt=2**62)] = 1234  # of the first picture; the next ones count on
     prompts: list[str] = []  # prompts of the grid; empty takes captions spread over the training set
     samples_per_prompt: Positive = 4
     pictures: Positive = 256  # captions sampled for CLIP score and retrieval
-    cfg_sweep: list[float] = []  # guidance scales compared; empty compares none
+    cfg_sweep: list[Annotated[float, Field(ge=0)]] = []  # guidance scales compared; empty compares none
+
+    @model_validator(mode="after")
+    def _drawable(self) -> Self:
+        for prompt in self.prompts:
+            if not prompt.strip():
+                raise ValueError("prompts: one is empty; say what to draw, or leave the whole list empty")
+            if len(prompt) > LONGEST_PROMPT:
+                raise ValueError(
+                    f"prompts: one has {len(prompt)} characters; at most {LONGEST_PROMPT} are read"
+                )
+        return self
 
 
 # ── jobs ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -332,6 +356,10 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         tokenizer = self.tokenizer
+        if not self.data.validation_share:
+            raise ValueError(
+                "data.validation_share (0) holds no picture out; nets are judged on some, e.g. 0.05 of them"
+            )
         if tokenizer.kind == "vqvae" and self.data.image_size % tokenizer.factor:
             raise ValueError(
                 f"data.image_size ({self.data.image_size}) must be a multiple of tokenizer.factor"

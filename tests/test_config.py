@@ -52,6 +52,23 @@ RULES = {  # overrides of `smoke`, and what is said
         ["data.image_size=20"],
         "data.image_size (20) must be a multiple of clip.patch_size (8)",
     ),
+    "heads of the text": (
+        ["clip.text_width=18", "clip.text_heads=4"],
+        "clip: text_width (18) must be a multiple of text_heads (4)",
+    ),
+    "heads of the pictures": (["clip.vision_width=48"], "clip: vision_width (48) must be a multiple of 32"),
+    "an empty prompt": (
+        ["evaluation.prompts=['a red circle', ' ']"],
+        "evaluation: prompts: one is empty; say what to draw, or leave the whole list empty",
+    ),
+    "a long prompt": (
+        [f"evaluation.prompts=['{'x' * 1001}']"],
+        "evaluation: prompts: one has 1001 characters; at most 1000 are read",
+    ),
+    "nothing held out": (
+        ["data.validation_share=0"],
+        "data.validation_share (0) holds no picture out; nets are judged on some, e.g. 0.05 of them",
+    ),
     "nothing to train": (
         ["tokenizer={kind: pretrained, ref: somewhere}", "transformer=null"],
         "transformer: null leaves nothing to train when the tokenizer is pretrained",
@@ -120,6 +137,7 @@ NOT_NEGATIVE = [
     "sampling.temperature",
     "sampling.top_k",
     "sampling.cfg_scale",
+    "evaluation.seed",
     "jobs.gpus_per_worker",
     "jobs.max_restarts",
 ]
@@ -155,6 +173,10 @@ def test_settings_that_contradict_each_other_are_named_with_their_figures(
 
 def test_what_stands_just_inside_the_rules_is_taken() -> None:
     load_config("smoke", ["clip.training.warmup_steps=2", "transformer.training.accumulate=4"])
+    load_config(
+        "smoke", ["clip.vision_width=8", "data.background=[0, 255, 0]", f"evaluation.seed={2**62 - 1}"]
+    )
+    load_config("smoke", [f"evaluation.prompts=['{'x' * 1000}']"])
     load_config("smoke", ["tokenizer.stem=2", "tokenizer.multipliers=[1, 2]"])
     load_config("smoke", ["transformer.width=12", "transformer.positions=learned"])
     gpt2 = "{arch: gpt2, mlp: gelu, positions: learned, qk_norm: false, depth: 1, width: 18, heads: 2"
@@ -212,6 +234,13 @@ def sections(part: object) -> set[type[Section]]:
         ("data.fit=stretch", "data.fit: Input should be 'crop' or 'pad'"),
         ("data.source.shapes_per_image=3", "data.source.shapes_per_image: Input should be 1 or 2"),
         ("transformer.keep=first", "transformer.keep: Input should be 'best' or 'last'"),
+        ("data.background=[0, 256, 0]", "data.background.1: Input should be less than or equal to 255"),
+        ("data.background=[0, 0, -1]", "data.background.2: Input should be greater than or equal to 0"),
+        (f"evaluation.seed={2**62}", f"evaluation.seed: Input should be less than {2**62}"),
+        (
+            "evaluation.cfg_sweep=[1, -1]",
+            "evaluation.cfg_sweep.1: Input should be greater than or equal to 0",
+        ),
         ("sampling.temperature=.inf", "sampling.temperature: Input should be a finite number"),
         ("sampling.cfg_scale=.nan", "sampling.cfg_scale: Input should be a finite number"),
         ("evaluation.cfg_sweep=[1, .inf]", "evaluation.cfg_sweep.1: Input should be a finite number"),

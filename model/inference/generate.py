@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
-from model.config import SamplingConfig, without_retired
+from model.config import LONGEST_PROMPT, SamplingConfig, without_retired
 from model.data.images import to_pixels
 from model.errors import UserError
 from model.inference.bundle import PARTS, SAMPLING
@@ -22,7 +22,6 @@ from model.nets.gpt import GPT, load_gpt
 from model.nets.sampler import OnToken, Rerank, Sampler
 from model.nets.tokenizers import Tokenizer, load_tokenizer
 
-LONGEST_PROMPT = 1000  # characters: far beyond any text encoder's context
 BATCH_CPU, BATCH_CUDA = 64, 256  # pictures drawn side by side
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from model.config import PretrainedCLIPConfig, TrainedCLIPConfig
+from model.config import HEAD_WIDTH, PretrainedCLIPConfig, TrainedCLIPConfig
 from model.errors import UserError
 from model.nets.folder import fit, load
 
@@ -180,7 +180,7 @@ def architecture(config: TrainedCLIPConfig, image_size: int) -> dict[str, Any]:
             "patch_size": config.patch_size,
             "width": config.vision_width,
             "layers": config.vision_layers,
-            "head_width": min(32, config.vision_width),
+            "head_width": min(HEAD_WIDTH, config.vision_width),
         },
         "text_cfg": {
             "context_length": config.context_length,
