@@ -115,8 +115,10 @@ def preflight(preset: Preset = "openmoji-tiny", overrides: Overrides = None) -> 
     from model.config import load_config
 
     config = load_config(preset, overrides or [])
-    from components.preflight import preflight
+    from components.preflight import check_state, preflight
+    from pipelines.run import state_folder
 
+    check_state(state_folder())
     with _services():
         print("\n".join(preflight(config)))
 

@@ -45,11 +45,11 @@ def run(preset: str, overrides: tuple[str, ...]) -> None:
     config = load_config(preset, overrides)
     if preset.endswith((".yaml", ".yml")):
         preset = str(Path(preset).resolve())
-    from components.preflight import check_disk
+    from components.preflight import check_state
     from pipelines.embedded.services import services
 
     state = state_folder()
-    check_disk(state)
+    check_state(state)
     folder = _new_folder(state / "runs")
     began = time.monotonic()
     with stopping_on_sigterm(), services(state) as found:

@@ -9,6 +9,7 @@ Letters: B batch, S text tokens, W width of the text tower, E width of the share
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -271,7 +272,7 @@ def import_pretrained(config: PretrainedCLIPConfig) -> tuple[CLIPModel, dict[str
 
 def _pretrained_tensors(config: PretrainedCLIPConfig, tag: dict[str, Any]) -> dict[str, Tensor]:
     from safetensors import SafetensorError
-    from safetensors.torch import load, load_file
+    from safetensors.torch import load_file
 
     ref = config.weights
     how = (
@@ -303,11 +304,14 @@ def _pretrained_tensors(config: PretrainedCLIPConfig, tag: dict[str, Any]) -> di
             f"clip.weights '{ref}' is neither a tag of {config.name} ({tags}) nor a .safetensors; {how}"
         )
     try:
-        if ref.startswith("s3://"):
-            from model.plumbing import storage
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(ref)
+            if ref.startswith("s3://"):
+                from model.plumbing import storage
 
-            return load(storage.read_bytes(ref))
-        return load_file(ref)
+                path = Path(scratch) / "clip.safetensors"
+                storage.download_file(ref, path)
+            return load_file(path)
     except (FileNotFoundError, SafetensorError) as error:
         raise UserError(f"clip.weights '{ref}' cannot be read ({error}); {how}") from None
 

@@ -69,7 +69,10 @@ S3_ENDPOINT_URL = Variable("S3_ENDPOINT_URL", "address of the S3 server", "Seawe
 AWS_ACCESS_KEY_ID = Variable("AWS_ACCESS_KEY_ID", "its user", "what boto3 finds")
 AWS_SECRET_ACCESS_KEY = Variable("AWS_SECRET_ACCESS_KEY", "that user's secret", "what boto3 finds")
 AWS_SESSION_TOKEN = Variable("AWS_SESSION_TOKEN", "of a secret that expires", "none")
-AWS_DEFAULT_REGION = Variable("AWS_DEFAULT_REGION", "region of S3", "`us-east-1`", default="us-east-1")
+AWS_DEFAULT_REGION = Variable("AWS_DEFAULT_REGION", "region of S3", "what boto3 finds, or `us-east-1`")
+AWS_CA_BUNDLE = Variable(
+    "AWS_CA_BUNDLE", "file with the authority of S3's certificate", "those that everybody trusts"
+)
 STORE = Variable(
     "LATENT_GPT_STORE",
     "where assets go: `s3://bucket/prefix`, or a folder",
@@ -81,6 +84,18 @@ MLFLOW_TRACKING_URI = Variable(
 MLFLOW_TRACKING_USERNAME = Variable("MLFLOW_TRACKING_USERNAME", "its user", "nobody in particular")
 MLFLOW_TRACKING_PASSWORD = Variable("MLFLOW_TRACKING_PASSWORD", "that user's password", "none")
 MLFLOW_TRACKING_TOKEN = Variable("MLFLOW_TRACKING_TOKEN", "a token instead of both", "none")
+MLFLOW_TRACKING_SERVER_CERT_PATH = Variable(
+    "MLFLOW_TRACKING_SERVER_CERT_PATH", "file with the authority of its certificate", "what requests trusts"
+)
+MLFLOW_TRACKING_CLIENT_CERT_PATH = Variable(
+    "MLFLOW_TRACKING_CLIENT_CERT_PATH", "certificate and key to show it", "none"
+)
+MLFLOW_TRACKING_INSECURE_TLS = Variable(
+    "MLFLOW_TRACKING_INSECURE_TLS", "`true`: any certificate will do", "it has to be trusted"
+)
+MLFLOW_REGISTRY_URI = Variable(
+    "MLFLOW_REGISTRY_URI", "another server for registered models", "the same server"
+)
 STATE = Variable("LATENT_GPT_STATE", "folder of the embedded services and of run logs", "`.latent-gpt`")
 CACHE = Variable("LATENT_GPT_CACHE", "folder for copies of what lies in S3", "`cache` in that folder")
 CACHE_GIB = Number("LATENT_GPT_CACHE_GIB", "how large it may become, in GiB", 64, "GiB")
@@ -108,8 +123,10 @@ MEETING = Variable("LATENT_GPT_MEETING", "file in which the processes of a job f
 
 FOR_PEOPLE = (
     *(S3_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_DEFAULT_REGION),
-    *(STORE, MLFLOW_TRACKING_URI),
+    *(AWS_CA_BUNDLE, STORE, MLFLOW_TRACKING_URI),
     *(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN),
+    *(MLFLOW_TRACKING_SERVER_CERT_PATH, MLFLOW_TRACKING_CLIENT_CERT_PATH, MLFLOW_TRACKING_INSECURE_TLS),
+    MLFLOW_REGISTRY_URI,
     *(STATE, CACHE, CACHE_GIB, S3_PATIENCE, LAUNCHER, IMAGE, DEBUG),
 )
 
@@ -141,6 +158,11 @@ def within(values: Mapping[str, str | None]) -> Iterator[None]:
         yield
     finally:
         put(before)
+
+
+def starting(*prefixes: str) -> tuple[tuple[str, str], ...]:
+    """Variables, and what they say, of libraries that read their own."""
+    return tuple(sorted(one for one in os.environ.items() if one[0].startswith(prefixes)))
 
 
 def of_a_child(*changes: Mapping[str, str]) -> dict[str, str]:

@@ -2,9 +2,10 @@
 
 Every failure that a person can mend (credentials, a bucket, the network, a full disk) is a `UserError` that
 names the URI. S3's address and credentials are environment: `S3_ENDPOINT_URL` (empty means AWS) and boto3's
-usual `AWS_*`.
+usual `AWS_*`, with what its files in ~/.aws say.
 
-A write is all or nothing: an S3 object appears when its upload is complete, a local file by rename.
+A write is all or nothing: an S3 object appears when its upload is complete, a local file by rename. What S3
+answers is not believed: bytes have to have the hash that S3 or a manifest tells, and to come in time.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ import errno
 import functools
 import hashlib
 import io
+import math
 import os
+import re
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -37,6 +42,8 @@ THREADS = 8  # parts under way at once
 READ_AHEAD = MIB  # bytes that a stream buffers
 TEMPORARY = ".partial-"  # prefix of local files that are not complete yet; never listed
 ATTEMPTS = 11  # of a request, the first included; boto3 spreads them over some 20 s if all are refused
+IN_MEMORY = 256 * MIB  # bytes that are read whole, at most
+SLOWEST = 8 << 10  # bytes per second of a connection; who is slower is given up
 
 
 class NotFound(UserError):
@@ -93,14 +100,27 @@ def split(uri: str) -> tuple[str, str]:
 
 
 def read_bytes(uri: str) -> bytes:
-    """Everything stored at `uri`.
+    """Everything stored at `uri`, which fits into memory; from S3, checked against its MD5.
 
     Raises:
         NotFound: nothing is there.
-        UserError: no access, no connection.
+        Damaged: other bytes came than were stored, twice.
+        UserError: no access, no connection, or too large.
     """
-    with open_read(uri) as stream:
-        return stream.read()
+    if not is_s3(uri):
+        with explained(uri), open(uri, "rb") as file:
+            return file.read()
+    for _ in range(2):  # what was damaged on its way comes whole the next time
+        with _S3Stream(uri) as stream:
+            if stream.end > IN_MEMORY:
+                raise UserError(f"{uri} has {stream.end} bytes; {IN_MEMORY} are read into memory at most")
+            data = stream.readall()
+        if stream.md5 in ("", hashlib.md5(data, usedforsecurity=False).hexdigest()):
+            return data
+    raise Damaged(
+        f"{uri} is damaged, here or on its way: {len(data)} bytes came, and not those of its ETag"
+        f" {stream.etag}; delete it, so that it is made again, or restore it"
+    )
 
 
 def write_bytes(uri: str, data: bytes, if_absent: bool = False) -> None:
@@ -113,7 +133,7 @@ def write_bytes(uri: str, data: bytes, if_absent: bool = False) -> None:
     if is_s3(uri):
         bucket, key = split(uri)
         condition: dict[str, Any] = {"IfNoneMatch": "*"} if if_absent else {}
-        with _explained(uri):
+        with explained(uri):
             client().put_object(Bucket=bucket, Key=key, Body=data, **condition)
     else:
         with _local_target(uri, if_absent) as partial:
@@ -124,7 +144,7 @@ def upload_file(path: str | Path, uri: str) -> None:
     """Store a local file at `uri`; on S3 in large parts side by side."""
     if is_s3(uri):
         bucket, key = split(uri)
-        with _explained(uri):
+        with explained(uri):
             config = _transfer(_part(os.path.getsize(path)))
             client().upload_file(str(path), bucket, key, Config=config)
     else:
@@ -142,7 +162,7 @@ def download_file(uri: str, path: str | Path, sha256: str | None = None) -> None
         if is_s3(uri):
             _download(uri, partial)
         else:
-            with _explained(uri), open(uri, "rb") as source:
+            with explained(uri), open(uri, "rb") as source:
                 shutil.copyfileobj(source, partial, 4 * MIB)
         if sha256 is not None:
             partial.seek(0)
@@ -164,7 +184,7 @@ def copy(source: str, target: str, sha256: str) -> None:
             upload_file(Path(scratch, "copy"), target)
         return
     (from_bucket, from_key), (bucket, key) = split(source), split(target)
-    with _explained(source):
+    with explained(source):
         client().copy({"Bucket": from_bucket, "Key": from_key}, bucket, key, Config=_transfer(LARGEST_PART))
     with io.BufferedReader(_S3Stream(target), READ_AHEAD) as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -179,7 +199,7 @@ def open_read(uri: str) -> BinaryIO:
     """
     if is_s3(uri):
         return io.BufferedReader(_S3Stream(uri), READ_AHEAD)
-    with _explained(uri):
+    with explained(uri):
         return open(uri, "rb")
 
 
@@ -189,7 +209,7 @@ def exists(uri: str) -> bool:
         return Path(uri).is_file()
     bucket, key = split(uri)
     try:
-        with _explained(uri):
+        with explained(uri):
             client().head_object(Bucket=bucket, Key=key)
     except NotFound:
         return False
@@ -198,7 +218,7 @@ def exists(uri: str) -> bool:
 
 def delete(uri: str) -> None:
     """Remove what is stored at `uri`; nothing there is no error."""
-    with _explained(uri):
+    with explained(uri):
         if is_s3(uri):
             bucket, key = split(uri)
             client().delete_object(Bucket=bucket, Key=key)
@@ -215,7 +235,7 @@ def list_sizes(uri: str) -> dict[str, int]:
     if is_s3(uri):
         bucket, key = split(uri)
         prefix = f"{key}/" if key else ""
-        with _explained(uri):
+        with explained(uri):
             for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
                 for item in page.get("Contents", []):
                     found[item["Key"].removeprefix(prefix)] = item["Size"]
@@ -242,7 +262,7 @@ def delete_prefix(uri: str) -> None:
         if not key:
             raise UserError(f"{uri}: refusing to delete a whole bucket; name a folder in it")
         names = list(list_sizes(uri))
-        with _explained(uri):
+        with explained(uri):
             for start in range(0, len(names), 1000):
                 batch = [{"Key": f"{key}/{name}"} for name in names[start : start + 1000]]
                 answer = client().delete_objects(Bucket=bucket, Delete={"Objects": batch, "Quiet": True})  # type: ignore[typeddict-item]
@@ -252,7 +272,7 @@ def delete_prefix(uri: str) -> None:
         if Path(uri).absolute().parent == Path(uri).absolute():
             raise UserError(f"{uri}: refusing to delete the root of the file system; name a folder")
         if Path(uri).is_dir():
-            with _explained(uri):
+            with explained(uri):
                 shutil.rmtree(uri)
 
 
@@ -271,16 +291,16 @@ def check_store(root: str) -> None:
         quick = client(patience=5, attempts=2)
 
         def put() -> None:
-            with _explained(root):
+            with explained(root):
                 quick.put_object(Bucket=bucket, Key=key, Body=data)
 
         try:
             put()
         except NotFound:
-            with _explained(root):
+            with explained(root), contextlib.suppress(FileExistsError):  # another run was quicker
                 quick.create_bucket(Bucket=bucket)
             put()
-        with _explained(root):
+        with explained(root):
             found = quick.get_object(Bucket=bucket, Key=key)["Body"].read()
             quick.delete_object(Bucket=bucket, Key=key)
     else:
@@ -311,7 +331,7 @@ def fingerprint(uri: str, suffixes: tuple[str, ...]) -> str:
     found: dict[str, str] = {}
     if is_s3(uri):
         bucket, key = split(uri)
-        with _explained(uri):
+        with explained(uri):
             for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key):
                 for item in page.get("Contents", []):
                     folder, _, name = item["Key"].rpartition("/")
@@ -319,7 +339,7 @@ def fingerprint(uri: str, suffixes: tuple[str, ...]) -> str:
                         found[name] = item["ETag"]
     else:
         path = Path(uri).expanduser()
-        with _explained(uri):
+        with explained(uri):
             for file in [path] if path.is_file() else path.iterdir():
                 if file.is_file() and file.name.endswith(suffixes):
                     found[file.name] = file_sha256(file)
@@ -335,7 +355,7 @@ def mark(uri: str) -> str:
         NotFound: nothing is there.
         UserError: it is no regular file.
     """
-    with _explained(uri):
+    with explained(uri):
         if is_s3(uri):
             bucket, key = split(uri)
             return client().head_object(Bucket=bucket, Key=key)["ETag"]
@@ -356,7 +376,7 @@ def checksum_error(uri: str, found: str, expected: str) -> Damaged:
 # ── below ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def client(patience: float | None = None, attempts: int = ATTEMPTS) -> S3Client:
+def client(patience: float | None = None, attempts: int | None = None) -> S3Client:
     """The process's S3 client.
 
     Args:
@@ -364,29 +384,37 @@ def client(patience: float | None = None, attempts: int = ATTEMPTS) -> S3Client:
             With eleven attempts a restart or a minute's standstill is outlived, and two minutes' reported.
         attempts: tries of one request.
     """
-    if patience is None:
-        patience = environment.S3_PATIENCE.get()
+    usual = _patience()
     # Connections must not be shared with a forked child, and tests move from server to server.
-    place = tuple(one.get() for one in PLACE)
-    return _client(os.getpid(), place, patience, attempts)
+    surroundings = (os.getpid(), environment.starting("AWS_", "S3_"))
+    return _client(surroundings, patience or usual[0], attempts or usual[1])
 
 
-PLACE = (  # of an S3, and who asks it: another one needs another client
-    environment.S3_ENDPOINT_URL,
-    environment.AWS_ACCESS_KEY_ID,
-    environment.AWS_SECRET_ACCESS_KEY,
-    environment.AWS_SESSION_TOKEN,
-    environment.AWS_DEFAULT_REGION,
-)
+_haste: ContextVar[tuple[float, int] | None] = ContextVar("haste", default=None)
+
+
+def _patience() -> tuple[float, int]:
+    """Seconds to wait for an answer, and how often to ask."""
+    return _haste.get() or (environment.S3_PATIENCE.get(), ATTEMPTS)
+
+
+@contextlib.contextmanager
+def hasty(patience: float, attempts: int) -> Iterator[None]:
+    """Within the block every request of this thread has that patience and that many attempts."""
+    token = _haste.set((patience, attempts))
+    try:
+        yield
+    finally:
+        _haste.reset(token)
 
 
 @functools.cache
-def _client(process: int, place: tuple[str, ...], patience: float, attempts: int) -> S3Client:
+def _client(surroundings: object, patience: float, attempts: int) -> S3Client:
     import boto3
     from botocore.config import Config
-    from botocore.exceptions import PartialCredentialsError
+    from botocore.exceptions import BotoCoreError, PartialCredentialsError
 
-    endpoint, *_, region = place
+    endpoint = environment.S3_ENDPOINT_URL.get()
     if endpoint and not endpoint.startswith(("http://", "https://")):
         raise UserError(f"S3_ENDPOINT_URL is '{endpoint}'; it must start with http:// or https://")
     config = Config(
@@ -396,16 +424,18 @@ def _client(process: int, place: tuple[str, ...], patience: float, attempts: int
         max_pool_connections=2 * THREADS,
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
-        s3={"addressing_style": "path"} if endpoint else {},
     )
-    # Not boto3's default session: that one keeps the first credentials it has seen.
-    session = boto3.session.Session()
     try:
+        # Not boto3's default session: that one keeps the first credentials it has seen.
+        session = boto3.session.Session()
+        region = session.region_name or "us-east-1"
         return session.client("s3", endpoint_url=endpoint or None, region_name=region, config=config)
     except PartialCredentialsError:
         raise UserError(
             "S3 credentials are incomplete; set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         ) from None
+    except (BotoCoreError, ValueError) as error:
+        raise UserError(f"S3: {error}; check AWS_PROFILE, AWS_CONFIG_FILE and S3_ENDPOINT_URL") from None
 
 
 @functools.cache
@@ -430,6 +460,10 @@ def _download(uri: str, target: Any) -> None:
             target.flush()
             return
         size, etag = whole.end, whole.etag
+    if size > (free := shutil.disk_usage(target.fileno()).free):
+        raise UserError(
+            f"{uri} has {size} bytes and the disk {free} left; free some, or choose another place"
+        )
     step = _part(size)
 
     def fetch(start: int) -> None:
@@ -458,10 +492,14 @@ class _S3Stream(io.RawIOBase):
         super().__init__()
         self.etag = etag
         self.end = end
+        self.md5 = ""  # of the whole object in hex digits, where S3 says so
         self._uri = uri
         self._bucket, self._key = split(uri)
         self._position = start
         self._body: Any = None
+        self._came = 0  # bytes, in
+        self._waited = 0.0  # seconds of
+        self._patience = math.prod(_patience())
         if not etag:
             self._open()
 
@@ -470,13 +508,23 @@ class _S3Stream(io.RawIOBase):
         if self.etag:  # never mix two versions of an object
             where = {"IfMatch": self.etag, "Range": f"bytes={self._position}-{self.end - 1}"}
         try:
-            with _explained(self._uri):
+            with explained(self._uri):
                 answer = client().get_object(Bucket=self._bucket, Key=self._key, **where)
         except FileExistsError:
             raise UserError(f"{self._uri} was replaced while it was read; run the step again") from None
+        length = answer.get("ContentLength", -1)
         if not self.etag:
-            self.etag, self.end = answer["ETag"], answer["ContentLength"]
-        self._body = answer["Body"]
+            self.etag, self.end, self.md5 = answer.get("ETag", ""), length, _md5(self._bucket, answer)
+        part = answer.get("ContentRange", "bytes 0-")
+        right = 0 <= length == self.end - self._position and part.startswith(f"bytes {self._position}-")
+        if not self.etag or not right:
+            answer["Body"].close()
+            raise UserError(
+                f"{self._uri}: S3 answers another question: {length} bytes ({part}, ETag '{self.etag}')"
+                f" where those from {self._position} to {self.end} were asked for"
+            )
+        # urllib3's own: it hands over what has come, where boto3's wrapper waits for as much as is asked for.
+        self._body = answer["Body"].__enter__()
 
     def readable(self) -> bool:
         return True
@@ -494,6 +542,12 @@ class _S3Stream(io.RawIOBase):
     def tell(self) -> int:
         return self._position
 
+    def readall(self) -> bytes:
+        data = bytearray()
+        while part := self.read(min(MIB, self.end - self._position)):
+            data += part
+        return bytes(data)
+
     def readinto(self, buffer: Any) -> int:
         from botocore.exceptions import BotoCoreError
         from urllib3.exceptions import HTTPError
@@ -501,11 +555,12 @@ class _S3Stream(io.RawIOBase):
         wanted = min(len(buffer), self.end - self._position)
         if wanted <= 0:
             return 0
+        began = time.monotonic()
         for attempt in range(ATTEMPTS):
             try:
                 if self._body is None:
                     self._open()
-                data = self._body.read(wanted)
+                data = self._body.read1(wanted)
                 if data:
                     break
             except (BotoCoreError, HTTPError, OSError) as error:
@@ -516,6 +571,13 @@ class _S3Stream(io.RawIOBase):
             self._close_body()
         else:
             raise UserError(f"{self._uri} ends after {self._position} of {self.end} bytes")
+        self._came += len(data)
+        self._waited += time.monotonic() - began
+        if self._waited > self._patience + self._came / SLOWEST:
+            raise UserError(
+                f"{self._uri}: S3 is too slow: {self._came} bytes in {self._waited:.0f} s; set"
+                " LATENT_GPT_S3_PATIENCE to more seconds if that is to be waited for"
+            )
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
@@ -530,11 +592,22 @@ class _S3Stream(io.RawIOBase):
         super().close()
 
 
+def _md5(bucket: str, answer: Any) -> str:
+    """The MD5 that an answer tells in its ETag; "" for objects whose ETag is something else.
+
+    Those are uploaded in parts, encrypted with a key of the user's, or in a directory bucket
+    (docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html).
+    """
+    own_key = "SSECustomerAlgorithm" in answer or answer.get("ServerSideEncryption", "AES256") != "AES256"
+    plain = re.fullmatch('"?([0-9a-f]{32})"?', answer.get("ETag", ""))
+    return plain[1] if plain and not own_key and not bucket.endswith("--x-s3") else ""
+
+
 @contextlib.contextmanager
 def _local_target(uri: str | Path, if_absent: bool = False, durable: bool = True) -> Iterator[Any]:
     """A binary file that takes the name `uri` when the block ends well, and vanishes when it does not."""
     target = Path(uri)
-    with _explained(str(uri)):
+    with explained(str(uri)):
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=target.parent)
         try:
@@ -572,7 +645,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(uri: str) -> Iterator[None]:
+def explained(uri: str) -> Iterator[None]:
     """Turn what boto3 and the file system raise into one line that says what is wrong and what is right."""
     try:
         yield
@@ -607,7 +680,7 @@ def _s3_error(uri: str, error: Exception) -> Exception:
     if isinstance(error, boto.ClientError):
         code = str(error.response.get("Error", {}).get("Code", ""))
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        message = error.response.get("Error", {}).get("Message", "")
+        message = error.response.get("Error", {}).get("Message") or ""
         if code in ("PreconditionFailed", "ConditionalRequestConflict") or status in (409, 412):
             return FileExistsError(f"{uri} exists already")
         if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken"):
@@ -615,10 +688,15 @@ def _s3_error(uri: str, error: Exception) -> Exception:
                 f"{uri}: {endpoint} refuses the credentials ({code}); check AWS_ACCESS_KEY_ID and"
                 " AWS_SECRET_ACCESS_KEY"
             )
+        if "virtual" in message.lower() or code in ("SecondLevelDomainForbidden", "PathStyleDomainForbidden"):
+            return UserError(
+                f"{uri}: {endpoint} wants the bucket in the host's name ({code}: {message}); set"
+                " addressing_style = virtual below s3 = in ~/.aws/config, or where AWS_CONFIG_FILE says"
+            )
         if status in (401, 403):
             return UserError(
-                f"{uri}: {endpoint} denies access ({code}); check AWS_ACCESS_KEY_ID and"
-                " AWS_SECRET_ACCESS_KEY, and that they may read and write this bucket"
+                f"{uri}: {endpoint} denies {error.operation_name} ({code}); check AWS_ACCESS_KEY_ID and"
+                " AWS_SECRET_ACCESS_KEY, and that they may list, read, write and delete in this bucket"
             )
         if code == "NoSuchBucket":
             return NotFound(
@@ -626,7 +704,17 @@ def _s3_error(uri: str, error: Exception) -> Exception:
             )
         if status == 404:
             return NotFound(f"{uri} does not exist")
-        return UserError(f"{uri}: {endpoint} answers {status} {code}: {message}")
+        return UserError(f"{uri}: {endpoint} answers {error.operation_name} with {status} {code}: {message}")
+    if isinstance(error, boto.SSLError):
+        return UserError(
+            f"{uri}: {error}; if the certificate of {endpoint} is signed by an authority of your own, set"
+            " AWS_CA_BUNDLE to that one's file"
+        )
+    if isinstance(error, boto.ProxyConnectionError):
+        return UserError(
+            f"{uri}: {endpoint} cannot be reached through the proxy that HTTP_PROXY or HTTPS_PROXY names;"
+            " mend that, or name the host in NO_PROXY"
+        )
     if isinstance(error, boto.ConnectTimeoutError | boto.ReadTimeoutError):
         return UserError(
             f"{uri}: {endpoint} does not answer; check that it runs and S3_ENDPOINT_URL is right"

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import json
 import logging
+import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -30,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 RUN_TAG, STEP_TAG = "latent_gpt.pipeline_run", "latent_gpt.step"
 PIPELINE = "pipeline"  # STEP_TAG of a parent run
+TRIAL = "preflight"  # name of what is made only to see whether it can be
 
 # Set wherever MLflow is used, by us and by the servers we start. Artifacts go through the tracking server:
 # left to itself the client asks the server for presigned URLs and then hangs where it cannot reach the S3
@@ -57,7 +57,7 @@ def mlflow_client() -> MlflowClient:
     from mlflow import MlflowClient
 
     uri = environment.MLFLOW_TRACKING_URI.get()
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    return MlflowClient(tracking_uri=uri, registry_uri=environment.MLFLOW_REGISTRY_URI.get() or uri)
 
 
 def check_server(patience: float = 10.0) -> None:
@@ -69,37 +69,120 @@ def check_server(patience: float = 10.0) -> None:
     Raises:
         UserError: `MLFLOW_TRACKING_URI` is missing or wrong, or the server does not answer as MLflow does.
     """
+    _ask("experiments/search", patience, max_results=1)
+
+
+def _ask(what: str, patience: float, method: str = "POST", **question: Any) -> dict[str, Any]:
+    """Put a question to the server with the settings that MLflow's client has, and none of its patience."""
+    import requests
+
     uri = environment.MLFLOW_TRACKING_URI.get()
     if not uri.startswith(("http://", "https://")):
         raise UserError(
             f"MLFLOW_TRACKING_URI is '{uri}'; it must name an MLflow server, e.g. http://127.0.0.1:5000"
         )
-    request = urllib.request.Request(
-        f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search",
-        data=b'{"max_results": 1}',
-        headers={"Content-Type": "application/json", **_authorization()},
-    )
+    anything = environment.MLFLOW_TRACKING_INSECURE_TLS.get().lower() in ("true", "1")
     try:
-        with urllib.request.urlopen(request, timeout=patience) as answer:
-            json.load(answer)
-    except urllib.error.HTTPError as error:
-        said = " ".join(error.read(200).decode(errors="replace").split())
-        if error.code == 401:
+        answer = requests.request(
+            method,
+            f"{uri.rstrip('/')}/api/2.0/mlflow/{what}",
+            **{"json" if method == "POST" else "params": question},
+            headers=_authorization(),
+            timeout=patience,
+            verify=False if anything else environment.MLFLOW_TRACKING_SERVER_CERT_PATH.get() or True,
+            cert=environment.MLFLOW_TRACKING_CLIENT_CERT_PATH.get() or None,
+        )
+        answer.raise_for_status()
+        found: dict[str, Any] = answer.json()
+        return found
+    except requests.HTTPError as error:
+        said, code = " ".join(error.response.text[:200].split()), error.response.status_code
+        if code == 401:
             right = "check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        elif error.code == 403:
+        elif code == 403:
             right = (
                 "check the permissions, and that the server was started with --allowed-hosts for this name"
             )
         else:
             right = "check that MLFLOW_TRACKING_URI names an MLflow server"
-        raise UserError(f"MLflow at {uri} answers {error.code} ({said}); {right}") from None
-    except ValueError:
+        raise UserError(f"MLflow at {uri} answers {code} ({said}); {right}") from None
+    except requests.exceptions.JSONDecodeError:
         raise UserError(f"{uri} does not answer as MLflow does; check MLFLOW_TRACKING_URI") from None
-    except OSError as error:
-        reason = getattr(error, "reason", error)
+    except requests.exceptions.SSLError as error:
         raise UserError(
-            f"MLflow at {uri} cannot be reached ({reason}); check that it runs, and MLFLOW_TRACKING_URI"
+            f"MLflow at {uri}: {_reason(error)}; if its certificate is signed by an authority of yours, set"
+            " MLFLOW_TRACKING_SERVER_CERT_PATH to that one's file"
         ) from None
+    except requests.exceptions.ProxyError as error:
+        raise UserError(
+            f"MLflow at {uri} cannot be reached through the proxy that HTTP_PROXY or HTTPS_PROXY names"
+            f" ({_reason(error)}); mend that, or name the host in NO_PROXY"
+        ) from None
+    except OSError as error:  # as all that requests raises is
+        raise UserError(
+            f"MLflow at {uri} cannot be reached ({_reason(error)}); check that it runs, and"
+            " MLFLOW_TRACKING_URI"
+        ) from None
+
+
+def _reason(error: BaseException) -> str:
+    """The failure that requests and urllib3 have wrapped."""
+    below = error.__context__
+    while below:
+        if isinstance(below, OSError):
+            error = below
+        below = below.__context__
+    return " ".join(str(error).split())
+
+
+# Of those that are only a try: who does not answer soon is down.
+QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+
+
+def check_models(experiment: str) -> None:
+    """Make a logged model, which MLflow has from version 3 on, and look into the registry.
+
+    Raises:
+        UserError: one or the other is not there.
+    """
+    client = mlflow_client()
+    registry = environment.MLFLOW_REGISTRY_URI.get() or environment.MLFLOW_TRACKING_URI.get()
+    with environment.within(QUICK):
+        with explained("; models need MLflow 3 or newer"):
+            model = client.create_logged_model(_experiment(client, experiment), TRIAL)
+            client.delete_logged_model(model.model_id)
+        with explained(f"; MLFLOW_REGISTRY_URI or MLFLOW_TRACKING_URI names the registry {registry}"):
+            client.search_registered_models(max_results=1)
+
+
+def check_artifacts(experiment: str) -> None:
+    """Keep an artifact, read it back and remove it.
+
+    Raises:
+        UserError: that fails; says where the server wants artifacts to be.
+    """
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    client = mlflow_client()
+    uri = environment.MLFLOW_TRACKING_URI.get()
+    with environment.within(QUICK), explained(), tempfile.TemporaryDirectory() as folder:
+        run = client.create_run(_experiment(client, experiment), run_name=TRIAL).info
+        place = run.artifact_uri
+        try:
+            client.log_text(run.run_id, TRIAL, TRIAL)
+            found = Path(client.download_artifacts(run.run_id, TRIAL, folder)).read_text()
+            if "://" not in place.removeprefix("file://"):  # written by us: the same disk as the server's?
+                known = _ask("artifacts/list", 5.0, method="GET", run_id=run.run_id)
+                found = found if known.get("files") else "nothing"
+            get_artifact_repository(place, tracking_uri=uri).delete_artifacts(TRIAL)
+        except Exception as error:  # file systems, S3 and whatever else an artifact root can be
+            found = " ".join(str(error).split())[:300]
+        client.delete_run(run.run_id)
+    if found != TRIAL:
+        raise UserError(
+            f"MLflow at {uri} wants artifacts at {place}, and one that is written there is not found by both"
+            f" sides ({found}); start the server with --serve-artifacts and an --artifacts-destination"
+        )
 
 
 def _authorization() -> dict[str, str]:
@@ -297,12 +380,12 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Turn MLflow's refusals into one line."""
+def explained(right: str = "") -> Iterator[None]:
+    """Turn MLflow's refusals into one line, which ends with what would be right."""
     from mlflow.exceptions import MlflowException
 
     try:
         yield
     except MlflowException as error:
         what = " ".join(str(error).split())[:300]
-        raise UserError(f"MLflow at {environment.MLFLOW_TRACKING_URI.get()} refuses: {what}") from None
+        raise UserError(f"MLflow at {environment.MLFLOW_TRACKING_URI.get()} refuses: {what}{right}") from None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from tests import ROOT
 from tests.mutants import Mutant
 
 CONFIG = "model/config.py"
+PREFLIGHT = "components/preflight.py"
 RULES = "tests/test_config.py::test_settings_that_contradict_each_other_are_named_with_their_figures"
 
 SETTINGS = "tests/test_steps.py::test_every_setting_moves_the_assets_that_it_decides_and_no_others"
@@ -13,6 +15,13 @@ SETTINGS = "tests/test_steps.py::test_every_setting_moves_the_assets_that_it_dec
 def rule(row: str, condition: str) -> Mutant:
     """A rule of the config that no longer refuses anything."""
     return Mutant(f"config: {row}", CONFIG, f"if {condition}:", "if False:", f"{RULES}[{row}]")
+
+
+def probe(name: str, test: str) -> Mutant:
+    """A check before the start that is never made."""
+    line = next(line for line in (ROOT / PREFLIGHT).read_text().splitlines() if f'", "{name}", ' in line)
+    where = "tests/components/test_preflight.py::"
+    return Mutant(f"preflight: {name}", PREFLIGHT, f"{line}\n", "", where + test)
 
 
 MUTANTS = [
@@ -62,27 +71,14 @@ MUTANTS = [
         '"floor": 0.0',
         "tests/evaluation/test_report.py::test_the_floor_of_a_score_is_what_chance_gives",
     ),
-    Mutant(
-        "preflight: MLflow is asked",
-        "components/preflight.py",
-        "    tracking.check_server()\n",
-        "",
-        "tests/components/test_preflight.py::test_mlflow_that_does_not_answer_is_refused",
-    ),
-    Mutant(
-        "preflight: the store is written to",
-        "components/preflight.py",
-        "    storage.check_store(root)\n",
-        "",
-        "tests/components/test_preflight.py::test_a_store_that_cannot_be_written_is_refused",
-    ),
-    Mutant(
-        "preflight: the disk is looked at",
-        "components/preflight.py",
-        "    check_disk(Path(tempfile.gettempdir()))\n",
-        "",
-        "tests/components/test_preflight.py::test_a_disk_without_room_for_a_run_is_refused",
-    ),
+    probe("has room", "test_a_disk_without_room_for_a_run_is_refused"),
+    probe("lists", "test_a_store_that_lacks_something_is_refused_by_name[no right to list]"),
+    probe("writes only what is absent", "test_a_store_that_lacks_something_is_refused_by_name[501]"),
+    probe("deletes many at once", "test_a_store_that_lacks_something_is_refused_by_name[no batches]"),
+    probe("takes uploads in parts", "test_a_store_that_lacks_something_is_refused_by_name[no parts]"),
+    probe("is read from the middle on", "test_a_store_that_lacks_something_is_refused_by_name[no ranges]"),
+    probe("keeps models", "test_an_mlflow_that_lacks_something_is_refused_by_name[models]"),
+    probe("keeps artifacts", "test_an_mlflow_that_lacks_something_is_refused_by_name[artifacts]"),
     Mutant(
         "step: a failed run is FAILED in MLflow",
         "components/step.py",

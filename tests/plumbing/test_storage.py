@@ -16,6 +16,7 @@ import pytest
 from model.errors import UserError
 from model.plumbing import storage
 from model.plumbing.storage import MIB
+from tests.proxies import certificate, proxy
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
@@ -225,7 +226,7 @@ def test_a_failed_write_leaves_the_old_file(store: str, monkeypatch: pytest.Monk
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     """A real one: /dev/full takes nothing, whatever the size."""
-    with pytest.raises(UserError, match="no space left"), storage._explained("/dev/full"):
+    with pytest.raises(UserError, match="no space left"), storage.explained("/dev/full"):
         Path("/dev/full").write_bytes(b"x")
 
 
@@ -257,6 +258,70 @@ def test_an_endpoint_without_scheme_is_one_line(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("S3_ENDPOINT_URL", "127.0.0.1:9000")
     with pytest.raises(UserError, match="must start with http"):
         storage.check_store("s3://bucket")
+
+
+def url_of_a_request() -> str:
+    """Where an object would be read."""
+    params = {"Bucket": "pictures", "Key": "one"}
+    return storage.client().generate_presigned_url("get_object", Params=params)
+
+
+@pytest.mark.parametrize(
+    ("said", "place"),
+    [
+        ("", "https://s3.example/pictures/one?"),
+        ("s3 =\n  addressing_style = virtual\n", "https://pictures.s3.example/one?"),
+        ("endpoint_url = https://elsewhere.example\n", "https://s3.example/pictures/one?"),
+    ],
+)
+def test_what_the_users_files_say_of_s3_holds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str, place: str
+) -> None:
+    (tmp_path / "config").write_text(f"[profile work]\nregion = eu-central-1\n{said}")
+    for name, value in {
+        "S3_ENDPOINT_URL": "https://s3.example",
+        "AWS_CONFIG_FILE": str(tmp_path / "config"),
+        "AWS_PROFILE": "work",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_DEFAULT_REGION", raising=False)
+    assert url_of_a_request().startswith(place)
+    assert "eu-central-1" in url_of_a_request() or storage.client().meta.region_name == "eu-central-1"
+
+
+def test_a_profile_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "work")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"profile \(work\) could not be found; check AWS_PROFILE"):
+        storage.read_bytes("s3://bucket/key")
+
+
+def test_a_dead_proxy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "S3_ENDPOINT_URL": "http://s3.example",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "http_proxy": "http://127.0.0.1:9",
+        "no_proxy": "",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"cannot be reached through the proxy that HTTP_PROXY"):
+        storage.check_store("s3://bucket")
+
+
+@pytest.mark.slow
+def test_a_certificate_of_an_own_authority_needs_its_file(
+    services: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    authority = certificate(tmp_path)
+    with proxy(services["S3_ENDPOINT_URL"], lambda _, ask: ask(), tls=tmp_path) as url:
+        monkeypatch.setenv("S3_ENDPOINT_URL", url)
+        with pytest.raises(UserError, match=r"certificate verify failed.*; .* set AWS_CA_BUNDLE to"):
+            storage.check_store(services["LATENT_GPT_STORE"])
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(authority))
+        storage.check_store(services["LATENT_GPT_STORE"])
 
 
 @pytest.mark.slow

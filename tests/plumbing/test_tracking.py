@@ -9,6 +9,7 @@ import subprocess
 import threading
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from model.errors import UserError
 from model.plumbing import tracking
 from model.plumbing.jobs import TrackingIds
 from model.plumbing.tracking import Tracker, check_server, flatten, mlflow_client
+from tests.proxies import certificate, proxy
 
 
 @pytest.fixture
@@ -66,6 +68,27 @@ def test_other_answers_say_what_would_be_right(
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
         with pytest.raises(UserError, match=right):
             check_server()
+
+
+def test_a_dead_proxy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    with pytest.raises(UserError, match=r"through the proxy that HTTP_PROXY .* \(.*Connection refused\)"):
+        check_server()
+
+
+@pytest.mark.slow
+def test_a_certificate_of_an_own_authority_needs_its_file(
+    services: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    authority = certificate(tmp_path)
+    with proxy(services["MLFLOW_TRACKING_URI"], lambda _, ask: ask(), tls=tmp_path) as url:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        with pytest.raises(UserError, match=r"certificate verify failed.* MLFLOW_TRACKING_SERVER_CERT_PATH"):
+            check_server()
+        monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(authority))
+        mlflow_client().search_experiments(max_results=1)
 
 
 def test_settings_flatten() -> None:
