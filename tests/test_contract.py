@@ -205,9 +205,9 @@ def imported() -> dict[str, set[str]]:
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
     from importlib.metadata import packages_distributions
 
-    unused = declared() - NOT_IMPORTED.keys()
+    unused, providing = declared() - NOT_IMPORTED.keys(), packages_distributions()  # reads every file list
     for name, files in imported().items():
-        providers = {one.lower().replace("_", "-") for one in packages_distributions().get(name, [])}
+        providers = {one.lower().replace("_", "-") for one in providing.get(name, [])}
         assert providers & declared(), f"pyproject.toml does not declare {name}, imported by {sorted(files)}"
         unused -= providers
     assert not unused, "declared in pyproject.toml, and imported nowhere"

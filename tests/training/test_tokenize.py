@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -18,13 +15,12 @@ from model.errors import UserError
 from model.nets.clip import tokenize as text_ids
 from model.nets.tokenizers import load_tokenizer
 from model.nets.vqvae import VQVAE
-from model.plumbing import cache, storage
-from model.plumbing.jobs import write_spec
+from model.plumbing import assets, cache, storage
 from model.plumbing.parallel import cores
 from model.steps import job
 from model.training.tokenize import BATCH_PIXELS, PARTS, token_name
-from tests import ROOT
-from tests.instances import config, ingest, publish_models, run_job
+from tests.instances import config, ingest, make_in_rank, publish_models, run_job
+from tests.ranks import two_ranks
 
 DATA = {
     "source": {"kind": "shapes", "count": 64},
@@ -143,25 +139,12 @@ def test_names():
 
 
 @pytest.mark.slow
-def test_two_workers_make_the_same_asset_as_one(spec):
-    job, _ = spec
+def test_two_workers_make_the_same_asset_as_one(spec, store):
+    job, inputs = spec
     alone = run_job(job)
     storage.delete_prefix(job.output)
-    uri = write_spec(job)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "-m",
-        "model.training.tokenize",
-    ]
-    root = ROOT
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run([*command, uri], env=environment, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    from model.plumbing.assets import load
-
-    together = load(job.output)
+    uris = {name: manifest.uri for name, manifest in inputs.items()}
+    two_ranks(make_in_rank, store, "tokens", job.config.model_dump_json(), uris)
+    together = assets.load(job.output)
     assert together.files == alone.files
     assert together.info == alone.info
