@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from model.errors import UserError
+try:
+    from model.errors import UserError
+except ImportError:  # PYTHONPATH leads to somebody else's
+    import model
+
+    print(
+        f"error: {model.__file__} stands before latent-gpt's own package `model`; take its folder out of"
+        " PYTHONPATH, or start from another folder",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 from model.plumbing import environment
 from pipelines import commands
 

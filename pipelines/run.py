@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -57,6 +58,7 @@ def run(preset: str, overrides: tuple[str, ...]) -> None:
         told = {
             environment.LOGS.name: str(folder / "jobs"),
             environment.OUTCOMES.name: str(folder / "outcomes"),
+            **environment.imports_as_we_do(),
             "PYTHONUNBUFFERED": "1",
             "TMPDIR": str(_made(folder / "tmp")),  # kfp leaves a folder behind for every step
         }
@@ -121,6 +123,7 @@ def _run_dag(folder: Path, preset: str, overrides: list[str]) -> None:
 
     from pipelines.dag import text_to_image
 
+    sys.executable = shlex.quote(sys.executable)  # kfp.local puts it into shell scripts as it is
     # kfp.local deletes the workspace after the run: it gets a folder of its own.
     local.init(
         local.SubprocessRunner(use_venv=False),

@@ -1,11 +1,26 @@
 """The command line as a person meets it: help, and one clear line for bad input."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from model.config import preset_names
-from tests.command_line import latent_gpt, refused
+from tests import ROOT
+from tests.command_line import environment, latent_gpt, refused
+
+
+def test_another_module_called_model_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text("")
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", "from pipelines.cli import main; main()"],
+        env=environment(PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}"),
+        capture_output=True,
+        text=True,
+    )
+    assert f"{tmp_path / 'model.py'} stands before latent-gpt's own package `model`" in refused(done)
 
 
 def test_help_lists_the_commands() -> None:

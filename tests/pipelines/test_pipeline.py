@@ -109,6 +109,26 @@ def test_a_second_run_reuses_everything_and_registers_nothing_new(first: First, 
     assert "latent-gpt-smoke version 1, champion" in done.stdout
 
 
+def test_neither_a_path_with_a_space_nor_a_module_of_the_same_name_is_in_the_way(
+    first: First, state: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mé dir"
+    folder.mkdir()
+    (folder / "venv").symlink_to(sys.prefix)
+    (folder / "model.py").write_text("raise SystemExit('the module of somebody else')\n")
+    python = str(folder / "venv" / "bin" / "python")
+    done = subprocess.run(
+        [python, "-P", "-m", "pipelines.cli", "run", "--preset", "smoke"],
+        cwd=folder,
+        env=environment(state, PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "latent-gpt-smoke version 1, champion" in done.stdout
+
+
 def test_generate_draws_from_the_champion(first: First, state: Path, tmp_path: Path) -> None:
     prompt = "a red circle"
     done = latent_gpt("generate", prompt, "--out", str(tmp_path / "a.png"), "--seed", "7", state=state)
