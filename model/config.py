@@ -20,6 +20,7 @@ from model.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
 UNIONS = ("data.source", "tokenizer", "clip")  # sections of several kinds
+LARGEST_PRESET = 2**20  # bytes
 VQVAE_EXPERIMENT = "vqvae-training"  # of phase 2, also where phase 3 trains its VQ-VAE first
 
 # Settings of earlier releases, which models that were stored then still carry. None decides what is drawn.
@@ -27,7 +28,11 @@ RETIRED = {"estimator", "speculate", "z_loss"}
 
 Byte = Annotated[int, Field(ge=0, le=255)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=10**9)]
+Few = Annotated[int, Field(gt=0, le=256)]  # heads, views, samples
+Layers = Annotated[int, Field(gt=0, le=256)]  # a net is built of them before anything else is known of it
+Codes = Annotated[int, Field(gt=0, le=2**20)]
+Width = Annotated[int, Field(gt=0, le=16_384)]  # channels, sides, lengths
 LONGEST_PROMPT = 1000  # characters: far beyond any text encoder's context
 HEAD_WIDTH = 32  # channels of an attention head in the pictures' tower of a CLIP that is trained here
 
@@ -92,7 +97,7 @@ Source = Annotated[
 class Augment(Section):
     """Random views of a picture: drawn afresh each step for the VQ-VAE, `views` fixed ones for tokens."""
 
-    views: Positive = 1  # tokenized views per picture; view 0 is always the plain picture
+    views: Few = 1  # tokenized views per picture; view 0 is always the plain picture
     flip: bool = False  # horizontal flip with probability 1/2 (wrong where captions say left or right)
     shift: Share = 0.0  # largest shift, as a share of the side
     scale: Share = 0.0  # largest zoom in or out, as a share
@@ -102,10 +107,10 @@ class DataConfig(Section):
     """From a source to verified image shards."""
 
     source: Source
-    image_size: Positive = 64  # side of the square pictures, pixels
+    image_size: Width = 64  # side of the square pictures, pixels
     fit: Literal["crop", "pad"] = "crop"  # crop: short side to size, centre crop; pad: long side to size, pad
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)  # under transparency and padding, RGB 0–255
-    min_side: Positive = 16  # smaller pictures are quarantined, pixels
+    min_side: Width = 16  # smaller pictures are quarantined, pixels
     max_pixels: Positive = 64_000_000  # larger pictures are quarantined before they are decoded
     max_bad_share: Share = 0.05  # more quarantined pictures than this share of all fail the run
     validation_share: Share = 0.05  # share of pictures held out, by hash of their content
@@ -164,15 +169,15 @@ class VQVAEConfig(Section):
 
     kind: Literal["vqvae"] = "vqvae"
     factor: Literal[4, 8, 16] = 8  # image side / token grid side
-    width: Positive = 64  # channels at full resolution of the first level
-    multipliers: list[Positive] = [1, 2, 2, 4]  # channels per level, in `width`s; log2(factor / stem) + 1
-    blocks: Positive = 2  # residual blocks per level
+    width: Width = 64  # channels at full resolution of the first level
+    multipliers: list[Few] = [1, 2, 2, 4]  # channels per level, in `width`s; log2(factor / stem) + 1
+    blocks: Layers = 2  # residual blocks per level
     stem: Literal[1, 2, 4] = 1  # stem × stem pixels folded into channels first: cheap where pictures are flat
     value_range: tuple[float, float] = (-1.0, 1.0)  # what the net sees for the pixel values 0 and 255
     dropout: Share = 0.0
     quantizer: Literal["vq", "fsq"] = "vq"
-    codebook_size: Positive = 1024  # vq: entries K
-    code_dim: Positive = 8  # vq: dimension of an entry, looked up after l2 normalisation
+    codebook_size: Codes = 1024  # vq: entries K
+    code_dim: Width = 8  # vq: dimension of an entry, looked up after l2 normalisation
     fsq_levels: list[Positive] = [8, 5, 5, 5]  # fsq: levels per dimension; their product is the codebook size
     beta: float = 0.25  # commitment weight
     reset_after: Annotated[int, Field(ge=0)] = 100  # steps unused before a code is reset; 0 never resets
@@ -220,14 +225,14 @@ class TrainedCLIPConfig(Section):
     """A compact open_clip model trained contrastively on the run's own captions and pictures."""
 
     kind: Literal["trained"] = "trained"
-    embed_dim: Positive = 128
-    text_width: Positive = 128
-    text_layers: Positive = 4
-    text_heads: Positive = 4
-    context_length: Positive = 32  # caption tokens
-    vision_width: Positive = 128
-    vision_layers: Positive = 4
-    patch_size: Positive = 8  # pixels
+    embed_dim: Width = 128
+    text_width: Width = 128
+    text_layers: Layers = 4
+    text_heads: Few = 4
+    context_length: Width = 32  # caption tokens
+    vision_width: Width = 128
+    vision_layers: Layers = 4
+    patch_size: Width = 8  # pixels
     training: TrainingConfig
 
     @model_validator(mode="after")
@@ -260,9 +265,9 @@ class TransformerConfig(Section):
     """A decoder over image tokens with cross-attention to the text states in every block."""
 
     arch: Literal["modern", "gpt2"] = "modern"  # gpt2: LayerNorm, biases, GELU, learned positions, tied head
-    depth: Positive = 12  # blocks
-    width: Positive = 768
-    heads: Positive = 12
+    depth: Layers = 12  # blocks
+    width: Width = 768
+    heads: Few = 12
     mlp: Literal["swiglu", "gelu"] = "swiglu"
     positions: Literal["rope2d", "learned"] = "rope2d"
     qk_norm: bool = True
@@ -295,7 +300,7 @@ class SamplingConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # 1 keeps all
     cfg_scale: Annotated[float, Field(ge=0)] = 2.0  # classifier-free guidance; 1 is plain conditional
     cfg_schedule: Literal["constant", "power-cosine"] = "constant"
-    best_of: Positive = 1  # draws per picture; the CLIP judge keeps the best
+    best_of: Few = 1  # draws per picture; the CLIP judge keeps the best
 
 
 class EvaluationConfig(Section):
@@ -303,7 +308,7 @@ class EvaluationConfig(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 1234  # of the first picture; the next ones count on
     prompts: list[str] = []  # prompts of the grid; empty takes captions spread over the training set
-    samples_per_prompt: Positive = 4
+    samples_per_prompt: Few = 4
     pictures: Positive = 256  # captions sampled for CLIP score and retrieval
     cfg_sweep: list[Annotated[float, Field(ge=0)]] = []  # guidance scales compared; empty compares none
 
@@ -414,10 +419,9 @@ def load_config(preset: str, overrides: list[str] | tuple[str, ...] = ()) -> Run
         raise UserError(
             f"preset '{preset}' does not exist; choose one of {', '.join(preset_names())}, or a .yaml file"
         )
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if path.stat().st_size > LARGEST_PRESET:
+        raise UserError(f"{path} has {path.stat().st_size} bytes; a config has {LARGEST_PRESET} at most")
+    values = _yaml(path.read_bytes(), str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path}: a config is a mapping of sections, not {type(values).__name__}")
     for override in overrides:
@@ -462,10 +466,24 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise UserError(f"override '{override}': {parent} is a value, not a section")
         node = child
+    node[leaf] = _yaml(text, f"override '{_short(override)}'")
+
+
+def _yaml(text: str | bytes, where: str) -> Any:
     try:
-        node[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"override '{override}': '{text}' is not valid YAML") from None
+        return yaml.safe_load(text.decode() if isinstance(text, bytes) else text)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except RecursionError:
+        raise UserError(f"{where}: nested too deep; a config has a handful of levels") from None
+    except (yaml.YAMLError, ValueError) as error:  # Python refuses numbers of thousands of digits
+        what = f"'{_short(text)}' is " if isinstance(text, str) else ""
+        why = "" if what else f": {' '.join(str(error).split())[:300]}"
+        raise UserError(f"{where}: {what}not valid YAML{why}") from None
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _explain(error: ValidationError) -> str:

@@ -188,6 +188,26 @@ def test_a_number_that_must_be_positive(field: str) -> None:
     assert refused(f"{field}=0") == f"{field}: Input should be greater than 0"
 
 
+@pytest.mark.parametrize(
+    ("field", "limit"),
+    [
+        ("transformer.depth", 256),
+        ("transformer.width", 16_384),
+        ("transformer.heads", 256),
+        ("transformer.training.steps", 10**9),
+        ("tokenizer.codebook_size", 2**20),
+        ("clip.text_layers", 256),
+        ("data.image_size", 16_384),
+        ("data.augment.views", 256),
+        ("evaluation.samples_per_prompt", 256),
+        ("jobs.workers", 10**9),
+    ],
+)
+def test_what_no_machine_could_do_is_refused_before_it_is_tried(field: str, limit: int) -> None:
+    for value in (limit + 1, 999_999_999_999):
+        assert refused(f"{field}={value}") == f"{field}: Input should be less than or equal to {limit}"
+
+
 @pytest.mark.parametrize("field", NOT_NEGATIVE)
 def test_a_number_that_must_not_be_negative(field: str) -> None:
     assert refused(f"{field}=-1") == f"{field}: Input should be greater than or equal to 0"
@@ -326,6 +346,16 @@ def test_an_override_makes_the_section_that_the_preset_leaves_out() -> None:
             id="into a value",
         ),
         ("seed=[1", "override 'seed=[1': '[1' is not valid YAML"),
+        pytest.param(
+            f"seed={'9' * 5000}",
+            f"override 'seed={'9' * 52}...': '{'9' * 57}...' is not valid YAML",
+            id="a number of 5000 digits",
+        ),
+        pytest.param(
+            f"seed={'[' * 10**5}",
+            f"override 'seed={'[' * 52}...': nested too deep; a config has a handful of levels",
+            id="a hundred thousand brackets",
+        ),
     ],
 )
 def test_an_override_that_makes_no_sense_is_refused_by_name(override: str, expected: str) -> None:
@@ -344,6 +374,23 @@ def test_a_preset_that_is_no_mapping_is_refused(text: str, tmp_path: Path) -> No
     with pytest.raises(
         UserError, match=rf"^{path}: a config is a mapping of sections, not (list|str|None|int)"
     ):
+        load_config(str(path))
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"name: caf\xe9\n", r"not UTF-8 \(byte 9\); save it as UTF-8"),
+        (b"name: " + b"[" * 10**5, "nested too deep"),
+        (b"seed: " + b"9" * 5000, "not valid YAML: Exceeds the limit"),
+        (b"#" * (2**20 + 1), "has 1048577 bytes; a config has 1048576 at most"),
+    ],
+    ids=["Latin-1", "brackets", "digits", "size"],
+)
+def test_a_preset_of_a_stranger_is_refused_in_one_line(data: bytes, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=rf"^{path}:? {said}"):
         load_config(str(path))
 
 
