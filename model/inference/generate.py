@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from model.errors import UserError
 from model.inference.bundle import PARTS, SAMPLING
 from model.nets.clip import Judge, TextEncoder, load_judge, load_text_encoder
 from model.nets.compiled import CompiledSampler, pays
+from model.nets.folder import read_description
 from model.nets.gpt import GPT, load_gpt
 from model.nets.sampler import OnToken, Rerank, Sampler
 from model.nets.tokenizers import Tokenizer, load_tokenizer
@@ -76,14 +76,10 @@ class Generator:
                 f"{folder} is no model: it has no {SAMPLING}; a model folder has {', '.join(PARTS)} and that"
             )
         try:
-            stored = json.loads((folder / SAMPLING).read_text())
-            if not isinstance(stored, dict):
-                raise UserError(f"{folder / SAMPLING} must be a table of settings")
+            stored = read_description(folder, SAMPLING)
             sampling = SamplingConfig.model_validate(without_retired(stored))
         except ValidationError as error:
             raise UserError(f"{folder / SAMPLING}: {error.errors()[0]['msg']}") from None
-        except ValueError as error:
-            raise UserError(f"{folder / SAMPLING} is damaged: {error}") from None
         gpt = load_gpt(folder / "transformer", device)
         if device.type == "cuda" and gpt.config.training.precision == "bf16":
             gpt = gpt.bfloat16()

@@ -13,11 +13,12 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
+from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from model.config import HEAD_WIDTH, PretrainedCLIPConfig, TrainedCLIPConfig
@@ -215,6 +216,22 @@ def pretrained_architecture(name: str) -> dict[str, Any]:
     return values
 
 
+class Preprocess(BaseModel):
+    """How pictures in [0, 1] become what a vision tower sees."""
+
+    size: Annotated[int, Field(gt=0, le=4096)] | list[Annotated[int, Field(gt=0, le=4096)]]
+    mean: Annotated[list[float], Field(min_length=3, max_length=3)]
+    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
+
+
+class Description(BaseModel):
+    """What a CLIP's `config.json` has to say; other entries are for people."""
+
+    architecture: dict[str, Any]
+    preprocess: Preprocess
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
 def build_clip(description: dict[str, Any]) -> CLIPModel:
     """An open_clip `CLIP` with fresh weights from a `config.json`'s content."""
     import open_clip
@@ -225,14 +242,18 @@ def build_clip(description: dict[str, Any]) -> CLIPModel:
 def load_text_encoder(folder: str | Path, device: str | torch.device = "cpu") -> TextEncoder:
     """The text encoder of a `text` asset's folder, in the precision that it names, so that a transformer
     reads the same states wherever it is used. Raises UserError where a file is missing or does not fit."""
-    model, description = load(folder, build_clip)
-    return TextEncoder(model, device, DTYPES[description.get("precision", "fp32")])
+    model, said = load(folder, _build_described)
+    return TextEncoder(model, device, DTYPES[Description.model_validate(said).precision])
 
 
 def load_judge(folder: str | Path, device: str | torch.device = "cpu") -> Judge:
     """The judge of a `judge` asset's folder. Raises UserError as `load`."""
-    model, description = load(folder, build_clip)
-    return Judge(model, description["preprocess"], device)
+    model, said = load(folder, _build_described)
+    return Judge(model, Description.model_validate(said).preprocess.model_dump(), device)
+
+
+def _build_described(said: dict[str, Any]) -> CLIPModel:
+    return build_clip(Description.model_validate(said).model_dump())
 
 
 def import_pretrained(config: PretrainedCLIPConfig) -> tuple[CLIPModel, dict[str, Any]]:

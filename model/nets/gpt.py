@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
+from pydantic import BaseModel
 from torch import Tensor, nn
 
-from model.config import TransformerConfig
+from model.config import Positive, TransformerConfig, Width
 from model.nets.attention import Cache, StaticCache, attend, rotate
 from model.nets.folder import load
 
@@ -335,10 +336,19 @@ class GPT(nn.Module):
         }
 
 
+class Description(BaseModel):
+    """What a transformer's `config.json` has to say."""
+
+    transformer: TransformerConfig
+    vocabulary: Positive
+    grid: tuple[Width, Width]
+    text_width: Width
+
+
 def build(description: dict[str, Any]) -> GPT:
-    """A GPT with fresh weights from its `description()`."""
-    config = TransformerConfig.model_validate(description["transformer"])
-    return GPT(config, description["vocabulary"], description["grid"], description["text_width"])
+    """A GPT with fresh weights from its `description()`. Raises ValidationError: it describes none."""
+    said = Description.model_validate(description)
+    return GPT(said.transformer, said.vocabulary, said.grid, said.text_width)
 
 
 def load_gpt(folder: str | Path, device: str | torch.device = "cpu") -> GPT:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from model.errors import UserError
 from model.nets.clip import load_judge, load_text_encoder
 from model.nets.gpt import load_gpt
 from model.nets.tokenizers import load_tokenizer
+from tests import ROOT
 from tests.instances import config, write_models
 
 LOADERS: dict[str, Callable[[Path], object]] = {
@@ -63,7 +68,7 @@ def test_what_is_missing_or_does_not_fit_is_named(name: str, folders: dict[str, 
     [
         ("tokenizer", {"kind": "clip"}, "kind is 'clip'; a tokenizer is 'vqvae' or 'pretrained'"),
         ("tokenizer", {"guess": "rotation"}, "guess: Extra inputs are not permitted"),
-        ("transformer", {"transformer": {"depth": 0}}, "depth: Input should be greater than 0"),
+        ("transformer", {"transformer": {"depth": 0}}, "transformer.depth: Input should be greater than 0"),
         ("transformer", {"grid": None}, "'grid' is missing"),
         ("text", {"architecture": None}, "'architecture' is missing"),
     ],
@@ -75,3 +80,134 @@ def test_a_description_of_no_net_is_refused_in_words(
     described = json.loads(path.read_text()) | change
     path.write_text(json.dumps({key: value for key, value in described.items() if value is not None}))
     assert refused(name, folders[name]) == f"/config.json: {reason}"
+
+
+# ── of strangers ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def header(tensors: dict[str, object]) -> bytes:
+    """A safetensors file that announces tensors, and holds none of their bytes."""
+    text = json.dumps(tensors).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff" * 8,
+        b"\xff" * 4096,
+        struct.pack("<Q", 2**40) + b"{}",
+        header({}),
+        header({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}),
+        header({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}),
+        header({"a": {"dtype": "X9", "shape": [1], "data_offsets": [0, 4]}}) + b"1234",
+        b"\x80\x04\x95pickle",
+    ],
+    ids=[
+        "empty",
+        "8 bytes",
+        "noise",
+        "header of a TiB",
+        "no tensor",
+        "tensor of 4 TiB",
+        "shape",
+        "type",
+        "pickle",
+    ],
+)
+def test_weights_of_a_stranger_are_refused_in_one_line(
+    name: str, data: bytes, folders: dict[str, Path]
+) -> None:
+    (folders[name] / "model.safetensors").write_bytes(data)
+    said = refused(name, folders[name])
+    assert said.startswith((": the weights do not fit", "/model.safetensors does not hold readable weights"))
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_weights_of_another_type_are_refused(name: str, folders: dict[str, Path]) -> None:
+    path = folders[name] / "model.safetensors"
+    weights = load_file(path)
+    first = next(one for one, tensor in weights.items() if tensor.is_floating_point())
+    save_file(weights | {first: weights[first].to(torch.int32)}, path)
+    assert f"{first} is of type torch.int32" in refused(name, folders[name])
+
+
+@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * 10**5, "is not readable JSON"),
+        ("[1]", "must be a table of settings, not list"),
+        ("null", "must be a table of settings, not NoneType"),
+        ('{"a": ' * 50 + "1" + "}" * 50, "8 levels"),
+        ("{" + ", ".join(f'"k{i}": 1' for i in range(2000)) + "}", "1024 entries"),
+        ('{"a": ' + "9" * 5000 + "}", "is not readable JSON"),
+        ('{"a": NaN}', "nan is no number of a net"),
+        ('{"a": "' + "x" * 2**20 + '"}', "bytes; a description has"),
+        ("caf\xe9", "is not readable JSON"),
+    ],
+    ids=["brackets", "list", "null", "deep", "long", "digits", "NaN", "size", "Latin-1"],
+)
+def test_a_description_of_a_stranger_is_refused_in_one_line(
+    name: str, text: str, said: str, folders: dict[str, Path]
+) -> None:
+    (folders[name] / "config.json").write_bytes(text.encode("latin-1"))
+    assert said in refused(name, folders[name])
+
+
+ELSEWHERE = "asks for what is not in the folder"
+PRETRAINED = {"kind": "pretrained", "family": "janus", "architecture": {"auto_map": {"a": "b"}}}
+NO_PATCHES = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "patch_size": 0},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("text", {"architecture": {"text_cfg": {"hf_model_name": "a/b"}}}, f"hf_model_name {ELSEWHERE}"),
+        ("judge", {"architecture": {"vision_cfg": {"timm_model_name": "x"}}}, f"timm_model_name {ELSEWHERE}"),
+        ("text", {"architecture": {"text_cfg": {"layers": 10**6}}}, "layers is 1000000; nets of up to 256"),
+        ("text", {"architecture": {"text_cfg": {"width": 10**12}}}, "1000000000000 is no number of a net"),
+        ("judge", {"architecture": NO_PATCHES}, "ZeroDivisionError"),
+        ("judge", {"architecture": "ViT-L-14"}, "architecture: Input should be a valid dictionary"),
+        ("judge", {"preprocess": {"size": 16, "mean": [0.5], "std": [0.5] * 3}}, "preprocess.mean"),
+        ("judge", {"preprocess": {"size": 16, "mean": [0.5] * 3, "std": [0.0] * 3}}, "preprocess.std.0"),
+        ("tokenizer", PRETRAINED, f"auto_map {ELSEWHERE}"),
+        ("tokenizer", {"kind": "pretrained", "family": "odd", "architecture": {}}, "'odd' is missing"),
+        ("tokenizer", {"codebook_size": 10**9}, "codebook_size: Input should be less than or equal to 1048576"),
+        ("transformer", {"vocabulary": -4}, "vocabulary: Input should be greater than 0"),
+        ("transformer", {"vocabulary": "many"}, "vocabulary: Input should be a valid integer"),
+        ("transformer", {"grid": [4, 4, 4]}, "grid: Tuple should have at most 2 items"),
+    ],
+)  # fmt: skip
+def test_a_description_may_not_lead_elsewhere_nor_be_absurd(
+    name: str, change: dict[str, object], said: str, folders: dict[str, Path]
+) -> None:
+    path = folders[name] / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert said in refused(name, folders[name])
+
+
+@pytest.mark.slow
+def test_a_net_that_is_larger_than_its_weights_takes_no_memory(folders: dict[str, Path]) -> None:
+    path = folders["transformer"] / "config.json"
+    described = json.loads(path.read_text())
+    described["transformer"] |= {"depth": 64, "width": 8192, "heads": 64}  # 130 GiB of weights
+    path.write_text(json.dumps(described))
+    program = (
+        "import resource, sys; from model.errors import UserError; from model.nets.gpt import load_gpt\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try: load_gpt(sys.argv[1])\n"
+        "except UserError as error: print(error)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
+    )
+    command = [sys.executable, "-c", program, str(folders["transformer"])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    said, grown = done.stdout.strip().splitlines()
+    assert "the weights do not fit GPT" in said
+    assert int(grown) < 1024, "MiB above the process that asked"
