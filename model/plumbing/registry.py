@@ -71,6 +71,9 @@ def register(
 
     with Tracker(ids) as tracker, explained():
         mlflow.set_tracking_uri(environment.MLFLOW_TRACKING_URI.get())
+        # Whoever set another experiment, in this process or by MLFLOW_EXPERIMENT_NAME, would be in the way.
+        run = mlflow_client().get_run(tracker.run_id)
+        mlflow.set_experiment(experiment_id=run.info.experiment_id)
         with mlflow.start_run(run_id=tracker.run_id):
             info = log_model(bundle, name)
         made = mlflow.register_model(info.model_uri, name, tags={**lineage, TIME_TAG: _now()})

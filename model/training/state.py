@@ -230,7 +230,7 @@ def explained(job: Job, section: str, training: TrainingConfig) -> Iterator[None
     except Diverged as error:
         rate, good = learning_rate(error.step - 1, training), job.checkpoints.newest()
         raise Diverged(
-            f"{job.spec.kind}: {error} with learning rate {rate:.3g};"
+            f"{job.spec.kind} diverged: {error} with learning rate {rate:.3g};"
             f" {f'the last good checkpoint is {good}' if good else 'there is no good checkpoint'};"
             f" lower {section}.learning_rate or {section}.grad_clip, or raise {section}.warmup_steps",
             error.step,

@@ -167,7 +167,11 @@ class TestRealServers:
         with pytest.raises(storage.Damaged, match="does not hold the model it was registered with"):
             registry.resolve(f"models:/{model}@champion")
 
-    def test_champions_come_and_go(self, place: Path, model: str) -> None:
+    def test_champions_come_and_go(self, services: dict[str, str], place: Path, model: str) -> None:
+        import mlflow
+
+        mlflow.set_tracking_uri(services["MLFLOW_TRACKING_URI"])
+        mlflow.set_experiment("somebody else's")  # in this process, before us
         for number in (1, 2):
             version = register(model, made(number))
             assert version == number

@@ -44,7 +44,7 @@ def test_it_stops_with_advice_and_keeps_nothing_that_is_not_finite(kind: Kind, s
     with pytest.raises(Diverged) as caught:
         make(kind, run, inputs)
     said = str(caught.value)
-    assert said.startswith(f"{kind}: ")
+    assert said.startswith(f"{kind} diverged: ")
     assert f"at step {caught.value.step} with learning rate 1e+12; the last good checkpoint is " in said
     assert f"lower {FIELDS[kind]}.training.learning_rate or" in said
     assert "\n" not in said
