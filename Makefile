@@ -34,7 +34,7 @@ test: lint ## Lint, types, and every test: the fast ones, then those with real s
 	@$(BIN)/pytest -m "not slow"
 	@$(BIN)/pytest -m slow
 
-test-fast: .venv/dev.stamp ## The tests without services and training, in under a minute
+test-fast: .venv/dev.stamp ## The tests without services and training, in a minute and a half
 	@$(BIN)/pytest -m "not slow"
 
 mutants: .venv/dev.stamp ## Break one promise at a time, and see that its test notices (ARGS="config")
