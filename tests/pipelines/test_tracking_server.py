@@ -112,11 +112,11 @@ def process(code: str, database: Path) -> Iterator[subprocess.Popen[bytes]]:
 def tables(database: Path) -> int:
     if not database.exists():
         return 0
-    with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
-        try:
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
             return len(connection.execute("SELECT name FROM sqlite_master").fetchall())
-        except sqlite3.OperationalError:  # locked
-            return 0
+    except sqlite3.OperationalError:  # locked, or renamed to its place since it was looked for
+        return 0
 
 
 def killed_at(code: str, database: Path, watched: Path, count: int) -> None:
