@@ -33,6 +33,7 @@ Few = Annotated[int, Field(gt=0, le=256)]  # heads, views, samples
 Layers = Annotated[int, Field(gt=0, le=256)]  # a net is built of them before anything else is known of it
 Codes = Annotated[int, Field(gt=0, le=2**20)]
 Width = Annotated[int, Field(gt=0, le=16_384)]  # channels, sides, lengths
+Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]  # of Kubernetes
 LONGEST_PROMPT = 1000  # characters: far beyond any text encoder's context
 HEAD_WIDTH = 32  # channels of an attention head in the pictures' tower of a CLIP that is trained here
 
@@ -327,20 +328,36 @@ class EvaluationConfig(Section):
 # ── jobs ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class JobConfig(Section):
-    """Where training jobs run: PyTorchJob pods on a cluster, torchrun processes on a laptop."""
+class Toleration(Section):
+    """A taint of nodes that training pods put up with; see Kubernetes."""
 
-    workers: Positive = 1  # pods
+    key: str = ""  # empty with operator Exists: every taint
+    operator: Literal["Exists", "Equal"] = "Equal"
+    value: str = ""
+    effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = ""
+
+
+class JobConfig(Section):
+    """Where training jobs run: PyTorchJob pods on a cluster, torchrun processes on one machine."""
+
+    workers: Annotated[int, Field(gt=0, le=1024)] = 1  # pods
+    min_workers: Annotated[int, Field(ge=0)] = 0  # that a job goes on with; 0: all of them
     processes_per_worker: Positive = 1  # one per GPU
     gpus_per_worker: Annotated[int, Field(ge=0)] = 0
-    cpu: str = "4"  # request per pod
-    memory: str = "16Gi"  # request and limit per pod
-    shared_memory: str = "8Gi"  # /dev/shm per pod
+    cpu: Quantity = "4"  # request per pod
+    cpu_limit: Quantity | Literal[""] = ""  # per pod, from which threads are counted; empty: as requested
+    memory: Quantity = "16Gi"  # request and limit per pod
+    shared_memory: Quantity = "8Gi"  # /dev/shm per pod, part of its memory
     node_selector: dict[str, str] = {}
-    tolerations: list[dict[str, str]] = []
-    queue: str = ""  # Kueue local queue
-    max_restarts: Annotated[int, Field(ge=0)] = 3
-    deadline_hours: Annotated[float, Field(gt=0)] = 72.0
+    tolerations: list[Toleration] = []
+    priority_class: str = ""
+    queue: str = ""  # Kueue's local queue
+    image_pull_secrets: list[str] = []
+    max_restarts: Annotated[int, Field(ge=0)] = 3  # in a row without a checkpoint between them
+    pending_hours: Annotated[float, Field(ge=0)] = 0.0  # to wait for room; 0: as long as it takes
+    deadline_hours: Annotated[float, Field(gt=0)] = 72.0  # with all workers running
+    orphan_minutes: Annotated[float, Field(ge=2)] = 10.0  # without a step that wants it, until a job ends
+    grace_seconds: Positive = 120  # to save a checkpoint when told to end
 
 
 class RunConfig(Section):
@@ -377,14 +394,22 @@ class RunConfig(Section):
             )
         if tokenizer.kind == "pretrained" and self.transformer is None:
             raise ValueError("transformer: null leaves nothing to train when the tokenizer is pretrained")
-        processes = self.jobs.workers * self.jobs.processes_per_worker
-        for where, part in (("tokenizer", tokenizer), ("clip", self.clip), ("transformer", self.transformer)):
-            training = getattr(part, "training", None)
-            if training and training.batch_size % (processes * training.accumulate):
-                raise ValueError(
-                    f"{where}.training.batch_size ({training.batch_size}) must be a multiple of processes x"
-                    f" accumulate ({processes} x {training.accumulate})"
-                )
+        jobs = self.jobs
+        if jobs.min_workers > jobs.workers:
+            raise ValueError(f"jobs.min_workers ({jobs.min_workers}) is above jobs.workers ({jobs.workers})")
+        for workers in range(jobs.min_workers or jobs.workers, jobs.workers + 1):
+            processes = workers * jobs.processes_per_worker
+            for where, part in (
+                ("tokenizer", tokenizer),
+                ("clip", self.clip),
+                ("transformer", self.transformer),
+            ):
+                training = getattr(part, "training", None)
+                if training and training.batch_size % (processes * training.accumulate):
+                    raise ValueError(
+                        f"{where}.training.batch_size ({training.batch_size}) must be a multiple of processes"
+                        f" x accumulate ({processes} x {training.accumulate})"
+                    )
         return self
 
     @property

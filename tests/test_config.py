@@ -127,6 +127,7 @@ POSITIVE = [
     "jobs.workers",
     "jobs.processes_per_worker",
     "jobs.deadline_hours",
+    "jobs.grace_seconds",
 ]
 NOT_NEGATIVE = [
     "transformer.training.warmup_steps",
@@ -140,7 +141,10 @@ NOT_NEGATIVE = [
     "evaluation.seed",
     "jobs.gpus_per_worker",
     "jobs.max_restarts",
+    "jobs.min_workers",
+    "jobs.pending_hours",
 ]
+QUANTITIES = ["jobs.cpu", "jobs.memory", "jobs.shared_memory"]
 SHARES = [
     "data.max_bad_share",
     "data.validation_share",
@@ -200,7 +204,7 @@ def test_a_number_that_must_be_positive(field: str) -> None:
         ("data.image_size", 16_384),
         ("data.augment.views", 256),
         ("evaluation.samples_per_prompt", 256),
-        ("jobs.workers", 10**9),
+        ("jobs.workers", 1024),
     ],
 )
 def test_what_no_machine_could_do_is_refused_before_it_is_tried(field: str, limit: int) -> None:
@@ -219,6 +223,26 @@ def test_a_share_is_between_0_and_1(field: str) -> None:
     assert refused(f"{field}=1.1") == f"{field}: Input should be less than or equal to 1"
 
 
+@pytest.mark.parametrize("field", QUANTITIES)
+def test_a_quantity_is_one_of_kubernetes(field: str) -> None:
+    assert refused(f"{field}=16GB").startswith(f"{field}: String should match pattern")
+
+
+def test_an_orphan_is_not_called_one_before_a_lease_can_be_late_twice() -> None:
+    assert (
+        refused("jobs.orphan_minutes=1.5")
+        == "jobs.orphan_minutes: Input should be greater than or equal to 2"
+    )
+
+
+def test_a_job_that_goes_on_with_fewer_workers_can_divide_its_batches_among_them() -> None:
+    load_config("smoke", ["jobs.workers=2", "jobs.min_workers=1"])
+    assert "jobs.min_workers (2) is above jobs.workers (1)" in refused("jobs.min_workers=2")
+    assert "must be a multiple of processes x accumulate (6 x 1)" in refused(
+        "jobs.workers=4", "jobs.min_workers=2"
+    )
+
+
 def test_no_bound_of_a_field_is_left_out_of_these_tables() -> None:
     bounded = {
         (section, name)
@@ -228,7 +252,7 @@ def test_no_bound_of_a_field_is_left_out_of_these_tables() -> None:
     }
     config = load_config("smoke")
     shown = set()
-    for path in (*POSITIVE, *NOT_NEGATIVE, *SHARES, "model_name"):  # that one is below
+    for path in (*POSITIVE, *NOT_NEGATIVE, *SHARES, *QUANTITIES, "jobs.orphan_minutes", "model_name"):
         *parents, name = path.split(".")
         shown.add((type(reduce(getattr, parents, config)), name))
     assert bounded == shown

