@@ -20,3 +20,15 @@ class Diverged(UserError):
         """
         super().__init__(message)
         self.step = step
+
+
+class Unavailable(UserError):
+    """A service or a disk that does not do its part now, and may do it when it is asked again later."""
+
+
+class Stopped(Exception):
+    """A process was told to end before its work was done; what it had done is kept as far as it goes."""
+
+
+class Orphaned(Stopped):
+    """No step wants any more what the job makes."""

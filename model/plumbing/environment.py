@@ -121,6 +121,10 @@ DEBUG = Variable("LATENT_GPT_DEBUG", "anything: every error comes with its stack
 LOGS = Variable("LATENT_GPT_LOGS", "folder for the logs of training jobs", "a temporary one")
 OUTCOMES = Variable("LATENT_GPT_OUTCOMES", "where a process leaves how it ended; of this attempt alone")
 MEETING = Variable("LATENT_GPT_MEETING", "file in which the processes of a job find each other", "a port")
+LEASES = Variable("LATENT_GPT_LEASES", "URI of the leases of those who want what a job makes", "nobody need")
+POD = Variable("LATENT_GPT_POD", "name of this pod")
+POD_UID = Variable("LATENT_GPT_POD_UID", "what tells it from another pod of that name")
+WORKER = Variable("LATENT_GPT_WORKER", "number of this pod among those of its job", default="0")
 
 FOR_PEOPLE = (
     *(S3_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_DEFAULT_REGION),

@@ -18,7 +18,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from model.errors import Diverged, UserError
+from model.errors import Diverged, Orphaned, Stopped, Unavailable, UserError
 from model.plumbing import environment, storage
 
 TERMINATION_LOG = Path("/dev/termination-log")
@@ -31,9 +31,27 @@ Kind = Literal[
     "refused",  # bad input, and the reason says what would be right
     "diverged",  # a training whose figures are no longer finite
     "failed",  # a defect, or a machine's fault
+    "unavailable",  # a service did not answer, for longer than is waited
+    "stopped",  # told to end, by SIGTERM or by another process that was
+    "orphaned",  # no step wants any more what the job makes
     "lost",  # another process of the job ended, or could not be reached: the cause is there
+    "unmet",  # the processes did not find each other, or not again
     "killed",  # by a signal
 ]
+
+# Of a training pod's container. From 128 on the operator starts it again; below it takes the job for failed.
+EXIT_CODES: dict[Kind, int] = {
+    "finished": 0,
+    "orphaned": 0,  # as nobody will look at it, and only a job that succeeded is removed by its TTL
+    "refused": 1,
+    "diverged": 1,
+    "failed": 1,
+    "stopped": 128 + signal.SIGTERM,
+    "lost": 200,  # from here on numbers that no signal has
+    "unmet": 201,
+    "killed": 202,
+    "unavailable": 203,
+}
 
 
 class Outcome(BaseModel):
@@ -53,8 +71,8 @@ class Outcome(BaseModel):
 
     @property
     def expected(self) -> bool:
-        """Whether the reason says it all: input that a person can put right, and no defect of ours."""
-        return self.kind in ("refused", "diverged")
+        """Whether the reason says it all: what a person can put right, and no defect of ours."""
+        return self.kind in ("refused", "diverged", "unavailable")
 
     def told_of(self, who: str) -> str:
         """The reason with who ended so, where that is not plain from the reason itself."""
@@ -66,6 +84,8 @@ class Outcome(BaseModel):
         """The exception that stands for it in the process that learns of it."""
         if self.kind == "diverged":
             return Diverged(self.reason)
+        if self.kind == "unavailable":
+            return Unavailable(self.reason)
         return UserError(self.reason) if self.kind == "refused" else JobFailed(self)
 
 
@@ -77,12 +97,17 @@ class JobFailed(Exception):
         self.outcome = outcome
 
 
+_EXPECTED: dict[type[UserError], Kind] = {Diverged: "diverged", Unavailable: "unavailable"}
+
+
 def of(error: Exception) -> Outcome:
     """How a process ends that ends with this exception."""
     if isinstance(error, JobFailed):
         return Outcome(kind="failed", reason=error.outcome.reason, last_lines=error.outcome.last_lines)
     if isinstance(error, UserError):
-        return Outcome(kind="diverged" if isinstance(error, Diverged) else "refused", reason=str(error))
+        return Outcome(kind=_EXPECTED.get(type(error), "refused"), reason=str(error))
+    if isinstance(error, Stopped):
+        return Outcome(kind="orphaned" if isinstance(error, Orphaned) else "stopped", reason=str(error))
     said = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".removesuffix(": ")
     trace = "".join(traceback.format_exception(error)).splitlines()
     kind: Kind = "lost" if _lost_another(error) else "failed"

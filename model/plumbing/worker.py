@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from model.config import RunConfig
-from model.errors import UserError
+from model.errors import Stopped, UserError
 from model.plumbing import environment, outcome
 from model.plumbing.assets import AssetWriter, Manifest, find
 from model.plumbing.checkpoints import Checkpointer
@@ -86,8 +86,9 @@ def run(spec: JobSpec, main: Main, track: bool = True) -> Manifest | None:
 def run_worker(main: Main) -> None:
     """Entry point of a worker: read the spec named on the command line, set up logging, open the job, run it.
 
-    A `UserError` ends in one line, `error: …`, and status 2; anything else in a trace and status 1. In either
-    case the launcher finds an outcome.
+    A `UserError` ends in one line, `error: …`, and status 2; being told to end in a line and the status of
+    SIGTERM, or 0 if nobody wants the work; anything else in a trace and status 1. The launcher finds an
+    outcome.
     """
     rank = environment.rank()
     if environment.under_torchrun():  # it puts its workers into sessions of their own
@@ -109,3 +110,6 @@ def run_worker(main: Main) -> None:
             traceback.print_exc()
         print(f"error: {error}", flush=True)
         sys.exit(2)
+    except Stopped as error:
+        print(error, flush=True)
+        sys.exit(outcome.EXIT_CODES[outcome.of(error).kind])

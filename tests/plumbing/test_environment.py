@@ -56,8 +56,12 @@ def test_the_readme_repeats_the_table() -> None:
 def test_every_variable_of_ours_is_for_people_or_between_processes() -> None:
     declared = [one for one in vars(environment).values() if isinstance(one, Variable | Number)]
     assert {one.name for one in declared} - {one.name for one in FOR_PEOPLE} == {
+        "LATENT_GPT_LEASES",
         "LATENT_GPT_LOGS",
         "LATENT_GPT_OUTCOMES",
+        "LATENT_GPT_POD",
+        "LATENT_GPT_POD_UID",
+        "LATENT_GPT_WORKER",
         "LATENT_GPT_MEETING",
     }
 
