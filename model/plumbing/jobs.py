@@ -56,6 +56,11 @@ class JobSpec(BaseModel):
         """URI below which the job's checkpoints live until its asset is complete."""
         return storage.join(self.output, "checkpoints")
 
+    @property
+    def leases(self) -> str:
+        """URI below which those who want the job's asset say so: see `leases.py`."""
+        return storage.join(self.output, "leases")
+
 
 def write_spec(spec: JobSpec) -> str:
     """Store a spec beside its output; returns the spec's URI."""

@@ -11,6 +11,8 @@ answers is not believed: bytes have to have the hash that S3 or a manifest tells
 from __future__ import annotations
 
 import contextlib
+import datetime
+import email.utils
 import errno
 import functools
 import hashlib
@@ -22,7 +24,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
@@ -244,6 +246,42 @@ def list_sizes(uri: str) -> dict[str, int]:
             if path.is_file() and not path.name.startswith(TEMPORARY):
                 found[path.relative_to(uri).as_posix()] = path.stat().st_size
     return dict(sorted(found.items()))
+
+
+def ages(uri: str) -> dict[str, float]:
+    """Names, relative to the folder `uri`, of everything below it, and seconds since each was last written.
+
+    By the store's own clock, whatever this machine's says, and to a second: S3 tells whole ones. A thousand
+    objects are one request.
+    """
+    found: dict[str, float] = {}
+    if is_s3(uri):
+        bucket, key = split(uri)
+        prefix = f"{key}/" if key else ""
+        with explained(uri):
+            for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+                now = _date(uri, page["ResponseMetadata"]["HTTPHeaders"])
+                for item in page.get("Contents", []):
+                    age = (now - item["LastModified"]).total_seconds()
+                    found[item["Key"].removeprefix(prefix)] = max(0.0, age)
+    elif Path(uri).is_dir():
+        with explained(uri), tempfile.TemporaryFile(prefix=TEMPORARY, dir=uri) as probe:
+            now_here = os.fstat(probe.fileno()).st_mtime  # a folder of the network has a clock of its own
+            for path in Path(uri).rglob("*"):
+                if not path.name.startswith(TEMPORARY):
+                    with contextlib.suppress(FileNotFoundError):  # somebody has just deleted it
+                        status = path.stat()
+                        if stat.S_ISREG(status.st_mode):
+                            found[path.relative_to(uri).as_posix()] = max(0.0, now_here - status.st_mtime)
+    return dict(sorted(found.items()))
+
+
+def _date(uri: str, headers: Mapping[str, str]) -> datetime.datetime:
+    """When S3 answered, by its own clock."""
+    try:
+        return email.utils.parsedate_to_datetime(headers.get("date", ""))
+    except ValueError:
+        raise UserError(f"{uri}: S3's answer bears no date, which ages are told by") from None
 
 
 def list_uris(uri: str) -> list[str]:

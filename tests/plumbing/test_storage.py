@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,32 @@ def test_folders_list_and_go(root: str) -> None:
     assert storage.list_sizes(root) == {"set-2/d": 3}
     storage.delete_prefix(storage.join(root, "set"))  # nothing there is no error
     assert storage.list_sizes(storage.join(root, "set")) == {}
+
+
+def test_ages_are_by_the_clock_of_the_store(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert storage.ages(storage.join(root, "set")) == {}
+    for name in ("set/a/old", "set/b", "set-2/c"):
+        storage.write_bytes(storage.join(root, name), b"")
+    time.sleep(2.5)
+    storage.write_bytes(storage.join(root, "set/b"), b"again")
+    monkeypatch.setattr(time, "time", lambda: 0.0)  # as our clock says
+    found = storage.ages(storage.join(root, "set"))
+    assert list(found) == ["a/old", "b"]
+    assert 1.4 < found["a/old"] < 4.5, found
+    assert 0 <= found["b"] < 1.6, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("said", ["", "soon"])
+def test_an_s3_that_tells_no_time_tells_no_age(
+    services: dict[str, str], monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    storage.write_bytes(storage.join(services["LATENT_GPT_STORE"], "x"), b"")
+    answered = storage.client().list_objects_v2(Bucket=storage.split(services["LATENT_GPT_STORE"])[0])
+    headers = answered["ResponseMetadata"]["HTTPHeaders"]
+    with pytest.raises(UserError, match=r"s3://bucket/x: S3's answer bears no date"):
+        storage._date("s3://bucket/x", {**headers, "date": said})
+    assert storage._date("s3://bucket/x", headers).tzinfo
 
 
 @pytest.mark.parametrize("uri", ["s3://bucket", "/"])
