@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from model.errors import UserError
+from model.errors import Stopped, UserError
 from model.plumbing import environment
 from model.plumbing.jobs import TrackingIds
 
@@ -195,7 +195,8 @@ def _authorization() -> dict[str, str]:
 
 
 class Tracker:
-    """The run of one step. A context manager: leaving it ends the run, as failed if by an exception.
+    """The run of one step. A context manager: leaving it ends the run, as FAILED by an exception, as
+    KILLED where it was told to.
 
     Once it stands, nothing here raises for a server's sake: what did not get through is reported in a
     warning, at the latest when the run ends.
@@ -285,7 +286,8 @@ class Tracker:
         if kind is None:
             self.finish()
         else:
-            self.finish("FAILED" if issubclass(kind, Exception) else "KILLED")
+            broken = issubclass(kind, Exception) and not issubclass(kind, Stopped)
+            self.finish("FAILED" if broken else "KILLED")
 
 
 def open_pipeline_run(experiment: str, run: str, params: dict[str, Any] | None = None) -> str:

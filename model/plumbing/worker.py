@@ -23,6 +23,7 @@ from model.plumbing.distributed import Distributed, setup
 from model.plumbing.jobs import JobSpec, read_spec
 from model.plumbing.processes import tie_to_parent
 from model.plumbing.speech import Progress
+from model.plumbing.stopping import Stopping
 from model.plumbing.tracking import Tracker
 
 
@@ -36,6 +37,7 @@ class Job:
     processes: Distributed
     tracker: Tracker  # off on every rank but one
     checkpoints: Checkpointer
+    stopping: Stopping  # heeded at the end of each step of a loop
 
     @property
     def config(self) -> RunConfig:
@@ -53,12 +55,13 @@ Main = Callable[[Job], Manifest | None]  # of a job's module: the manifest, or N
 
 
 @contextmanager
-def open_job(spec: JobSpec, track: bool = True) -> Iterator[Job]:
+def open_job(spec: JobSpec, track: bool = True, stopping: Stopping | None = None) -> Iterator[Job]:
     """Open what a spec names, in this process.
 
     Args:
         spec: of the job.
         track: whether its curves go to MLflow.
+        stopping: what may end it before its end; by default its leases alone, and no signal.
 
     Raises:
         UserError: an input is missing or is another one than was meant, or MLflow cannot be reached.
@@ -68,18 +71,19 @@ def open_job(spec: JobSpec, track: bool = True) -> Iterator[Job]:
     with (
         setup() as processes,
         Tracker(spec.tracking, spec.settings, track and processes.is_main) as tracker,
+        (stopping or Stopping()).of(processes, spec.jobs.orphan_minutes) as heard,
     ):
-        yield Job(spec, inputs, output, processes, tracker, Checkpointer(spec.checkpoints))
+        yield Job(spec, inputs, output, processes, tracker, Checkpointer(spec.checkpoints), heard)
 
 
-def run(spec: JobSpec, main: Main, track: bool = True) -> Manifest | None:
+def run(spec: JobSpec, main: Main, track: bool = True, stopping: Stopping | None = None) -> Manifest | None:
     """Do the work of a spec, unless its asset is there; returns its manifest, or None on all ranks but one.
 
     Raises as `open_job`, and what `main` raises.
     """
     if found := find(spec.output):
         return found
-    with open_job(spec, track) as job:
+    with open_job(spec, track, stopping) as job:
         return main(job)
 
 
@@ -102,9 +106,10 @@ def run_worker(main: Main) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         with outcome.recorded(str(rank)):
+            stopping = Stopping().listen()
             if len(sys.argv) != 2:
                 raise UserError(f"usage: python -m {main.__module__} SPEC_URI")
-            run(read_spec(sys.argv[1]), main)
+            run(read_spec(sys.argv[1]), main, stopping=stopping)
     except UserError as error:
         if environment.DEBUG.get():
             traceback.print_exc()

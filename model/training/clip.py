@@ -120,6 +120,7 @@ def train(job: Job, config: TrainedCLIPConfig) -> Manifest | None:
             with ema.applied():
                 accuracy = retrieval(clip, images, description, device)
             curves.add(done, "validation", {"retrieval": accuracy})
+        job.stopping.heed(done, training.steps, state)
         if done < training.steps and itstime(done, training.checkpoint_every, training.steps):
             state.save(done)
 

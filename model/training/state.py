@@ -96,6 +96,9 @@ class Resumable:
         if self.processes.is_main:
             self.checkpoints.save(done, states)
 
+    def wait(self) -> None:
+        """Return when what `save` began is stored."""
+
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     moments = {int(index): moments for index, moments in saved["state"].items()}

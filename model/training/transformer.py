@@ -123,6 +123,7 @@ def train(job: Job, config: TransformerConfig) -> Manifest | None:
                 best.offer(score, gpt, {"step": done} | figures)
                 if tokenizer:
                     _show_samples(gpt, text, tokenizer, job, done)
+        job.stopping.heed(done, training.steps, state)
         if done < training.steps and itstime(done, training.checkpoint_every, training.steps):
             state.save(done)
 

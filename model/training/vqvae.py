@@ -124,6 +124,7 @@ def train(job: Job, config: VQVAEConfig) -> Manifest | None:
                 best.offer(figures["psnr"], net, {"step": done} | figures)
                 if processes.is_main:
                     job.tracker.image(f"reconstructions/step-{done:07d}.png", _pairs(net, held_out))
+        job.stopping.heed(done, training.steps, state)
         if done < training.steps and itstime(done, training.checkpoint_every, training.steps):
             state.save(done)
 
