@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.plumbing.environment import MEETING
+from model.plumbing.parallel import cores
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 # Dense peak of a device in FLOP/s (vendors' data sheets; for the CPU what two server cores reached) and its
@@ -101,7 +102,7 @@ def setup() -> Distributed:
         device = torch.device("cpu")
         _keep_memory()
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+            torch.set_num_threads(cores())
     if world > 1:
         if world == local_world:  # one machine: no name of the host has to resolve
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

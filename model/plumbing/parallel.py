@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 from collections import deque
@@ -11,15 +12,17 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import TypeVar
 
-from model.plumbing import environment
+from model.plumbing import cgroups, environment
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def cores() -> int:
-    """Cores this process may use: its part of them where several ranks share the machine."""
+    """Cores this process may use: of those that its container gets, its part where ranks share them."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if quota := cgroups.cpu_quota():
+        here = min(here, math.ceil(quota))
     return max(1, here // environment.ranks_here())
 
 

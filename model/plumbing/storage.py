@@ -1,8 +1,9 @@
 """Bytes at URIs: `s3://bucket/key` over boto3, anything without a scheme is a path on this machine.
 
 Every failure that a person can mend (credentials, a bucket, the network, a full disk) is a `UserError` that
-names the URI. S3's address and credentials are environment: `S3_ENDPOINT_URL` (empty means AWS) and boto3's
-usual `AWS_*`, with what its files in ~/.aws say.
+names the URI; one that may mend itself (no answer, a broken connection, an error of the server's) is the
+`Unavailable` among them. S3's address and credentials are environment: `S3_ENDPOINT_URL` (empty means AWS)
+and boto3's usual `AWS_*`, with what its files in ~/.aws say.
 
 A write is all or nothing: an S3 object appears when its upload is complete, a local file by rename. What S3
 answers is not believed: bytes have to have the hash that S3 or a manifest tells, and to come in time.
@@ -30,7 +31,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from model.errors import UserError
+from model.errors import Unavailable, UserError
 from model.plumbing import environment
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ READ_AHEAD = MIB  # bytes that a stream buffers
 TEMPORARY = ".partial-"  # prefix of local files that are not complete yet; never listed
 ATTEMPTS = 11  # of a request, the first included; boto3 spreads them over some 20 s if all are refused
 IN_MEMORY = 256 * MIB  # bytes that are read whole, at most
+BUSY = ("SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "Throttling")
 SLOWEST = 8 << 10  # bytes per second of a connection; who is slower is given up
 
 
@@ -603,7 +605,7 @@ class _S3Stream(io.RawIOBase):
                     break
             except (BotoCoreError, HTTPError, OSError) as error:
                 if attempt == ATTEMPTS - 1:
-                    raise UserError(
+                    raise Unavailable(
                         f"{self._uri}: the connection to S3 broke again and again: {error}"
                     ) from None
             self._close_body()
@@ -612,7 +614,7 @@ class _S3Stream(io.RawIOBase):
         self._came += len(data)
         self._waited += time.monotonic() - began
         if self._waited > self._patience + self._came / SLOWEST:
-            raise UserError(
+            raise Unavailable(
                 f"{self._uri}: S3 is too slow: {self._came} bytes in {self._waited:.0f} s; set"
                 " LATENT_GPT_S3_PATIENCE to more seconds if that is to be waited for"
             )
@@ -742,7 +744,8 @@ def _s3_error(uri: str, error: Exception) -> Exception:
             )
         if status == 404:
             return NotFound(f"{uri} does not exist")
-        return UserError(f"{uri}: {endpoint} answers {error.operation_name} with {status} {code}: {message}")
+        kind = Unavailable if status >= 500 or status == 429 or code in BUSY else UserError
+        return kind(f"{uri}: {endpoint} answers {error.operation_name} with {status} {code}: {message}")
     if isinstance(error, boto.SSLError):
         return UserError(
             f"{uri}: {error}; if the certificate of {endpoint} is signed by an authority of your own, set"
@@ -754,11 +757,11 @@ def _s3_error(uri: str, error: Exception) -> Exception:
             " mend that, or name the host in NO_PROXY"
         )
     if isinstance(error, boto.ConnectTimeoutError | boto.ReadTimeoutError):
-        return UserError(
+        return Unavailable(
             f"{uri}: {endpoint} does not answer; check that it runs and S3_ENDPOINT_URL is right"
         )
     if isinstance(error, boto.ConnectionError | boto.HTTPClientError):
-        return UserError(
+        return Unavailable(
             f"{uri}: {endpoint} cannot be reached; check that it runs and S3_ENDPOINT_URL is right"
         )
     return UserError(f"{uri}: {' '.join(str(error).split())}")

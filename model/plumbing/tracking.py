@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from model.errors import Stopped, UserError
+from model.errors import Stopped, Unavailable, UserError
 from model.plumbing import environment
 from model.plumbing.jobs import TrackingIds
 
@@ -105,7 +105,8 @@ def _ask(what: str, patience: float, method: str = "POST", **question: Any) -> d
             )
         else:
             right = "check that MLFLOW_TRACKING_URI names an MLflow server"
-        raise UserError(f"MLflow at {uri} answers {code} ({said}); {right}") from None
+        kind = Unavailable if code >= 500 or code == 429 else UserError
+        raise kind(f"MLflow at {uri} answers {code} ({said}); {right}") from None
     except requests.exceptions.JSONDecodeError:
         raise UserError(f"{uri} does not answer as MLflow does; check MLFLOW_TRACKING_URI") from None
     except requests.exceptions.SSLError as error:
@@ -119,7 +120,7 @@ def _ask(what: str, patience: float, method: str = "POST", **question: Any) -> d
             f" ({_reason(error)}); mend that, or name the host in NO_PROXY"
         ) from None
     except OSError as error:  # as all that requests raises is
-        raise UserError(
+        raise Unavailable(
             f"MLflow at {uri} cannot be reached ({_reason(error)}); check that it runs, and"
             " MLFLOW_TRACKING_URI"
         ) from None
@@ -390,4 +391,5 @@ def explained(right: str = "") -> Iterator[None]:
         yield
     except MlflowException as error:
         what = " ".join(str(error).split())[:300]
-        raise UserError(f"MLflow at {environment.MLFLOW_TRACKING_URI.get()} refuses: {what}{right}") from None
+        kind = Unavailable if error.get_http_status_code() >= 500 else UserError  # as are broken connections
+        raise kind(f"MLflow at {environment.MLFLOW_TRACKING_URI.get()} refuses: {what}{right}") from None

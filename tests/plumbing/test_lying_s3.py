@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.errors import UserError
+from model.errors import Unavailable, UserError
 from model.plumbing import assets, storage
 from model.plumbing.checkpoints import Checkpointer
 from tests.proxies import Answer, Hook, Request, proxy
@@ -161,7 +161,7 @@ def test_who_sends_a_byte_now_and_then_is_given_up(
         answer.pause = 0.02  # a byte, so never a time-out
 
     lying(always(drip))
-    with bounded(seconds=10), pytest.raises(UserError, match=r"S3 is too slow: \d+ bytes in 1 s"):
+    with bounded(seconds=10), pytest.raises(Unavailable, match=r"S3 is too slow: \d+ bytes in 1 s"):
         storage.read_bytes(uri)
 
 

@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 
-from model.errors import UserError
+from model.errors import Unavailable, UserError
 from model.plumbing import storage
 from model.plumbing.storage import MIB
 from tests.proxies import certificate, proxy
@@ -244,8 +245,9 @@ def test_a_failed_write_leaves_the_old_file(store: str, monkeypatch: pytest.Monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="no space left on the disk"):
+    with pytest.raises(UserError, match="no space left on the disk") as caught:
         storage.write_bytes(uri, b"new")
+    assert not isinstance(caught.value, Unavailable), "another try would find it full, too"
     monkeypatch.undo()
     assert storage.read_bytes(uri) == b"old"
     assert [path.name for path in Path(store).iterdir()] == ["file"]
@@ -263,6 +265,20 @@ def test_a_folder_in_the_place_of_a_file(store: str) -> None:
         storage.read_bytes(storage.join(store, "a"))
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "again"),
+    [(500, "InternalError", True), (503, "SlowDown", True), (429, "Throttling", True), (400, "Bad", False)],
+)
+def test_a_server_with_a_fault_of_its_own_is_worth_another_try(status: int, code: str, again: bool) -> None:
+    answer = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    with (
+        pytest.raises(UserError, match=f"answers PutObject with {status} {code}") as caught,
+        storage.explained("s3://bucket/key"),
+    ):
+        raise ClientError(answer, "PutObject")  # type: ignore[arg-type]
+    assert isinstance(caught.value, Unavailable) == again
+
+
 def test_an_unreachable_s3_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -270,7 +286,7 @@ def test_an_unreachable_s3_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    with pytest.raises(UserError, match=r"s3://bucket: http://127.0.0.1:\d+ cannot be reached"):
+    with pytest.raises(Unavailable, match=r"s3://bucket: http://127.0.0.1:\d+ cannot be reached"):
         storage.check_store("s3://bucket")
 
 
@@ -421,12 +437,12 @@ class TestFrozenS3:
                 lambda: storage.read_bytes(uri),
                 lambda: storage.download_file(uri, tmp_path / "x"),
             ):
-                with pytest.raises(UserError, match="does not answer"):
+                with pytest.raises(Unavailable, match="does not answer"):
                     attempt()
             monkeypatch.undo()
             for name, value in services.items():
                 monkeypatch.setenv(name, value)
-            with pytest.raises(UserError, match="does not answer"):
+            with pytest.raises(Unavailable, match="does not answer"):
                 storage.check_store(services["LATENT_GPT_STORE"])
         finally:
             os.kill(weed, signal.SIGCONT)

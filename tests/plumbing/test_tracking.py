@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from model.errors import UserError
+from model.errors import Unavailable, UserError
 from model.plumbing import tracking
 from model.plumbing.jobs import TrackingIds
 from model.plumbing.tracking import Tracker, check_server, flatten, mlflow_client
@@ -36,7 +36,7 @@ def test_only_a_server_will_do(monkeypatch: pytest.MonkeyPatch, uri: str) -> Non
 def test_an_unreachable_server_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     with pytest.raises(
-        UserError, match=r"MLflow at http://127.0.0.1:1 cannot be reached .*Connection refused"
+        Unavailable, match=r"MLflow at http://127.0.0.1:1 cannot be reached .*Connection refused"
     ):
         Tracker(TrackingIds(experiment="e", run="r", step="s"))
 
@@ -48,6 +48,7 @@ def test_an_unreachable_server_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
         (404, b"no", "names an MLflow server"),
         (401, b"no", "check MLFLOW_TRACKING_USERNAME"),
         (403, b"Invalid Host header", "--allowed-hosts"),
+        (503, b"starting", "answers 503"),
     ],
 )
 def test_other_answers_say_what_would_be_right(
@@ -66,8 +67,9 @@ def test_other_answers_say_what_would_be_right(
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.handle_request).start()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
-        with pytest.raises(UserError, match=right):
+        with pytest.raises(UserError, match=right) as caught:
             check_server()
+    assert isinstance(caught.value, Unavailable) == (status >= 500), "worth another try"
 
 
 def test_a_dead_proxy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
