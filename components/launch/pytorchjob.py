@@ -70,7 +70,7 @@ def job(
         labels: of the job and of its pods.
     """
     from kubeflow.training import models
-    from kubernetes import client
+    from kubernetes import client  # type: ignore[import-untyped]
 
     jobs = spec.jobs
     replicas = models.KubeflowOrgV1ReplicaSpec(
