@@ -6,7 +6,8 @@ PRESET ?= openmoji-tiny
 PROMPT ?= red apple
 OUT ?= out.png
 ARGS ?=
-export PROMPT OUT
+PART ?= jobs
+export PROMPT OUT REGISTRY BASE CA BUILDER BUILD_FLAGS PUSH_FLAGS
 
 BIN := .venv/bin
 UV := $(BIN)/uv
@@ -15,7 +16,7 @@ COMPILE := $(UV) pip compile pyproject.toml --universal --python-version 3.11 --
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help run generate mlflow-ui test test-fast mutants lint lock bench bench-gpu clean
+.PHONY: help run generate mlflow-ui build push test test-fast test-cluster mutants lint lock bench bench-gpu clean
 
 ##@ Use
 
@@ -28,14 +29,25 @@ generate: .venv/run.stamp ## A picture from the registered champion (PROMPT="red
 mlflow-ui: .venv/run.stamp ## Open MLflow on what the runs left
 	@$(BIN)/latent-gpt mlflow-ui
 
+##@ On a cluster
+
+build: ## Build the image (REGISTRY=ghcr.io/me; docker/image.sh says what else)
+	@docker/image.sh build
+
+push: ## Push it, and keep its digest in build/image
+	@docker/image.sh push
+
 ##@ Develop
 
 test: lint ## Lint, types, and every test: the fast ones, then those with real services and training
-	@$(BIN)/pytest -m "not slow"
-	@$(BIN)/pytest -m slow
+	@$(BIN)/pytest -m "not slow and not cluster"
+	@$(BIN)/pytest -m "slow and not cluster"
 
 test-fast: .venv/dev.stamp ## The tests without services and training, in a minute and a half
-	@$(BIN)/pytest -m "not slow"
+	@$(BIN)/pytest -m "not slow and not cluster"
+
+test-cluster: .venv/dev.stamp ## The tests on a real cluster (KUBECONFIG=…, after `make build push`; PART=jobs)
+	@$(BIN)/pytest -m cluster tests/cluster/test_$(PART).py $(ARGS)
 
 mutants: .venv/dev.stamp ## Break one promise at a time, and see that its test notices (ARGS="config")
 	@$(BIN)/python -m tests.mutants $(ARGS)

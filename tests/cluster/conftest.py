@@ -1,0 +1,25 @@
+"""A real cluster for the tests of this folder, which only `make test-cluster` collects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.cluster import Cluster, image
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Nothing here is looked at unless somebody asks for it."""
+    return None if config.option.markexpr == "cluster" else True
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A namespace with our services; this process's environment leads to them."""
+    one = Cluster(image())
+    with pytest.MonkeyPatch.context() as patch, one.up() as environment:
+        for name, value in {**environment, "LATENT_GPT_STORE": "s3://latent-gpt/jobs"}.items():
+            patch.setenv(name, value)
+        yield one
