@@ -1,7 +1,7 @@
 """Training jobs on a real cluster: they survive, say why they end, and end when nobody wants them.
 
-`make test-cluster PART=jobs` runs this file against the cluster of KUBECONFIG, in a namespace of its own, with
-the image that `make push` left. It ends within an hour.
+`make test-cluster PART=jobs` runs this file against the cluster of KUBECONFIG, in a namespace of its own,
+with the image that `make push` left. It ends within an hour.
 """
 
 from __future__ import annotations
