@@ -8,7 +8,7 @@
 #   BUILD_FLAGS       for `build`, e.g. --isolation oci
 #   PUSH_FLAGS        for `push`, e.g. --tls-verify=false
 #
-# What was pushed, by digest, is left in build/image.
+# What was built is left in build/tag, and what was pushed, by digest, in build/image.
 set -eu
 cd "$(dirname "$0")/.."
 : "${REGISTRY:?say where images go, e.g. REGISTRY=localhost:5000}"
@@ -17,17 +17,19 @@ for one in docker podman buildah; do # a client whose engine does not run is of 
     [ -n "$builder" ] || { "$one" info >/dev/null 2>&1 && builder=$one; } || true
 done
 [ -n "$builder" ] || { echo "error: neither docker nor podman nor buildah works here" >&2; exit 2; }
-revision=$(git describe --always --dirty 2>/dev/null || echo unknown)
-image=$REGISTRY/latent-gpt:$revision
+mkdir -p build
 
 case ${1:-} in
 build)
+    revision=$(git describe --always --dirty 2>/dev/null || echo unknown)
+    image=$REGISTRY/latent-gpt:$revision
     # shellcheck disable=SC2086  # flags are words
-    exec "$builder" build ${BUILD_FLAGS:-} --file docker/Dockerfile --target train --tag "$image" \
+    "$builder" build ${BUILD_FLAGS:-} --file docker/Dockerfile --target train --tag "$image" \
         ${BASE:+--build-arg "BASE=$BASE"} ${CA:+--secret "id=ca,src=$CA"} --build-arg "REVISION=$revision" .
+    echo "$image" >build/tag
     ;;
 push)
-    mkdir -p build
+    image=$(cat build/tag)
     if [ "$(basename "$builder")" = docker ]; then
         # shellcheck disable=SC2086
         docker push ${PUSH_FLAGS:-} "$image"
