@@ -9,12 +9,13 @@ from components.step import IMAGE
 def images(config: str, run: str, images: dsl.Output[dsl.Dataset]) -> None:
     """Validate, normalise, split and shard; bad pictures are quarantined with their reasons."""
     from components.artifacts import write
-    from components.step import alone, step
+    from components.step import step
 
     with step("images", run):
         from model.config import parse_config
         from model.data.ingest import ingest
         from model.errors import UserError
+        from model.plumbing.leases import alone
         from model.steps import writer
 
         settings = parse_config(config)

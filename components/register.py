@@ -13,11 +13,12 @@ def register(
 ) -> str:
     """Log the model as a pyfunc that loads without pickle; returns what was registered, as JSON."""
     from components.artifacts import read
-    from components.step import alone, step
+    from components.step import step
 
     with step("register", run):
         from components.registration import register_model
         from model.config import parse_config
+        from model.plumbing.leases import alone
         from model.plumbing.tracking import finish_pipeline_run
 
         with alone("register", "register"):

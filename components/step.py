@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from model.errors import UserError
 from model.plumbing import environment, outcome, speech
@@ -51,21 +47,3 @@ def _record_failure(name: str, run: str) -> None:
         finish_pipeline_run(run, "FAILED")
     except UserError as error:  # the reason of the failure itself is said already, and matters more
         speech.warn(name, str(error))
-
-
-@contextmanager
-def alone(name: str, work: str) -> Iterator[None]:
-    """Wait until no other run beside this one does the same work, then do it; the next one finds it done.
-
-    Runs that share a state folder see each other; the kernel lets go of the lock of one that dies. On a
-    cluster the job's name does the same.
-    """
-    folder = Path(environment.CACHE.get() or tempfile.gettempdir()) / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / hashlib.sha256(work.encode()).hexdigest()[:16], "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            speech.say(name, "waits for another run that does the same")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from components.step import alone
 from model.plumbing import assets, environment, outcome, speech
 from model.plumbing.jobs import JobSpec, write_spec
+from model.plumbing.leases import alone
 from model.plumbing.outcome import Outcome
 from model.plumbing.parallel import cores
 

@@ -1,7 +1,10 @@
-"""Who wants a piece of work, said in the store: a job that nobody wants any more is to end.
+"""Who wants a piece of work, and who is at it: said in the store, where runs on all machines see it.
 
-A holder renews its object below a folder every half minute; one that dies stops, and its lease runs out. All
-ages are by the store's clock, so that machines need not agree on the time.
+- A `Lease` wants what a job makes, beside others: a job that nobody wants any more is to end.
+- `alone` keeps others from the same work as long as it is done.
+
+A holder renews its object every half minute; one that dies stops, and what it held runs out. All ages are by
+the store's clock, so that machines need not agree on the time.
 """
 
 from __future__ import annotations
@@ -11,8 +14,11 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from model.errors import UserError
 from model.plumbing import environment, speech, storage
@@ -22,6 +28,42 @@ LIVE = 3 * RENEWAL  # seconds since its last renewal for which a holder is taken
 QUICK = (5.0, 3)  # seconds to wait for an answer of the store, and tries: the next renewal is a try, too
 AGAIN = 5.0  # seconds until the next try of a renewal that failed
 LEFT = "left"  # who leaves what is still under way writes it last: so that "nobody" has an age
+RELEASED = ".released"  # ending of what says that a lock is nobody's any more
+LOOKS = (
+    0.1,
+    2.0,
+)  # seconds between two looks of one who waits for a lock: of the first ones, and of later ones
+
+
+class _Renewal:
+    """Renews from a thread of its own until it is stopped; a store that is away is outlived and said once."""
+
+    def __init__(self, name: str, what: str, renew: Callable[[], None]) -> None:
+        self._name, self._what, self._renew = name, what, renew
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=what, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Return when no renewal is under way, or after a while."""
+        self._end.set()
+        self._thread.join(QUICK[0])
+
+    def _run(self) -> None:
+        said = False
+        wait = RENEWAL
+        while not self._end.wait(wait):
+            try:
+                with storage.hasty(*QUICK):
+                    self._renew()
+                wait, said = RENEWAL, False
+            except (UserError, OSError) as error:
+                wait = AGAIN
+                if not said:
+                    speech.warn(self._name, f"{self._what} is not renewed for now: {error}")
+                    said = True
 
 
 class Lease:
@@ -44,8 +86,7 @@ class Lease:
         self._content = json.dumps({"run": run, "pod": pod}).encode()
         self._ages: dict[str, float] = {}
         self._seen = -LIVE  # when `_ages` were those
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._renewal = _Renewal(name, "the lease of its job", self._write)
 
     @property
     def last(self) -> bool:
@@ -62,41 +103,23 @@ class Lease:
         self._ages = storage.ages(self.uri)
         self._seen = began
 
-    def _renew(self) -> None:
-        said = False
-        wait = RENEWAL
-        while not self._end.wait(wait):
-            try:
-                with storage.hasty(*QUICK):
-                    self._write()
-                wait, said = RENEWAL, False
-            except (UserError, OSError) as error:
-                wait = AGAIN
-                if not said:
-                    speech.warn(self.name, f"the lease of its job is not renewed for now: {error}")
-                    said = True
-
     def __enter__(self) -> Self:
         self._write()
-        self._thread.start()
+        self._renewal.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end.set()
-        self._thread.join(QUICK[0])  # a renewal under way would bring back what is deleted here
+        self._renewal.stop()  # one under way would bring back what is deleted here
         gone = [self.holder]
         if kind is None:
             gone += [name for name, age in self._ages.items() if age >= LIVE]
-        try:
-            with storage.hasty(*QUICK):
-                if kind is not None:
-                    storage.write_bytes(storage.join(self.uri, LEFT), self._content)
-                for name in gone:
-                    storage.delete(storage.join(self.uri, name))
-        except (UserError, OSError):
-            pass  # it runs out by itself
+        with suppress(UserError, OSError), storage.hasty(*QUICK):  # where this fails, it runs out
+            if kind is not None:
+                storage.write_bytes(storage.join(self.uri, LEFT), self._content)
+            for name in gone:
+                storage.delete(storage.join(self.uri, name))
 
 
 def age(uri: str) -> float | None:
@@ -113,3 +136,134 @@ def age(uri: str) -> float | None:
             return min(storage.ages(uri).values(), default=None)
     except OSError as error:
         raise UserError(f"{uri}: {error}") from None
+
+
+@contextmanager
+def alone(name: str, work: str) -> Iterator[None]:
+    """Wait until no other run is at the same work, then do it; the next one finds it done.
+
+    One that dies keeps nobody waiting on its own machine, and a minute and a half elsewhere.
+
+    Args:
+        name: of the step, for what is said.
+        work: URI of what is made, or any name: the same for all who are not to do it at once.
+    """
+    lock = _Lock(work)
+    wait, longest = LOOKS
+    waits = False
+    while not lock.take():
+        if not waits:
+            waits = True
+            speech.say(name, "waits for another run that does the same")
+        time.sleep(wait)
+        wait = min(1.2 * wait, longest)
+    renewal = _Renewal(name, "its lock", lock.renew)
+    renewal.start()
+    try:
+        yield
+    finally:
+        renewal.stop()
+        with suppress(UserError, OSError), storage.hasty(*QUICK):  # where this fails, it runs out
+            lock.release()
+
+
+class _Lock:
+    """Objects with numbers, of which the highest is the lock; whoever writes the next one first has it.
+
+    That one may be written when the highest is released, has run out or is a dead process's. The highest is
+    never deleted, so a number counts once: who comes late with a lower one sees the higher, and has lost.
+    """
+
+    def __init__(self, work: str) -> None:
+        root = storage.store_root()
+        self.uri = storage.join(root, "locks", work.removeprefix(root))  # an asset may be deleted as a whole
+        self._holder = {"holder": os.urandom(8).hex(), **_this_process()}
+        self._content = json.dumps(self._holder).encode()
+        self._number = 0
+        self._holders: dict[int, dict[str, Any]] = {}  # as they were read
+
+    def take(self) -> bool:
+        """Whether it is ours from now on."""
+        ages = self._ages()
+        highest = _highest(ages)
+        if highest and not (
+            f"{_name(highest)}{RELEASED}" in ages
+            or ages[_name(highest)] >= LIVE
+            or _is_dead(self._read(highest))
+        ):
+            return False
+        self._number = highest + 1
+        try:
+            storage.write_bytes(self._at(self._number), self._content, if_absent=True)
+        except FileExistsError:
+            if self._read(self._number) != self._holder:  # else that was the repetition of a request
+                return False
+        ages = self._ages()
+        if _highest(ages) > self._number:
+            storage.delete(self._at(self._number))
+            return False
+        for name in ages:
+            if int(name.removesuffix(RELEASED)) < self._number:
+                storage.delete(storage.join(self.uri, name))
+        return True
+
+    def renew(self) -> None:
+        """Make it young again."""
+        storage.write_bytes(self._at(self._number), self._content)
+
+    def release(self) -> None:
+        """Let the next one have it."""
+        storage.write_bytes(self._at(self._number) + RELEASED, self._content)
+
+    def _ages(self) -> dict[str, float]:
+        found = storage.ages(self.uri).items()
+        return {name: age for name, age in found if name.removesuffix(RELEASED).isdigit()}
+
+    def _at(self, number: int) -> str:
+        return storage.join(self.uri, _name(number))
+
+    def _read(self, number: int) -> dict[str, Any]:
+        """Who wrote it; nothing if that cannot be told."""
+        if number not in self._holders:
+            try:
+                self._holders[number] = dict(json.loads(storage.read_bytes(self._at(number))))
+            except (storage.NotFound, ValueError, TypeError):
+                return {}
+        return self._holders[number]
+
+
+def _name(number: int) -> str:
+    return f"{number:08d}"
+
+
+def _highest(ages: dict[str, float]) -> int:
+    return max((int(name) for name in ages if name.isdigit()), default=0)
+
+
+def _this_process() -> dict[str, Any]:
+    """What tells it from all others, in its place and elsewhere; nothing where the kernel does not say it."""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        place = f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+        return {"place": place, "process": os.getpid(), "started": _state(os.getpid())[1]}
+    return {}
+
+
+def _state(process: int) -> tuple[str, str]:
+    """Of a process of this place: state and time of its start, fields 3 and 22 of proc_pid_stat(5)."""
+    told = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return told[0], told[19]
+
+
+def _is_dead(holder: dict[str, Any]) -> bool:
+    """Whether a holder is a process of this place that is no more; what is elsewhere cannot be told."""
+    if not holder.get("place") or holder["place"] != _this_process().get("place"):
+        return False
+    try:
+        os.kill(holder["process"], 0)
+        state, started = _state(holder["process"])
+    except ProcessLookupError:
+        return True
+    except OSError:  # another user's, of which nothing more may be seen
+        return False
+    return state in "ZX" or started != holder["started"]

@@ -159,6 +159,42 @@ MUTANTS = [
         "tests/components/test_launch.py::test_an_older_outcome_is_not_taken_for_this_one",
     ),
     Mutant(
+        "leases: who holds one beside others is not the last",
+        "model/plumbing/leases.py",
+        "all(age >= LIVE for age in others)",
+        "True",
+        "tests/plumbing/test_leases.py::test_two_who_want_the_same_know_of_each_other[local]",
+    ),
+    Mutant(
+        "leases: what did not end well leaves a sign",
+        "model/plumbing/leases.py",
+        "storage.write_bytes(storage.join(self.uri, LEFT), self._content)",
+        "pass",
+        "tests/plumbing/test_leases.py::test_one_that_does_not_end_well_leaves_a_sign_of_when[local]",
+    ),
+    Mutant(
+        "leases: only one writes the next number of a lock",
+        "model/plumbing/leases.py",
+        "self._content, if_absent=True)",
+        "self._content)",
+        "tests/plumbing/test_leases.py::test_who_comes_late_with_a_number_that_was_used_has_lost[local]",
+    ),
+    Mutant(
+        "leases: a late number has lost",
+        "model/plumbing/leases.py",
+        "if _highest(ages) > self._number:",
+        "if False:",
+        "tests/plumbing/test_leases.py::test_who_comes_late_with_a_number_that_was_used_has_lost[local]",
+    ),
+    Mutant(
+        "leases: a lock is renewed",
+        "model/plumbing/leases.py",
+        "    renewal.start()\n",
+        "    renewal._thread.run = lambda: None\n    renewal.start()\n",
+        "tests/plumbing/test_leases.py"
+        "::test_one_that_dies_elsewhere_keeps_others_waiting_until_its_lock_runs_out[local]",
+    ),
+    Mutant(
         "speech: a library's line is no step's",
         "model/plumbing/speech.py",
         "if match and match[1] in names",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,9 @@ import pytest
 from model.errors import UserError
 from model.plumbing import leases, storage
 from model.plumbing.leases import Lease
+from tests import ROOT
+
+Process = subprocess.Popen[str]
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
@@ -100,3 +105,144 @@ def test_a_store_that_is_away_for_a_while_is_outlived_and_said_once(
         work.unlink()
         until(lambda: lease.last)
     assert capsys.readouterr().out == ""
+
+
+# ── alone ───────────────────────────────────────────────────────────────────────────────────────────────
+
+RUN = """
+import os, sys, time
+from model.plumbing import leases
+leases.RENEWAL, leases.LIVE, leases.AGAIN = 1.0, float(sys.argv[4]), 0.2
+if sys.argv[5]:
+    leases.socket.gethostname = lambda: sys.argv[5]
+inside, rounds, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+for _ in range(rounds):
+    with leases.alone("images", "images/0123456789abcdef"):
+        os.close(os.open(inside, os.O_CREAT | os.O_EXCL))  # fails when there are two
+        print("inside", flush=True)
+        time.sleep(seconds)
+        os.unlink(inside)
+"""
+
+
+def run(inside: Path, rounds: int = 1, seconds: float = 0.0, live: float = 60.0, host: str = "") -> Process:
+    """A process that does something alone, and fails when another does it at the same time."""
+    command = [sys.executable, "-c", RUN, str(inside), str(rounds), str(seconds), str(live), host]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def inside(process: Process) -> None:
+    """Wait until a run is inside."""
+    assert process.stdout
+    for line in process.stdout:
+        if line == "inside\n":
+            return
+    raise AssertionError(process.communicate()[1])
+
+
+@pytest.mark.slow
+def test_many_who_do_the_same_are_never_two_at_once_and_all_get_in(work: str, tmp_path: Path) -> None:
+    runs = [run(tmp_path / "inside", rounds=6, seconds=0.02) for _ in range(6)]
+    for process in runs:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert out.count("inside\n") == 6
+        assert out.count("images | waits for another run that does the same") <= 6
+
+
+@pytest.mark.slow
+def test_one_that_dies_keeps_nobody_waiting_on_its_machine(work: str, tmp_path: Path) -> None:
+    first = run(tmp_path / "inside", seconds=600)
+    inside(first)
+    others = [run(tmp_path / "inside") for _ in range(3)]
+    assert others[0].stdout
+    assert others[0].stdout.readline() == "images | waits for another run that does the same\n"
+    first.kill()  # and not waited for: it stays, as a zombie
+    (tmp_path / "inside").unlink()
+    began = time.monotonic()
+    for process in others:
+        assert process.wait(30) == 0, process.communicate()[1]
+    assert time.monotonic() - began < 10
+    first.communicate()
+
+
+@pytest.mark.slow
+def test_one_that_dies_elsewhere_keeps_others_waiting_until_its_lock_runs_out(
+    work: str, tmp_path: Path
+) -> None:
+    first = run(tmp_path / "inside", seconds=600, live=4.0, host="another-pod")
+    inside(first)
+    others = [run(tmp_path / "inside", live=4.0) for _ in range(3)]
+    time.sleep(6)  # it is renewed
+    assert [process.poll() for process in others] == [None] * 3
+    first.kill()
+    (tmp_path / "inside").unlink()
+    began = time.monotonic()
+    for process in others:
+        assert process.wait(30) == 0, process.communicate()[1]
+    assert 1 < time.monotonic() - began < 15
+    first.communicate()
+
+
+def test_who_comes_late_with_a_number_that_was_used_has_lost(
+    work: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(3):
+        with leases.alone("images", "images/x"):
+            pass
+    late = leases._Lock("images/x")
+    looks = [{}, late._ages()]
+    assert [name for name in looks[1] if name.isdigit()] == ["00000003"]
+    with monkeypatch.context() as patch:
+        patch.setattr(late, "_ages", lambda: looks.pop(0))
+        assert not late.take()
+    assert list(late._ages()) == ["00000003", "00000003.released"], "and leaves nothing behind"
+    later = leases._Lock("images/x")
+    looks = [late._ages(), late._ages()]
+    assert late.take()
+    with monkeypatch.context() as patch:
+        patch.setattr(later, "_ages", lambda: looks.pop(0))
+        assert not later.take(), "and so has who comes second with the same"
+
+
+def test_an_answer_that_is_lost_locks_nobody_out(work: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = storage.write_bytes
+
+    def repeated(uri: str, data: bytes, if_absent: bool = False) -> None:
+        written(uri, data, if_absent)
+        if if_absent:
+            raise FileExistsError(uri)
+
+    monkeypatch.setattr(storage, "write_bytes", repeated)
+    assert leases._Lock("register").take()
+    assert not leases._Lock("register").take(), "this one's is another's"
+
+
+def test_a_process_is_dead_when_it_is_gone_or_another_has_its_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    me = leases._this_process()
+    assert not leases._is_dead(me)
+    assert leases._is_dead(me | {"started": "1"})
+    with subprocess.Popen(["true"]) as child:
+        pass
+    assert leases._is_dead(me | {"process": child.pid})
+    assert not leases._is_dead(me | {"process": child.pid, "place": "elsewhere"})
+    assert not leases._is_dead({})
+    assert not leases._is_dead(me | {"process": 1, "started": leases._state(1)[1]}), "another user's"
+
+
+def test_what_fails_within_lets_the_next_one_in(work: str) -> None:
+    with pytest.raises(ZeroDivisionError), leases.alone("images", "images/x"):
+        raise ZeroDivisionError
+    assert leases._Lock("images/x").take()
+
+
+def test_locks_lie_beside_assets(store: str) -> None:
+    output = storage.join(store, "images/0123456789abcdef")
+    with leases.alone("images", output):
+        storage.delete_prefix(output)  # as ingest does with what is no use to it
+        assert not leases._Lock(output).take()
+    assert list(storage.list_sizes(store)) == [
+        f"locks/images/0123456789abcdef/00000001{end}" for end in ("", ".released")
+    ]
