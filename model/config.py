@@ -33,7 +33,9 @@ Few = Annotated[int, Field(gt=0, le=256)]  # heads, views, samples
 Layers = Annotated[int, Field(gt=0, le=256)]  # a net is built of them before anything else is known of it
 Codes = Annotated[int, Field(gt=0, le=2**20)]
 Width = Annotated[int, Field(gt=0, le=16_384)]  # channels, sides, lengths
-Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]  # of Kubernetes
+QUANTITY = r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?"
+Quantity = Annotated[str, Field(pattern=f"^{QUANTITY}$", coerce_numbers_to_str=True)]  # of Kubernetes
+MaybeQuantity = Annotated[str, Field(pattern=f"^({QUANTITY})?$", coerce_numbers_to_str=True)]
 LONGEST_PROMPT = 1000  # characters: far beyond any text encoder's context
 HEAD_WIDTH = 32  # channels of an attention head in the pictures' tower of a CLIP that is trained here
 
@@ -345,7 +347,7 @@ class JobConfig(Section):
     processes_per_worker: Positive = 1  # one per GPU
     gpus_per_worker: Annotated[int, Field(ge=0)] = 0
     cpu: Quantity = "4"  # request per pod
-    cpu_limit: Quantity | Literal[""] = ""  # per pod, from which threads are counted; empty: as requested
+    cpu_limit: MaybeQuantity = ""  # per pod, from which threads are counted; empty: as requested
     memory: Quantity = "16Gi"  # request and limit per pod
     shared_memory: Quantity = "8Gi"  # /dev/shm per pod, part of its memory
     node_selector: dict[str, str] = {}

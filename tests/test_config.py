@@ -144,7 +144,7 @@ NOT_NEGATIVE = [
     "jobs.min_workers",
     "jobs.pending_hours",
 ]
-QUANTITIES = ["jobs.cpu", "jobs.memory", "jobs.shared_memory"]
+QUANTITIES = ["jobs.cpu", "jobs.cpu_limit", "jobs.memory", "jobs.shared_memory"]
 SHARES = [
     "data.max_bad_share",
     "data.validation_share",
@@ -226,6 +226,8 @@ def test_a_share_is_between_0_and_1(field: str) -> None:
 @pytest.mark.parametrize("field", QUANTITIES)
 def test_a_quantity_is_one_of_kubernetes(field: str) -> None:
     assert refused(f"{field}=16GB").startswith(f"{field}: String should match pattern")
+    section, name = field.split(".")
+    assert getattr(getattr(load_config("smoke", [f"{field}=4"]), section), name) == "4"
 
 
 def test_an_orphan_is_not_called_one_before_a_lease_can_be_late_twice() -> None:

@@ -73,7 +73,9 @@ class Cluster:
             self.apply({**secret, "stringData": self.keys})
             self._deploy()
             for name in ("seaweedfs", "mlflow"):
-                self.kubectl("rollout", "status", f"deployment/{name}", "--timeout=300s")
+                self.kubectl(
+                    "rollout", "status", f"deployment/{name}", "--timeout=900s"
+                )  # the first pull of some GB
             with self.forwarded("seaweedfs", 8333) as s3, self.forwarded("mlflow", 5000) as mlflow:
                 yield {
                     **self.keys,

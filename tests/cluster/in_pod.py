@@ -9,10 +9,11 @@ import json
 import sys
 
 from components.launch import launch
-from components.step import alone, step
+from components.step import step
 from model import steps
 from model.config import load_config
 from model.data.ingest import ingest
+from model.plumbing.leases import alone
 
 
 def main(run: str, preset: str, overrides: str, *kinds: str) -> None:
