@@ -3,6 +3,9 @@
 A checkpoint is a folder `step-00000340` with `tensors.safetensors`, `state.json` and, written last,
 `complete.json`, which holds the SHA-256 of the other two. A kill at any instant leaves the one
 before it whole.
+
+Whoever trains waits for a copy in memory and no longer: files, hashes and the way to the store are the
+business of a thread beside it.
 """
 
 from __future__ import annotations
@@ -10,21 +13,27 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.errors import UserError
+from model.errors import Unavailable, UserError
 from model.plumbing import storage
 
 logger = logging.getLogger(__name__)
 
 TENSORS, STATE, COMPLETE = "tensors.safetensors", "state.json", "complete.json"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+AWAY = 600.0  # seconds for which a store that does not answer is asked again; training goes on meanwhile
+AGAIN = 5.0  # seconds between two tries
 # Beside what storage and safetensors find, what Python says of JSON that is none, or not of our shape.
 DAMAGE = (
     storage.NotFound, storage.Damaged, SafetensorError, ValueError, KeyError, TypeError, AttributeError,
@@ -32,7 +41,7 @@ DAMAGE = (
 
 
 class Checkpointer:
-    """Saves and finds the checkpoints of one job."""
+    """Saves and finds the checkpoints of one job. A context manager: at its end all are stored."""
 
     def __init__(self, uri: str, keep: int = 2) -> None:
         """
@@ -44,31 +53,77 @@ class Checkpointer:
             raise ValueError(f"keep is {keep}; it must be 1 or more")
         self.uri = uri
         self.keep = keep
+        self._beside = ThreadPoolExecutor(1, "checkpoint")
+        self._under_way: Future[None] | None = None
+        self._memory: dict[str, Tensor] = {}  # of the copy, used again by the next one
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Store a checkpoint and then delete all but the newest `keep`. Call it on one rank only.
+        """Store a checkpoint. As `begin` and `wait`."""
+        self.begin(step, state)
+        self.wait()
+
+    def begin(self, step: int, state: dict[str, Any]) -> None:
+        """Copy a state, which may change after this, and store it beside what goes on; on one rank only.
+
+        One is under way at a time: the one before is waited for. When it is stored, all but the newest `keep`
+        are deleted.
 
         Args:
             step: optimiser steps done.
             state: nested dicts of tensors and of what JSON can hold; keys hold no colon.
 
         Raises:
-            UserError: the store cannot be written; the checkpoints before this one are untouched.
+            UserError: the one before could not be stored; the checkpoints before that are untouched.
         """
+        self.wait()
+        flat = leaves(state)
+        tensors = self._copied({path: leaf for path, leaf in flat.items() if isinstance(leaf, Tensor)})
+        plain = {path: leaf for path, leaf in flat.items() if path not in tensors}
+        text = json.dumps(plain, allow_nan=False)
+        self._under_way = self._beside.submit(self._store_at_last, step, tensors, text)
+
+    def wait(self) -> None:
+        """Return when the checkpoint under way is stored. Raises as `begin`."""
+        if under_way := self._under_way:
+            self._under_way = None
+            under_way.result()
+
+    @torch.no_grad()
+    def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """On the CPU, in memory of their own; from a GPU at the speed that pinned memory has."""
+        before, self._memory = self._memory, {}
+        for path, tensor in tensors.items():
+            copy = before.pop(path, None)
+            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._memory[path] = copy.copy_(tensor, non_blocking=True)
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.current_stream().synchronize()
+        return self._memory
+
+    def _store_at_last(self, step: int, tensors: dict[str, Tensor], plain: str) -> None:
+        """Store a checkpoint, also in a store that does not answer for a while."""
+        until = time.monotonic() + AWAY
+        while True:
+            try:
+                return self._store(step, tensors, plain)
+            except Unavailable as error:
+                if time.monotonic() > until:
+                    raise
+                logger.warning("the checkpoint of step %d is not stored yet: %s", step, error)
+                time.sleep(AGAIN)
+
+    def _store(self, step: int, tensors: dict[str, Tensor], plain: str) -> None:
         folder = storage.join(self.uri, f"step-{step:08d}")
         storage.delete(storage.join(folder, COMPLETE))  # left by an attempt whose data was damaged
-        flat = leaves(state)
-        tensors = {path: leaf for path, leaf in flat.items() if isinstance(leaf, Tensor)}
-        plain = {path: leaf for path, leaf in flat.items() if path not in tensors}
+        sha256 = {}
         with tempfile.TemporaryDirectory(prefix="latent-gpt-checkpoint-") as temporary:
-            path = Path(temporary) / TENSORS
-            _save_file(tensors, path)
-            sha256 = {TENSORS: storage.file_sha256(path)}
-            storage.upload_file(path, storage.join(folder, TENSORS))
-            path = Path(temporary) / STATE
-            path.write_text(json.dumps(plain, allow_nan=False))
-            sha256[STATE] = storage.file_sha256(path)
-            storage.upload_file(path, storage.join(folder, STATE))
+            with storage.explained(temporary):
+                _save_file(tensors, Path(temporary, TENSORS))
+                Path(temporary, STATE).write_text(plain)
+            for name in (TENSORS, STATE):
+                sha256[name] = storage.file_sha256(Path(temporary, name))
+                storage.upload_file(Path(temporary, name), storage.join(folder, name))
         storage.write_bytes(
             storage.join(folder, COMPLETE), json.dumps({"step": step, "sha256": sha256}).encode()
         )
@@ -79,27 +134,67 @@ class Checkpointer:
 
         Keys come back as text. A damaged one is reported and passed over for the one before it.
         """
-        for name in reversed(self._complete()):
-            folder = storage.join(self.uri, name)
+        with tempfile.TemporaryDirectory(prefix="latent-gpt-checkpoint-") as folder:
+            step = self.fetch(folder)
+            return (step, self.read(folder)) if step else None
+
+    def fetch(self, folder: str | Path, step: int = 0) -> int:
+        """Copy the newest checkpoint that is complete and whole into a local folder; returns its step.
+
+        Args:
+            folder: to be read by `read`, by as many processes as there are.
+            step: of the only one that will do; 0: the newest, or where it is damaged the one before it.
+
+        Returns:
+            0 where there is none.
+
+        Raises:
+            UserError: there is no such checkpoint, or the store cannot be read.
+        """
+        names = [f"step-{step:08d}"] if step else self._complete()
+        for name in reversed(names):
+            uri = storage.join(self.uri, name)
             try:
-                return self._load(folder)
+                marker = json.loads(storage.read_bytes(storage.join(uri, COMPLETE)))
+                for file, sha256 in marker["sha256"].items():
+                    storage.download_file(storage.join(uri, file), Path(folder, file), sha256)
+                self.read(folder)
+                return int(marker["step"])
             except DAMAGE as error:
-                logger.warning("checkpoint %s cannot be used, trying the one before: %s", folder, error)
-        return None
+                if step:
+                    raise UserError(f"checkpoint {uri} cannot be used: {error}") from None
+                logger.warning("checkpoint %s cannot be used, trying the one before: %s", uri, error)
+        return 0
+
+    @staticmethod
+    def read(folder: str | Path) -> dict[str, Any]:
+        """The state that `fetch` left in a local folder; tensors are mapped from its file, not copied."""
+        return _tree(load_file(Path(folder, TENSORS)) | json.loads(Path(folder, STATE).read_text()))
 
     def newest(self) -> str | None:
-        """URI of the newest checkpoint that is complete; it is not read."""
+        """URI of the newest checkpoint that is complete; it is not read. One that is under way counts."""
+        self._settle()
         complete = self._complete()
         return storage.join(self.uri, complete[-1]) if complete else None
 
-    def _load(self, folder: str) -> tuple[int, dict[str, Any]]:
-        marker = json.loads(storage.read_bytes(storage.join(folder, COMPLETE)))
-        with tempfile.TemporaryDirectory(prefix="latent-gpt-checkpoint-") as temporary:
-            for name, sha256 in marker["sha256"].items():
-                storage.download_file(storage.join(folder, name), Path(temporary) / name, sha256)
-            tensors = load_file(Path(temporary) / TENSORS)
-            plain = json.loads((Path(temporary) / STATE).read_text())
-        return marker["step"], _tree(tensors | plain)
+    def _settle(self) -> None:
+        """Wait for what is under way; if it comes to nothing, something else matters more."""
+        try:
+            self.wait()
+        except Exception as error:
+            logger.warning("a checkpoint could not be stored: %s", error)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.wait()
+        else:
+            self._settle()
+        self._beside.shutdown()
 
     def _complete(self) -> list[str]:
         """Folder names of complete checkpoints, oldest first."""

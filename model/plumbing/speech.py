@@ -132,6 +132,13 @@ class Progress:
         self._start_done = self._last_done = done
         self._said_last = False
         self._printed = False
+        if done:
+            self.note(f"goes on from {counted} {done}")
+
+    def note(self, text: str) -> None:
+        """Say something beside."""
+        if self.enabled:
+            say(self.name, text, self._out)
 
     def update(self, done: int, **figures: float) -> None:
         """Say that `done` counts are behind us in all; figures such as `loss` are shown as they are."""

@@ -715,6 +715,8 @@ def _s3_error(uri: str, error: Exception) -> Exception:
     from botocore import exceptions as boto
 
     endpoint = environment.S3_ENDPOINT_URL.get() or "AWS S3"
+    if isinstance(error.__context__, boto.ClientError) and not isinstance(error, boto.ClientError):
+        error = error.__context__  # of an upload in parts, wrapped
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
         return UserError(f"{uri}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     if isinstance(error, boto.ClientError):

@@ -72,8 +72,9 @@ def open_job(spec: JobSpec, track: bool = True, stopping: Stopping | None = None
         setup() as processes,
         Tracker(spec.tracking, spec.settings, track and processes.is_main) as tracker,
         (stopping or Stopping()).of(processes, spec.jobs.orphan_minutes) as heard,
+        Checkpointer(spec.checkpoints) as checkpoints,
     ):
-        yield Job(spec, inputs, output, processes, tracker, Checkpointer(spec.checkpoints), heard)
+        yield Job(spec, inputs, output, processes, tracker, checkpoints, heard)
 
 
 def run(spec: JobSpec, main: Main, track: bool = True, stopping: Stopping | None = None) -> Manifest | None:

@@ -7,7 +7,6 @@ where one bad addend spoils the sum, and are looked at only where the loop stops
 
 from __future__ import annotations
 
-import logging
 import math
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.config import TrainingConfig
 from model.errors import Diverged, UserError
+from model.plumbing import speech
 from model.plumbing.assets import Manifest
 from model.plumbing.checkpoints import CONFIG, WEIGHTS, Checkpointer, leaves, save_model
 from model.plumbing.curves import HISTORY, Curves
@@ -28,7 +28,7 @@ from model.plumbing.distributed import Distributed
 from model.plumbing.worker import Job
 from model.training.optim import learning_rate
 
-logger = logging.getLogger(__name__)
+MANY = 2**62  # steps
 
 
 def itstime(done: int, every: int, total: int) -> bool:
@@ -65,39 +65,42 @@ class Resumable:
     def restore(self) -> int:
         """Put all parts back as the newest good checkpoint has them; returns the steps done, 0 without one.
 
-        Raises:
-            RuntimeError: ranks found different ones, e.g. as one of them could not read the newest.
+        One process of each machine fetches it for all that are there, whether or not there were as many when
+        it was saved.
         """
-        done, states = self.checkpoints.latest() or (0, {})
-        found = self.processes.gather(torch.tensor(done, device=self.processes.device)).tolist()
-        if len(set(found)) > 1:
-            raise RuntimeError(f"ranks would go on from different checkpoints, of steps {found}")
-        if not done:
-            return 0
-        for name, part in self.parts.items():
-            if isinstance(part, torch.optim.Optimizer):
-                _restore_optimizer(part, states[name])
-            else:
-                part.load_state_dict(states[name])
-        if self.processes.is_main:
-            logger.info("goes on from step %d", done)
+        processes = self.processes
+        leads = processes.local_rank == 0
+        with tempfile.TemporaryDirectory(prefix="latent-gpt-checkpoint-") as folder:
+            found = self.checkpoints.fetch(folder) if leads else MANY
+            done = min(processes.gather(torch.tensor(found, device=processes.device)).tolist())
+            if leads and found != done:  # another machine could not read this one, or did not see it yet
+                self.checkpoints.fetch(folder, done)
+            fetched = processes.of_leader(folder)
+            states = self.checkpoints.read(fetched) if done else {}
+            for name, part in self.parts.items() if done else ():
+                if isinstance(part, torch.optim.Optimizer):
+                    _restore_optimizer(part, states[name])
+                else:
+                    part.load_state_dict(states[name])
+            processes.barrier()  # all have read it
         return done
 
     def save(self, done: int) -> None:
-        """Store a checkpoint of all parts. Call it on every rank; the main one writes.
+        """Begin to store a checkpoint of all parts. Call it on every rank; the main one writes.
 
         Raises:
             Diverged: a part is not finite, on every rank alike; nothing is stored.
-            UserError: the store cannot be written.
+            UserError: the checkpoint before this one could not be stored.
         """
         states = {name: part.state_dict() for name, part in self.parts.items()}
         if bad := not_finite(states):
             raise Diverged(f"{bad} is not finite at step {done}", done)
         if self.processes.is_main:
-            self.checkpoints.save(done, states)
+            self.checkpoints.begin(done, states)
 
     def wait(self) -> None:
-        """Return when what `save` began is stored."""
+        """Return when what `save` began is stored. Raises UserError: it cannot be."""
+        self.checkpoints.wait()
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
@@ -222,6 +225,10 @@ def publish(
             job.output.add_file(name, Path(scratch, name))
     if curves:
         job.output.add_bytes(HISTORY, curves.history())
+    try:
+        job.checkpoints.wait()  # they are about to be deleted
+    except UserError as error:
+        speech.warn(job.spec.name, f"a checkpoint that nobody needs any more could not be stored: {error}")
     return job.output.finish(info)
 
 

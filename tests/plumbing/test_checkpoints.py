@@ -8,21 +8,25 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from model.errors import UserError
-from model.plumbing import storage
+from model.errors import Unavailable, UserError
+from model.plumbing import checkpoints, storage
 from model.plumbing.checkpoints import (
     Checkpointer,
     load_model,
     save_model,
 )
 from tests import ROOT
+from tests.proxies import Answer, Request, proxy
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
@@ -150,6 +154,180 @@ def test_a_full_disk_leaves_the_one_before(store: str, monkeypatch: pytest.Monke
     found = checkpointer.latest()
     assert found
     assert found[0] == 1
+
+
+# ── beside the training ─────────────────────────────────────────────────────────────────────────────────
+
+
+class Gate:
+    """Holds every upload until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open, self.uploads = threading.Event(), 0
+        upload = storage.upload_file
+
+        def held(path: str | Path, uri: str) -> None:
+            self.uploads += 1
+            assert self.open.wait(20)
+            upload(path, uri)
+
+        monkeypatch.setattr(storage, "upload_file", held)
+
+
+def test_what_changes_while_it_is_stored_is_stored_as_it_was(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, checkpointer = Gate(monkeypatch), Checkpointer(store)
+    net, points = torch.zeros(3), [[1, 0.5]]
+    checkpointer.begin(1, {"net": net, "view": net[1:], "points": points})
+    net += 1
+    points.append([2, 0.4])
+    assert not storage.list_sizes(store)
+    gate.open.set()
+    assert checkpointer.newest() == storage.join(store, "step-00000001")  # waits for it
+    found = checkpointer.latest()
+    assert found
+    assert found[1]["net"].tolist() == [0, 0, 0]
+    assert found[1]["view"].tolist() == [0, 0]
+    assert found[1]["points"] == [[1, 0.5]]
+
+
+def test_one_is_under_way_at_a_time(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, checkpointer = Gate(monkeypatch), Checkpointer(store)
+    weight = torch.zeros(4)
+    checkpointer.begin(1, {"weight": weight})
+    second = threading.Thread(target=lambda: checkpointer.begin(2, {"weight": weight + 2}))
+    second.start()
+    second.join(0.3)
+    assert second.is_alive()
+    assert gate.uploads == 1
+    gate.open.set()
+    second.join(20)
+    checkpointer.wait()
+    for step in (1, 2):  # the second copy took the memory of the first one, when that was stored
+        folder = storage.join(store, f"step-{step:08d}")
+        tensors = safetensors.torch.load(storage.read_bytes(storage.join(folder, "tensors.safetensors")))
+        assert tensors["weight"].tolist() == [2.0 * (step - 1)] * 4
+
+
+def full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_is_told_when_the_next_one_begins(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpointer = Checkpointer(store)
+    checkpointer.save(1, tensors(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        checkpointer.begin(2, tensors(2))
+        with pytest.raises(UserError, match="no space left on the disk"):
+            checkpointer.begin(3, tensors(3))
+    found = checkpointer.latest()
+    assert found
+    assert found[0] == 1
+
+
+def test_a_full_disk_for_what_is_not_sent_yet_is_one_line(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(UserError, match="no space left on the disk"):
+        Checkpointer(store).save(1, tensors(1))
+
+
+def test_at_the_end_all_are_stored_or_it_is_told(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Checkpointer(store) as checkpointer:
+        checkpointer.begin(1, tensors(1))
+    assert Checkpointer(store).newest()
+    monkeypatch.setattr(storage, "upload_file", full)
+    with pytest.raises(OSError, match="No space"), Checkpointer(store) as checkpointer:
+        checkpointer.begin(2, tensors(2))
+    with pytest.raises(ZeroDivisionError):  # this matters more
+        _broken(Checkpointer(store))
+
+
+def _broken(checkpointer: Checkpointer) -> None:
+    with checkpointer:
+        checkpointer.begin(2, tensors(2))
+        _ = 1 / 0
+
+
+def away(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """Let the store not answer so many uploads."""
+    upload, left = storage.upload_file, iter(range(times))
+
+    def send(path: str | Path, uri: str) -> None:
+        if next(left, None) is not None:
+            raise Unavailable(f"{uri}: S3 cannot be reached")
+        upload(path, uri)
+
+    monkeypatch.setattr(storage, "upload_file", send)
+    monkeypatch.setattr(checkpoints, "AGAIN", 0.01)
+
+
+def test_a_store_that_is_away_for_a_while_delays_it(
+    store: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    away(monkeypatch, 3)
+    checkpointer = Checkpointer(store)
+    checkpointer.save(4, tensors(4))
+    assert caplog.text.count("the checkpoint of step 4 is not stored yet") == 3
+    found = checkpointer.latest()
+    assert found
+    assert found[0] == 4
+
+
+def test_a_store_that_stays_away_ends_it(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    away(monkeypatch, 10**6)
+    monkeypatch.setattr(checkpoints, "AWAY", 0.2)
+    with pytest.raises(Unavailable, match="cannot be reached"):
+        Checkpointer(store).save(4, tensors(4))
+
+
+@pytest.mark.slow
+def test_s3_that_is_away_stops_no_training(services: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = threading.Event()
+    refused = 0
+
+    def hook(_: Request, ask: Callable[[], Answer]) -> Answer:
+        nonlocal refused
+        refused += gone.is_set()
+        return Answer.error(503, "ServiceUnavailable") if gone.is_set() else ask()
+
+    monkeypatch.setattr(storage, "ATTEMPTS", 2)
+    monkeypatch.setattr(checkpoints, "AGAIN", 0.2)
+    with proxy(services["S3_ENDPOINT_URL"], hook) as url:
+        monkeypatch.setenv("S3_ENDPOINT_URL", url)
+        with Checkpointer(storage.join(services["LATENT_GPT_STORE"], "checkpoints")) as checkpointer:
+            checkpointer.save(1, tensors(1))
+            gone.set()
+            began = time.monotonic()
+            checkpointer.begin(2, tensors(2))
+            assert time.monotonic() - began < 0.5
+            time.sleep(3)  # training
+            assert refused > 2
+            gone.clear()
+            checkpointer.begin(3, tensors(3))
+        found = checkpointer.latest()
+        assert found
+        assert found[0] == 3
+        assert len(storage.list_sizes(checkpointer.uri)) == 2 * 3  # of step 2, too
+
+
+# ── what is restored ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_certain_one_is_fetched_or_none(store: str, tmp_path: Path) -> None:
+    checkpointer = Checkpointer(store)
+    for step in (1, 2):
+        checkpointer.save(step, tensors(step))
+    folder = tmp_path / "fetched"
+    assert checkpointer.fetch(folder) == 2
+    assert checkpointer.fetch(folder, 1) == 1
+    assert checkpointer.read(folder)["count"].item() == 1
+    storage.delete(storage.join(store, "step-00000001", "state.json"))
+    with pytest.raises(UserError, match="step-00000001 cannot be used"):
+        checkpointer.fetch(folder, 1)
 
 
 def test_tied_weights_are_saved(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ with setup() as dist:
         "sum": dist.sum(mine.clone()).item(),
         "mean": dist.mean(mine.clone()).item(),
         "gather": dist.gather(mine).tolist(),
+        "leader": dist.of_leader(f"/tmp/of rank {dist.rank} \u00e9"),
     }
     open(f"{sys.argv[1]}/{dist.rank}.json", "w").write(json.dumps(result))
 """
@@ -40,6 +41,7 @@ def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (dist.rank, dist.world, dist.is_main) == (0, 1, True)
         assert dist.mean(torch.tensor([3.0])).item() == 3.0
         assert dist.gather(torch.tensor([3.0])).tolist() == [[3.0]]
+        assert dist.of_leader("/tmp/é") == "/tmp/é"
         dist.barrier()
         assert not torch.distributed.is_initialized()
 
@@ -57,6 +59,7 @@ def test_two_processes_hear_each_other(tmp_path: Path) -> None:
     )
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert [result.pop("main") for result in results] == [True, False]
+    assert [result.pop("leader") for result in results] == ["/tmp/of rank 0 é"] * 2
     assert results[0] == results[1]
     assert results[0] == {
         "world": 2,

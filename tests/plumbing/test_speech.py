@@ -58,6 +58,7 @@ def test_the_rate_is_the_latest_and_the_resumed_part_is_not_counted(clock: Clock
     clock.now += 10
     bar.update(80)
     assert out.getvalue().splitlines() == [
+        "train | goes on from step 50",
         "train | step 60/100  60%  1.0 step/s  ETA 40s",
         "train | step 80/100  80%  2.0 step/s  ETA 13s",
     ]

@@ -32,7 +32,9 @@ def _resumed_from_everywhere(
 
     def save_elsewhere(state: Resumable, done: int) -> None:
         uri = state.checkpoints.uri.replace(stores[-1], stores[done])
-        save(Resumable(Checkpointer(uri), state.processes, **state.parts), done)
+        elsewhere = Resumable(Checkpointer(uri), state.processes, **state.parts)
+        save(elsewhere, done)
+        elsewhere.wait()
 
     def train(start: int, store: str, saving: Callable[[Resumable, int], None]) -> None:
         def starts(state: Resumable) -> int:
