@@ -46,6 +46,7 @@ class Pod:
     uid: str
     worker: int  # its number in the job
     created: float  # seconds since 1970
+    job: str = ""  # the UID of its job
     image: str = ""
     memory: str = ""  # its limit
     since: float = 0.0  # its container runs, in seconds since 1970; 0: it does not
@@ -81,6 +82,7 @@ def read(found: Mapping[str, Any], container: str, worker: int) -> Pod:
         uid=meta["uid"],
         worker=worker,
         created=seconds(meta["creationTimestamp"]),
+        job=next((one["uid"] for one in meta.get("ownerReferences") or [] if one.get("controller")), ""),
         image=image,
         memory=spec.get("resources", {}).get("limits", {}).get("memory", ""),
         since=seconds(state["running"].get("startedAt")) if "running" in state else 0.0,
@@ -96,7 +98,7 @@ def _waits(status: Mapping[str, Any], state: Mapping[str, Any], image: str) -> t
         return "", False
     for condition in status.get("conditions") or []:
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            why = {"Unschedulable": "has no node", "SchedulingGated": "is held back by a queue"}
+            why = {"Unschedulable": "is unschedulable", "SchedulingGated": "is held back by a queue"}
             return _sentence(why.get(condition.get("reason", ""), "is not scheduled"), condition), False
     waiting = state.get("waiting", {})
     reason = waiting.get("reason", "")

@@ -12,17 +12,19 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from components.launch.cluster import Kind
 from components.launch.decide import Job
 from components.launch.pods import seconds
 from model.config import JobConfig
 from model.plumbing import environment
 from model.plumbing.jobs import JobSpec
+from model.plumbing.outcome import Outcome
 
 if TYPE_CHECKING:
     from kubeflow.training.models import KubeflowOrgV1PyTorchJob
     from kubernetes.client import V1PodTemplateSpec  # type: ignore[import-untyped]
 
-GROUP, VERSION, PLURAL, KIND = "kubeflow.org", "v1", "pytorchjobs", "PyTorchJob"
+RESOURCE = Kind("kubeflow.org", "v1", "pytorchjobs")
 CONTAINER = "pytorch"  # the operator looks for a container of this name
 ENTRY = "components.launch.entry"
 ACCESS = "latent-gpt"  # the ConfigMap and the Secret that name the services, for steps and workers
@@ -35,6 +37,14 @@ USER = 10001
 TTL = 600  # seconds that a job which succeeded is still there
 AFTER_GRACE = 60  # seconds that the entry has beyond its ranks' grace, to store their logs
 LONGEST = 63 - len("-worker-1023")  # of a job's name: what the operator appends has to fit as well
+
+
+def run(spec: JobSpec) -> Outcome:
+    """See `Backend.run`. SIGTERM deletes the job, unless another step wants what it makes."""
+    from components.launch import pytorchjob
+    from components.launch.follow import follow
+
+    return follow(spec, pytorchjob)
 
 
 # ── the object ──────────────────────────────────────────────────────────────────────────────────────────
@@ -79,8 +89,8 @@ def job(
         template=_template(jobs, spec_uri, image, labels),
     )
     return models.KubeflowOrgV1PyTorchJob(
-        api_version=f"{GROUP}/{VERSION}",
-        kind=KIND,
+        api_version=f"{RESOURCE.group}/{RESOURCE.version}",
+        kind="PyTorchJob",
         metadata=client.V1ObjectMeta(
             name=name(spec),
             namespace=namespace,

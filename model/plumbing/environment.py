@@ -105,7 +105,7 @@ S3_PATIENCE = Number(
 )
 LAUNCHER = Variable(
     "LATENT_GPT_LAUNCHER",
-    "what runs training jobs; so far there is `torchrun`",
+    "what runs training jobs: `torchrun`, or `pytorchjob` on a cluster",
     "`torchrun`, processes of this machine",
     default="torchrun",
 )
@@ -115,6 +115,12 @@ IMAGE = Variable(
     "`latent-gpt:dev`",
     default="latent-gpt:dev",
 )
+NAMESPACE = Variable(
+    "LATENT_GPT_NAMESPACE",
+    "namespace of training jobs on a cluster",
+    "that of this pod, or of the kubeconfig",
+)
+KUBECONFIG = Variable("KUBECONFIG", "file that names the cluster of training jobs", "the one this pod is in")
 DEBUG = Variable("LATENT_GPT_DEBUG", "anything: every error comes with its stack trace", "defects alone do")
 
 # What one of our processes says to another that it starts:
@@ -132,7 +138,7 @@ FOR_PEOPLE = (
     *(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN),
     *(MLFLOW_TRACKING_SERVER_CERT_PATH, MLFLOW_TRACKING_CLIENT_CERT_PATH, MLFLOW_TRACKING_INSECURE_TLS),
     MLFLOW_REGISTRY_URI,
-    *(STATE, CACHE, CACHE_GIB, S3_PATIENCE, LAUNCHER, IMAGE, DEBUG),
+    *(STATE, CACHE, CACHE_GIB, S3_PATIENCE, LAUNCHER, IMAGE, NAMESPACE, KUBECONFIG, DEBUG),
 )
 
 

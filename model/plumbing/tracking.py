@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RUN_TAG, STEP_TAG = "latent_gpt.pipeline_run", "latent_gpt.step"
+FAILURE_TAG = "latent_gpt.failure"  # why a run has failed
 PIPELINE = "pipeline"  # STEP_TAG of a parent run
 TRIAL = "preflight"  # name of what is made only to see whether it can be
 
@@ -305,18 +306,30 @@ def open_pipeline_run(experiment: str, run: str, params: dict[str, Any] | None =
     return parent
 
 
-def finish_pipeline_run(run: str, status: str = "FINISHED", tags: dict[str, str] | None = None) -> None:
+def finish_pipeline_run(
+    run: str, status: str = "FINISHED", tags: dict[str, str] | None = None, step: str = ""
+) -> None:
     """End a pipeline run's parent run as FINISHED, FAILED or KILLED; no parent run is no error.
+
+    Args:
+        run: of the pipeline.
+        status: how it ended.
+        tags: of it.
+        step: whose run below it ends likewise, with the same tags, if nobody has ended it yet.
 
     Raises:
         UserError: MLflow cannot be reached.
     """
     client = mlflow_client()
     with explained():
-        if found := _find(client, run, PIPELINE):
-            for name, value in (tags or {}).items():
-                client.set_tag(found.info.run_id, name, value)
-            client.set_terminated(found.info.run_id, status)
+        for name in (PIPELINE, *([step] if step else [])):
+            found = _find(client, run, name)
+            if not found or (name == step and found.info.status == "FINISHED"):
+                continue
+            for tag, value in (tags or {}).items():
+                client.set_tag(found.info.run_id, tag, value)
+            if name == PIPELINE or found.info.status == "RUNNING":
+                client.set_terminated(found.info.run_id, status)
 
 
 def _open(client: MlflowClient, experiment: str, run: str, step: str, parent: str) -> tuple[str, bool]:
