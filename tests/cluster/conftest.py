@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from model.plumbing import storage
 from tests.cluster.cluster import Cluster, image
 
 
@@ -22,4 +23,5 @@ def cluster() -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patch, one.up() as environment:
         for name, value in {**environment, "LATENT_GPT_STORE": "s3://latent-gpt/jobs"}.items():
             patch.setenv(name, value)
+        storage.check_store(storage.store_root())  # makes the bucket, as a pipeline's first step does
         yield one
