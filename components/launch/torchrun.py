@@ -8,23 +8,16 @@ No restarts: on one machine a failure repeats itself, and the next launch resume
 
 from __future__ import annotations
 
-import signal
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from components.launch.elastic import blamed
 from model.plumbing import assets, environment, outcome, speech
 from model.plumbing.jobs import JobSpec, write_spec
 from model.plumbing.leases import alone
 from model.plumbing.outcome import Outcome
 from model.plumbing.parallel import cores
-
-if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-
-AT_ONCE = 1  # seconds within which processes failed together; whom torchrun kills itself it kills 30 s later
 
 
 def run(spec: JobSpec) -> Outcome:
@@ -84,44 +77,3 @@ def _run(spec: JobSpec, folder: Path) -> Outcome:
         where = "" if end.expected else f"; its log is under {folder}"
         return end.model_copy(update={"reason": end.reason + where})
     return Outcome(kind="finished")
-
-
-def blamed(failures: Mapping[int, ProcessFailure], left: Mapping[int, Outcome], folder: Path) -> Outcome:
-    """How that process ended which made its job fail.
-
-    It is the first that refused its input; else the first that ended without a word; else the first that said
-    why and did not only lose another. When one ends, the others fail, too, in any order of time.
-
-    Args:
-        failures: of processes whose exit code is not 0, by rank; those that torchrun stopped are among them.
-        left: the outcomes that processes left, by rank.
-        folder: the attempt's, where the logs are.
-    """
-    spoken = [
-        (rank, end) for rank, end in sorted(left.items(), key=lambda item: item[1].when) if not end.well
-    ]
-    for _, end in spoken:
-        if end.expected:
-            return end
-    silent = {rank: one for rank, one in sorted(failures.items()) if rank not in left or left[rank].well}
-    start = min(one.timestamp for one in failures.values())
-    unstopped = [
-        rank
-        for rank, one in silent.items()
-        if one.exitcode != -signal.SIGTERM and one.timestamp <= start + AT_ONCE
-    ]
-    if spoken and not unstopped:
-        rank, end = next((one for one in spoken if one[1].kind != "lost"), spoken[0])
-        return end.model_copy(update={"reason": end.told_of(f"process {rank}")})
-    rank = unstopped[0] if unstopped else next(iter(silent))
-    return outcome.of_status(f"process {rank}", failures[rank].exitcode, _log(folder, rank))
-
-
-def _log(folder: Path, rank: int) -> list[str]:
-    """What a rank printed, its errors last."""
-    return [
-        line.rstrip()
-        for name in ("stdout.log", "stderr.log")
-        for path in sorted(folder.rglob(f"{rank}/{name}"))
-        for line in path.read_text(errors="replace").splitlines()
-    ]

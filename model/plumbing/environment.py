@@ -132,6 +132,15 @@ POD = Variable("LATENT_GPT_POD", "name of this pod")
 POD_UID = Variable("LATENT_GPT_POD_UID", "what tells it from another pod of that name")
 WORKER = Variable("LATENT_GPT_WORKER", "number of this pod among those of its job", default="0")
 
+# What the operator says to a worker of a training job, under torchrun's names:
+MEETING_POINT = Variable("PET_RDZV_ENDPOINT", "host and port of worker 0, where all workers meet")
+MEETING_ADDRESS = Variable("PET_LOCAL_ADDR", "by which the others find this worker", "its host's name")
+MEETING_SETTINGS = Variable(
+    "PET_RDZV_CONF", "e.g. `join_timeout=600`, the seconds to wait for all", "an hour"
+)
+WORKERS = Variable("PET_NNODES", "how many there are; or least and most, as 1:2", default="1:1")
+PROCESSES = Variable("PET_NPROC_PER_NODE", "how many each of them starts", "as many as the job's spec says")
+
 FOR_PEOPLE = (
     *(S3_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_DEFAULT_REGION),
     *(AWS_CA_BUNDLE, STORE, MLFLOW_TRACKING_URI),

@@ -24,6 +24,7 @@ from model.plumbing import environment, storage
 TERMINATION_LOG = Path("/dev/termination-log")
 MESSAGE_BYTES = 4096  # more of a termination message Kubernetes does not keep
 LAST_LINES = 15
+SIGKILLED = "(SIGKILL; most often the machine ran out of memory)"
 LINE = 200  # characters of a log line that stands within a reason
 
 Kind = Literal[
@@ -74,9 +75,15 @@ class Outcome(BaseModel):
         """Whether the reason says it all: what a person can put right, and no defect of ours."""
         return self.kind in ("refused", "diverged", "unavailable")
 
+    @property
+    def line(self) -> str:
+        """It as JSON that fits into a termination message."""
+        short = {"reason": self.reason[: MESSAGE_BYTES // 5], "last_lines": ()}
+        return self.model_copy(update=short).model_dump_json()
+
     def told_of(self, who: str) -> str:
         """The reason with who ended so, where that is not plain from the reason itself."""
-        if self.expected or self.well:
+        if self.expected or self.well or self.kind in ("stopped", "orphaned"):
             return self.reason
         return f"{who} failed: {self.reason}"
 
@@ -133,7 +140,7 @@ def of_status(who: str, status: int, log: Sequence[str] = ()) -> Outcome:
     if status >= 0:
         return Outcome(kind="failed", reason=f"{who} ended with exit code {status}{last}", last_lines=lines)
     if status == -signal.SIGKILL:
-        how = f"{who} was killed (SIGKILL; most often the machine ran out of memory)"
+        how = f"{who} was killed {SIGKILLED}"
     else:
         how = f"{who} was ended by signal {-status}"
         with suppress(ValueError):
@@ -153,7 +160,7 @@ def recorded(who: str) -> Iterator[None]:
         yield
     except Exception as error:
         end = of(error)
-        tell_container(_message(end), if_silent=True)
+        tell_container(end.line, if_silent=True)
         _leave(folder, who, end)
         raise
     _leave(folder, who, Outcome(kind="finished"))
@@ -176,13 +183,6 @@ def left_in(folder: str) -> dict[str, Outcome]:
             outcome = Outcome.model_validate_json(storage.read_bytes(storage.join(folder, name)))
             found[name.removesuffix(".json")] = outcome
     return found
-
-
-def _message(end: Outcome) -> str:
-    """The outcome as one line of JSON that fits into a termination message."""
-    return end.model_copy(
-        update={"reason": end.reason[: MESSAGE_BYTES // 5], "last_lines": ()}
-    ).model_dump_json()
 
 
 def tell_container(text: str, if_silent: bool = False) -> None:

@@ -145,10 +145,10 @@ MUTANTS = [
     ),
     Mutant(
         "launch: a process that was killed was killed",
-        "components/launch/torchrun.py",
+        "components/launch/elastic.py",
         "    if spoken and not unstopped:\n",
         "    if spoken:\n",
-        "tests/components/test_torchrun.py::test_the_blame_is_on_the_process_that_made_the_others_fail"
+        "tests/components/test_elastic.py::test_the_blame_is_on_the_process_that_made_the_others_fail"
         "[one is killed, the other loses it]",
     ),
     Mutant(

@@ -63,6 +63,11 @@ def test_every_variable_of_ours_is_for_people_or_between_processes() -> None:
         "LATENT_GPT_POD_UID",
         "LATENT_GPT_WORKER",
         "LATENT_GPT_MEETING",
+        "PET_LOCAL_ADDR",
+        "PET_NNODES",
+        "PET_NPROC_PER_NODE",
+        "PET_RDZV_CONF",
+        "PET_RDZV_ENDPOINT",
     }
 
 

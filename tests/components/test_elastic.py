@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from components.launch import torchrun
+from components.launch import elastic
 from model.plumbing import outcome
 from model.plumbing.outcome import Outcome
 
@@ -80,6 +80,24 @@ LOST = "RuntimeError: connection closed by peer"
             id="and kills who does not stop, half a minute later",
         ),
         pytest.param(
+            {0: failure(143), 1: failure(1)},
+            {0: ended("stopped", "told to end", 100.2), 1: ended("lost", LOST, 100.1)},
+            *("lost", f"process 1 failed: {LOST}"),
+            id="one loses another pod's, and the rest is stopped for it",
+        ),
+        pytest.param(
+            {0: failure(143), 1: failure(3)},
+            {0: ended("stopped", "told to end", 100.2)},
+            *("failed", "process 1 ended with exit code 3"),
+            id="one leaves without a word, and the rest is stopped for it",
+        ),
+        pytest.param(
+            {0: failure(143), 1: failure(143)},
+            {0: ended("stopped", "told to end; step 7 is kept"), 1: ended("stopped", "told to end", 100.2)},
+            *("stopped", "told to end; step 7 is kept"),
+            id="somebody else stops all, and they save",
+        ),
+        pytest.param(
             {0: failure(-15), 1: failure(-15)},
             {},
             *("killed", "process 0 was ended by signal 15 (SIGTERM)"),
@@ -102,5 +120,5 @@ LOST = "RuntimeError: connection closed by peer"
 def test_the_blame_is_on_the_process_that_made_the_others_fail(
     failures: dict[int, ProcessFailure], left: dict[int, Outcome], kind: str, reason: str, tmp_path: Path
 ) -> None:
-    found = torchrun.blamed(failures, left, tmp_path)
+    found = elastic.blamed(failures, left, tmp_path)
     assert (found.kind, found.reason) == (kind, reason)
