@@ -16,7 +16,7 @@ from components.launch.cluster import Kind
 from components.launch.decide import Job
 from components.launch.pods import seconds
 from model.config import JobConfig
-from model.plumbing import environment
+from model.plumbing import environment, storage
 from model.plumbing.jobs import JobSpec
 from model.plumbing.outcome import Outcome
 
@@ -191,7 +191,12 @@ def _resources(jobs: JobConfig) -> Any:
 def _environment() -> list[Any]:
     from kubernetes import client
 
-    said = {environment.CACHE.name: "/cache", "HOME": "/tmp", "PYTHONUNBUFFERED": "1"}
+    said = {
+        environment.STORE.name: storage.store_root(),  # the step's, where the spec lies
+        environment.CACHE.name: "/cache",
+        "HOME": "/tmp",
+        "PYTHONUNBUFFERED": "1",
+    }
     of_pod = {
         environment.POD.name: "metadata.name",
         environment.POD_UID.name: "metadata.uid",
