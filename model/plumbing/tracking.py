@@ -1,7 +1,8 @@
 """What a run measures, in MLflow: one parent run per pipeline run, one child below it per step.
 
-Runs are found again by tag, so a step that is repeated continues its own curves. A server that is away for
-a while costs the training loop nothing but a warning; one that is not there at the start is an error.
+Runs are found again by tag, so a step that is repeated continues its own curves. What a training loop says
+is sent beside it, and again where the server is away for a while, so that no curve has a gap; a server that
+is not there at the start is an error.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import base64
 import contextlib
 import logging
 import tempfile
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +25,7 @@ from model.plumbing.jobs import TrackingIds
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Metric, Run
     from PIL import Image
 
 logger = logging.getLogger(__name__)
@@ -30,6 +33,10 @@ logger = logging.getLogger(__name__)
 RUN_TAG, STEP_TAG = "latent_gpt.pipeline_run", "latent_gpt.step"
 FAILURE_TAG = "latent_gpt.failure"  # why a run has failed
 PIPELINE = "pipeline"  # STEP_TAG of a parent run
+PATIENCE = 120.0  # seconds to get through what is left when a run ends: longer than a server's restart
+HASTE = 20.0  # the same for a process that was told to end
+AGAIN = 2.0  # seconds until a message is sent again
+AT_ONCE = 1000  # figures in one message, at most; MLflow's limit
 TRIAL = "preflight"  # name of what is made only to see whether it can be
 
 # Set wherever MLflow is used, by us and by the servers we start. Artifacts go through the tracking server:
@@ -196,12 +203,102 @@ def _authorization() -> dict[str, str]:
     return {}
 
 
+class _Outbox:
+    """Messages to the server, sent in order by a thread beside the training, each until it is through."""
+
+    def __init__(self, log: Callable[[list[Metric]], object]) -> None:
+        """
+        Args:
+            log: sends figures; those that wait together are sent together.
+        """
+        self.lost = 0  # messages that the server refused, or that were given up
+        self._log = log
+        self._waiting: deque[list[Metric] | Callable[[], object] | None] = deque()
+        self._under_way = 0
+        self._changed = threading.Condition()
+        self._given_up = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def put(self, message: list[Metric] | Callable[[], object]) -> None:
+        """Send figures, or call what sends something else, in a while."""
+        with self._changed:
+            self._waiting.append(message)
+            self._changed.notify()
+
+    def close(self, patience: float) -> None:
+        """Wait until all is sent, so many seconds at most; the rest is lost."""
+        with self._changed:
+            self._waiting.append(None)
+            self._changed.notify()
+        self._thread.join(patience)
+        with self._changed:
+            if self._thread.is_alive():
+                self._given_up.set()
+                self.lost += self._under_way + len(self._waiting) - 1
+                self._waiting.clear()
+
+    def _work(self) -> None:
+        while (message := self._next()) is not None:
+            if isinstance(message, list):
+                figures = message
+                self._deliver(lambda figures=figures: self._log(figures))  # type: ignore[misc]
+            else:
+                self._deliver(message)
+
+    def _next(self) -> list[Metric] | Callable[[], object] | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting)
+            message = self._waiting.popleft()
+            self._under_way = 1
+            if isinstance(message, list):
+                message = list(message)
+                while self._waiting:
+                    more = self._waiting[0]
+                    if not isinstance(more, list) or len(message) + len(more) > AT_ONCE:
+                        break
+                    message += more
+                    self._waiting.popleft()
+                    self._under_way += 1
+            return message
+
+    def _deliver(self, send: Callable[[], object]) -> None:
+        said = False
+        while not self._given_up.is_set():
+            try:
+                send()
+                return
+            except Exception as error:  # whatever MLflow raises: training goes on
+                what = " ".join(str(error).split())[:200]
+                if not _may_pass(error):
+                    self.lost += self._under_way
+                    logger.warning("MLflow did not take a message: %s", what)
+                    return
+                if not said:
+                    logger.warning("MLflow does not answer for now, and is told later: %s", what)
+                said = True
+            self._given_up.wait(AGAIN)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same message may get through later."""
+    from mlflow.exceptions import MlflowException
+
+    status = 0
+    if isinstance(error, MlflowException):
+        status = error.get_http_status_code()
+    elif isinstance(error, OSError):  # as all that requests raises is
+        status = getattr(getattr(error, "response", None), "status_code", 503)
+    return status >= 500 or status == 429
+
+
 class Tracker:
     """The run of one step. A context manager: leaving it ends the run, as FAILED by an exception, as
     KILLED where it was told to.
 
-    Once it stands, nothing here raises for a server's sake: what did not get through is reported in a
-    warning, at the latest when the run ends.
+    Once it stands, nothing here raises or waits for a server's sake: what did not get through is reported in
+    a warning when the run ends. What MLflow knows of a machine (CPU, memory, disk, network, GPU) is measured
+    beside the step's own figures.
     """
 
     def __init__(self, ids: TrackingIds, params: dict[str, Any] | None = None, enabled: bool = True) -> None:
@@ -217,67 +314,47 @@ class Tracker:
         """
         self.enabled = enabled
         self.lost = 0  # messages that did not get through
-        self._pending: list[Any] = []
         if not enabled:
             return
-        self._client = mlflow_client()
+        client = self._client = mlflow_client()
         with explained():
             parent = open_pipeline_run(ids.experiment, ids.run)
             run, found = _open(self._client, ids.experiment, ids.run, ids.step, parent)
             self.run_id: str = run
             if params and not found:
                 _log_params(self._client, run, params)
+        self._outbox = _Outbox(lambda figures: client.log_batch(run, figures))
+        self._stop_measuring = _measure_machine(run)
 
     def metrics(self, step: int, **values: float) -> None:
-        """Log figures of an optimiser step; returns at once."""
+        """Log figures of an optimiser step."""
         if not self.enabled:
             return
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())
-        batch = [Metric(name, float(value), now, step) for name, value in values.items()]
-        self._pending = [operation for operation in self._pending if not self._is_done(operation)]
-        self._attempt(
-            lambda: self._pending.append(self._client.log_batch(self.run_id, batch, synchronous=False))
-        )
+        self._outbox.put([Metric(name, float(value), now, step) for name, value in values.items()])
 
     def image(self, name: str, image: Image.Image) -> None:
         """Keep a picture under an artifact name such as `samples/step-500.png`."""
-        self._attempt(lambda: self._client.log_image(self.run_id, image, artifact_file=name))
+        if self.enabled:
+            self._outbox.put(lambda: self._client.log_image(self.run_id, image, artifact_file=name))
 
     def text(self, name: str, text: str) -> None:
         """Keep a text, e.g. `report.html`."""
-        self._attempt(lambda: self._client.log_text(self.run_id, text, name))
+        if self.enabled:
+            self._outbox.put(lambda: self._client.log_text(self.run_id, text, name))
 
     def finish(self, status: str = "FINISHED") -> None:
-        """Wait for what is under way, report what was lost, and end the run as FINISHED, FAILED or KILLED."""
+        """Send what is left, report what was lost, and end the run as FINISHED, FAILED or KILLED."""
         if not self.enabled:
             return
-        for operation in self._pending:
-            self._attempt(operation.wait)
-        self._pending = []
-        self._attempt(lambda: self._client.set_terminated(self.run_id, status))
+        self._outbox.put(self._stop_measuring)
+        self._outbox.put(lambda: self._client.set_terminated(self.run_id, status))
+        self._outbox.close(HASTE if status == "KILLED" else PATIENCE)
+        self.lost = self._outbox.lost
         if self.lost:
-            logger.warning("%d messages to MLflow were lost; the curves of this run have gaps", self.lost)
-
-    def _is_done(self, operation: Any) -> bool:
-        """Whether an asynchronous message is through, one way or the other; failures are reported here."""
-        futures = operation._operation_futures
-        if not all(future.done() for future in futures):
-            return False
-        self._attempt(operation.wait)
-        return True
-
-    def _attempt(self, send: Callable[[], object]) -> None:
-        if not self.enabled:
-            return
-        try:
-            send()
-        except Exception as error:  # whatever MLflow raises: training goes on
-            self.lost += 1
-            if self.lost in (1, 10, 100, 1000):
-                what = " ".join(str(error).split())[:200]
-                logger.warning("MLflow did not take a message (%d so far): %s", self.lost, what)
+            logger.warning("%d messages to MLflow were lost; what it shows of this run has gaps", self.lost)
 
     def __enter__(self) -> Self:
         return self
@@ -290,6 +367,21 @@ class Tracker:
         else:
             broken = issubclass(kind, Exception) and not issubclass(kind, Stopped)
             self.finish("FAILED" if broken else "KILLED")
+
+
+def _measure_machine(run_id: str) -> Callable[[], object]:
+    """Have MLflow measure this machine beside a run, every ten seconds; returns what ends it."""
+    name = "mlflow.system_metrics.system_metrics_monitor"
+    logging.getLogger(name).setLevel(logging.WARNING)  # it says that it starts, and that it ends
+    try:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+    except ImportError as error:  # of psutil, which MLflow does not ask for
+        logger.warning("this machine is not measured: %s", error)
+        return lambda: None
+    uri = environment.MLFLOW_TRACKING_URI.get()
+    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=uri)
+    monitor.start()
+    return monitor.finish
 
 
 def open_pipeline_run(experiment: str, run: str, params: dict[str, Any] | None = None) -> str:

@@ -34,7 +34,7 @@ from model.plumbing.curves import Curves
 from model.plumbing.distributed import Distributed, derive_seed, seed_all
 from model.plumbing.worker import Job, run_worker
 from model.training.optim import Ema, adamw, learning_rate, set_learning_rate
-from model.training.state import Resumable, RunningSums, explained, itstime, publish
+from model.training.state import Pace, Resumable, RunningSums, explained, itstime, publish
 
 VALIDATION_PICTURES = 1024  # of the retrieval test, at most
 
@@ -87,6 +87,7 @@ def train(job: Job, config: TrainedCLIPConfig) -> Manifest | None:
     splits = ["train"] if role == "text" else sorted({name.split("-")[0] for name in images.info["shards"]})
     batches = _batches(images, splits, training.batch_size, seed, start, processes)
     progress = job.progress(training.steps, "img", training.batch_size, done=start)
+    pace = Pace(device, "pictures", training.batch_size, start)
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────
     for step in range(start, training.steps):
@@ -114,6 +115,7 @@ def train(job: Job, config: TrainedCLIPConfig) -> Manifest | None:
         if itstime(done, training.log_every, training.steps):
             means = sums.means(done)
             curves.add(done, "train", means | {"learning_rate": rate})
+            curves.show(done, "train", pace.since(done))
             progress.update(done, loss=means["loss"])
         if itstime(done, training.eval_every, training.steps):
             sums.check(done)

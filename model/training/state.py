@@ -8,7 +8,9 @@ where one bad addend spoils the sum, and are looked at only where the loop stops
 from __future__ import annotations
 
 import math
+import resource
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -24,7 +26,7 @@ from model.plumbing import speech
 from model.plumbing.assets import Manifest
 from model.plumbing.checkpoints import CONFIG, WEIGHTS, Checkpointer, leaves, save_model
 from model.plumbing.curves import HISTORY, Curves
-from model.plumbing.distributed import Distributed
+from model.plumbing.distributed import Distributed, peak_flops
 from model.plumbing.worker import Job
 from model.training.optim import learning_rate
 
@@ -158,6 +160,40 @@ class RunningSums:
         for name, column in state["sums"].items():
             same = len(column) == self.processes.world
             self._sums[name].copy_(column[self.processes.rank] if same else column.mean())
+
+
+class Pace:
+    """How fast a loop goes and how much memory it takes, between two log lines."""
+
+    def __init__(self, device: torch.device, unit: str, per_step: int, done: int, work: float = 0.0) -> None:
+        """
+        Args:
+            device: where it goes.
+            unit: what is counted, e.g. "tokens".
+            per_step: such units in a step, over all processes.
+            done: steps behind us.
+            work: operations of a step on each device, for their share of its peak (MFU); 0: not known.
+        """
+        peak = peak_flops(device)
+        self.mfu: dict[str, float] = {}  # of the last interval; nothing where work or peak is not known
+        self._share = work / peak if peak else 0.0  # in a step of one second
+        self._device, self._name, self._per_step = device, f"{unit}_per_second", per_step
+        self._done, self._then = done, time.monotonic()
+
+    def since(self, done: int) -> dict[str, float]:
+        """Figures since the last call."""
+        now = time.monotonic()
+        rate = (done - self._done) / (now - self._then)
+        self._done, self._then = done, now
+        self.mfu = {"mfu": self._share * rate} if self._share else {}
+        return {self._name: self._per_step * rate, "peak_memory_gib": _peak_memory(self._device)} | self.mfu
+
+
+def _peak_memory(device: torch.device) -> float:
+    """GiB that this process has taken at most: of the GPU, or of the machine where it uses none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in KiB on Linux
 
 
 class Best:

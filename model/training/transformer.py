@@ -12,8 +12,6 @@ killed at any moment continues as if nothing had happened.
 
 from __future__ import annotations
 
-import time
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,10 +29,10 @@ from model.nets.tokenizers import Tokenizer, load_tokenizer
 from model.plumbing import cache
 from model.plumbing.assets import Manifest
 from model.plumbing.curves import Curves
-from model.plumbing.distributed import Distributed, peak_flops, seed_all
+from model.plumbing.distributed import Distributed, seed_all
 from model.plumbing.worker import Job, run_worker
 from model.training.optim import Ema, adamw, learning_rate, muon, set_learning_rate
-from model.training.state import Best, Resumable, RunningSums, explained, itstime, publish, synced
+from model.training.state import Best, Pace, Resumable, RunningSums, explained, itstime, publish, synced
 
 VALIDATION_PICTURES = 4096  # measured at each validation, at most
 GRID_PICTURES = 8  # drawn from held-out captions and shown in MLflow at each validation
@@ -81,7 +79,7 @@ def train(job: Job, config: TransformerConfig) -> Manifest | None:
     tokenizer = load_tokenizer(cache.folder(job.inputs["tokenizer"])) if processes.is_main else None
     progress = job.progress(training.steps, "tok", training.batch_size * gpt.tokens, done=start)
     work = training.batch_size * gpt.tokens * gpt.flops_per_token(reader.context_length) / world
-    utilisation = Utilisation(work, device, start)
+    pace = Pace(device, "tokens", training.batch_size * gpt.tokens, start, work)
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────
     for step in range(start, training.steps):
@@ -113,7 +111,8 @@ def train(job: Job, config: TransformerConfig) -> Manifest | None:
         if itstime(done, training.log_every, training.steps):
             means = sums.means(done)
             curves.add(done, "train", means | {"learning_rate": rate})
-            progress.update(done, loss=means["nll"], **utilisation.since(done))
+            curves.show(done, "train", pace.since(done))
+            progress.update(done, loss=means["nll"], **pace.mfu)
         if itstime(done, training.eval_every, training.steps):
             sums.check(done)
             with ema.applied():
@@ -197,27 +196,6 @@ def _show_samples(gpt: GPT, text: TextEncoder, tokenizer: Tokenizer, job: Job, s
     both = torch.cat([batch.codes, drawn.cpu()]).view(-1, *gpt.grid)
     grid = make_grid(tokenizer.decode(both), nrow=len(batch.codes))
     job.tracker.image(f"samples/step-{step:07d}.png", to_image(grid))
-
-
-class Utilisation:
-    """What share of the device's peak the model's operations reach (MFU), between two log lines."""
-
-    def __init__(self, work: float, device: torch.device, done: int) -> None:
-        """
-        Args:
-            work: operations of a step on each device.
-            device: where it is done.
-            done: steps behind us.
-        """
-        peak = peak_flops(device)
-        self.share = work / peak if peak else 0.0  # in a step of one second
-        self.done, self.then = done, time.monotonic()
-
-    def since(self, done: int) -> dict[str, float]:
-        """`mfu` since the last call; nothing where the device's peak is not known."""
-        steps, seconds = done - self.done, time.monotonic() - self.then
-        self.done, self.then = done, time.monotonic()
-        return {"mfu": self.share * steps / seconds} if self.share else {}
 
 
 if __name__ == "__main__":

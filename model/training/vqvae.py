@@ -20,7 +20,7 @@ from torchvision.utils import make_grid  # type: ignore[import-untyped]
 from model.config import VQVAEConfig
 from model.data.image_shards import ImageBatch, image_batches, load_images
 from model.data.images import augment, to_pixels, to_tensor
-from model.nets.metrics import psnr
+from model.nets.metrics import codebook_use, psnr
 from model.nets.tokenizers import import_pretrained
 from model.nets.vqvae import VQVAE
 from model.plumbing.assets import Manifest
@@ -29,7 +29,7 @@ from model.plumbing.distributed import Distributed, derive_seed, seed_all
 from model.plumbing.worker import Job, run_worker
 from model.training.losses import Adversary, ReconstructionLoss
 from model.training.optim import Ema, adamw, learning_rate, set_learning_rate
-from model.training.state import Best, Part, Resumable, RunningSums, explained, itstime, publish, synced
+from model.training.state import Best, Pace, Part, Resumable, RunningSums, explained, itstime, publish, synced
 
 KMEANS_VECTORS = 16  # latents per code from which the codebook is initialised
 VALIDATION_PICTURES = 2048  # measured at each validation, at most
@@ -82,6 +82,7 @@ def train(job: Job, config: VQVAEConfig) -> Manifest | None:
     batches = image_batches(images, "train", share, seed, start * training.batch_size, rank, world)
     held_out, _ = load_images(images, "validation", VALIDATION_PICTURES)  # uint8 (N, 3, H, W)
     progress = job.progress(training.steps, "img", training.batch_size, done=start)
+    pace = Pace(device, "pictures", training.batch_size, start)
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────
     for step in range(start, training.steps):
@@ -96,7 +97,7 @@ def train(job: Job, config: VQVAEConfig) -> Manifest | None:
                 synced(model, last=micro + 1 == training.accumulate),
                 torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"),
             ):
-                reconstruction, _, commitment = model(pictures)  # (B, 3, H, W), codes, ()
+                reconstruction, codes, commitment = model(pictures)  # (B, 3, H, W), (B, h, w), ()
                 loss = criterion(reconstruction.float(), pictures)
                 total = loss + commitment
                 if playing:
@@ -115,6 +116,8 @@ def train(job: Job, config: VQVAEConfig) -> Manifest | None:
         if itstime(done, training.log_every, training.steps):
             means = sums.means(done)
             curves.add(done, "train", means | {"learning_rate": rate})
+            _, perplexity = codebook_use(processes.gather(codes), net.vocabulary)  # of one micro-batch
+            curves.show(done, "train", pace.since(done) | {"codebook_perplexity": perplexity})
             progress.update(done, loss=means["loss"])
         if itstime(done, training.eval_every, training.steps):
             sums.check(done)

@@ -35,6 +35,13 @@ def test_figures_reach_the_tracker_and_the_history() -> None:
     }
 
 
+def test_what_is_only_shown_is_in_no_history() -> None:
+    curves = Curves(recorder := Recorder())
+    curves.show(1, "train", {"tokens_per_second": 2.0})
+    assert recorder.calls == [(1, {"train/tokens_per_second": 2.0})]
+    assert curves.state_dict() == {"points": {}}
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_refused_by_name(bad: float) -> None:
     curves = Curves(recorder := Recorder())

@@ -7,17 +7,21 @@ import os
 import signal
 import subprocess
 import threading
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from mlflow.entities import Metric
+from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
 
-from model.errors import Unavailable, UserError
+from model.errors import Stopped, Unavailable, UserError
 from model.plumbing import tracking
 from model.plumbing.jobs import TrackingIds
 from model.plumbing.tracking import Tracker, check_server, flatten, mlflow_client
-from tests.proxies import certificate, proxy
+from tests.proxies import Answer, Request, certificate, proxy
 
 
 @pytest.fixture
@@ -158,11 +162,6 @@ class TestRealServer:
         names = {one.path for one in client.list_artifacts(tracker.run_id)}
         assert names == {"samples", "report.html"}
 
-    def test_an_exception_fails_the_run(self, ids: TrackingIds) -> None:
-        with pytest.raises(ZeroDivisionError), Tracker(ids) as tracker:
-            _ = 1 / 0
-        assert mlflow_client().get_run(tracker.run_id).info.status == "FAILED"
-
     @pytest.fixture
     def mlflow(self, services: dict[str, str]) -> Iterator[int]:
         """Process id of the MLflow server."""
@@ -181,10 +180,42 @@ class TestRealServer:
         assert tracker.lost == 0  # a synchronous message would have waited for the server until it was lost
         assert len(mlflow_client().get_metric_history(tracker.run_id, "loss")) == 100
 
+    def test_a_server_that_is_started_again_has_every_step(
+        self, ids: TrackingIds, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        from PIL import Image
+
+        gone = threading.Event()
+
+        def hook(_: Request, ask: Callable[[], Answer]) -> Answer:
+            return Answer(503, {}, b"starting") if gone.is_set() else ask()
+
+        monkeypatch.setattr(tracking, "AGAIN", 0.1)
+        with proxy(os.environ["MLFLOW_TRACKING_URI"], hook) as url:
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+            with Tracker(ids) as tracker:
+                monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # so that it is ours that are seen
+                tracker.metrics(0, loss=0.0)
+                gone.set()
+                began = time.monotonic()
+                for step in range(1, 100):
+                    tracker.metrics(step, loss=float(step))
+                tracker.image("samples/one.png", Image.new("RGB", (4, 4)))
+                assert time.monotonic() - began < 0.5
+                time.sleep(1.5)
+                assert "MLflow does not answer for now" in caplog.text
+                threading.Timer(1.0, gone.clear).start()  # after the last step
+            assert tracker.lost == 0
+            history = mlflow_client().get_metric_history(tracker.run_id, "loss")
+            assert [(one.step, one.value) for one in history] == [(step, float(step)) for step in range(100)]
+            assert mlflow_client().list_artifacts(tracker.run_id, "samples")
+            assert mlflow_client().get_run(tracker.run_id).info.status == "FINISHED"
+
     def test_a_server_that_is_gone_is_reported(
         self, ids: TrackingIds, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        monkeypatch.setattr(tracking, "PATIENCE", 0.5)
         with Tracker(ids) as tracker:
 
             def gone(*_: object, **__: object) -> None:
@@ -193,6 +224,75 @@ class TestRealServer:
             monkeypatch.setattr("mlflow.utils.rest_utils._get_http_response_with_retries", gone)
             tracker.metrics(1, loss=1.0)
             tracker.text("a.txt", "a")
-        assert tracker.lost == 3  # the metrics, the text, and the end of the run
-        assert "MLflow did not take a message" in caplog.text
-        assert "3 messages to MLflow were lost" in caplog.text
+        assert tracker.lost == 4  # the figures, the text, the end of what measures, and that of the run
+        assert "MLflow does not answer for now, and is told later" in caplog.text
+        assert "4 messages to MLflow were lost" in caplog.text
+
+    def test_the_machine_is_measured(self, ids: TrackingIds, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("psutil")
+        monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+        with Tracker(ids) as tracker:
+            time.sleep(1)
+        found = mlflow_client().get_run(tracker.run_id).data.metrics
+        assert found["system/system_memory_usage_megabytes"] > 0
+        assert "system/cpu_utilization_percentage" in found
+
+    @pytest.mark.parametrize(("error", "status"), [(ZeroDivisionError, "FAILED"), (Stopped, "KILLED")])
+    def test_an_exception_fails_the_run_and_being_told_to_end_does_not(
+        self, ids: TrackingIds, error: type[Exception], status: str
+    ) -> None:
+        with pytest.raises(error), Tracker(ids) as tracker:
+            raise error
+        assert mlflow_client().get_run(tracker.run_id).info.status == status
+
+
+# ── the order of messages ───────────────────────────────────────────────────────────────────────────────
+
+
+def figures(*steps: int) -> list[Any]:
+    return [Metric("loss", 0.5, 0, step) for step in steps]
+
+
+def test_figures_that_wait_together_are_sent_together_and_nothing_overtakes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tracking, "AT_ONCE", 4)
+    sent: list[object] = []
+    begin = threading.Event()
+    outbox = tracking._Outbox(lambda some: sent.append([one.step for one in some]))
+    outbox.put(lambda: begin.wait(20))
+    for step in range(6):
+        outbox.put(figures(step))
+    outbox.put(lambda: sent.append("picture"))
+    outbox.put(figures(6))
+    begin.set()
+    outbox.close(20)
+    assert sent == [[0, 1, 2, 3], [4, 5], "picture", [6]]
+    assert outbox.lost == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "sent", "lost"),
+    [
+        (MlflowException("no answer"), 2, 0),
+        (ConnectionError("refused"), 2, 0),
+        (MlflowException("such a name is not allowed", INVALID_PARAMETER_VALUE), 1, 1),
+        (TypeError("a defect"), 1, 1),
+    ],
+    ids=["server", "network", "refused", "defect"],
+)
+def test_only_what_may_get_through_is_sent_again(
+    error: Exception, sent: int, lost: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "AGAIN", 0.01)
+    errors, tries = iter([error]), []
+
+    def log(some: list[Any]) -> None:
+        tries.append(some)
+        if one := next(errors, None):
+            raise one
+
+    outbox = tracking._Outbox(log)
+    outbox.put(figures(1))
+    outbox.close(20)
+    assert (len(tries), outbox.lost) == (sent, lost)

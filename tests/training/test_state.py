@@ -18,8 +18,9 @@ from model.plumbing import storage
 from model.plumbing.checkpoints import Checkpointer
 from model.plumbing.curves import Curves
 from model.plumbing.distributed import Distributed, setup
+from model.training import state
 from model.training.optim import Ema, adamw, muon
-from model.training.state import Best, Resumable, RunningSums, itstime, not_finite
+from model.training.state import Best, Pace, Resumable, RunningSums, itstime, not_finite
 from tests.ranks import two_ranks
 
 ALONE = Distributed(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
@@ -192,6 +193,27 @@ def test_every_rank_takes_its_own_sums_back_and_all_stop_together(store: str) ->
     alone = RunningSums(ALONE, "loss")  # one process goes on where two were: with the mean of both
     assert Resumable(Checkpointer(folder), ALONE, sums=alone).restore() == 1
     assert alone.means(1) == {"loss": 4.0}
+
+
+# ── what MLflow sees beside ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_pace_is_that_since_the_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 104.0, 105.0])
+    monkeypatch.setattr(state.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(state, "peak_flops", lambda device: 1e12)
+    pace = Pace(ALONE.device, "tokens", per_step=64, done=10, work=2e11)
+    first = pace.since(30)
+    assert 0.01 < first.pop("peak_memory_gib") < 100
+    assert first == {"tokens_per_second": 64 * 5, "mfu": 1.0}
+    assert pace.since(32)["tokens_per_second"] == 64 * 2
+    assert pace.mfu == {"mfu": pytest.approx(0.4)}
+
+
+def test_without_a_known_peak_there_is_no_share_of_it() -> None:
+    pace = Pace(ALONE.device, "pictures", per_step=64, done=0)
+    assert set(pace.since(1)) == {"pictures_per_second", "peak_memory_gib"}
+    assert pace.mfu == {}
 
 
 # ── numbers only ────────────────────────────────────────────────────────────────────────────────────────
