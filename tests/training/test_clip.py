@@ -92,17 +92,17 @@ def test_a_killed_job_continues_as_if_nothing_had_happened(
 ) -> None:
     run = run_config()
     images = ingest(run.data)
-    save = Checkpointer.save
+    begin = Checkpointer.begin
 
-    def save_and_die(self: Checkpointer, *args: object) -> None:
-        save(self, *args)  # type: ignore[arg-type]
+    def begin_and_die(self: Checkpointer, *args: object) -> None:
+        begin(self, *args)  # type: ignore[arg-type]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Checkpointer, "save", save_and_die)
+    monkeypatch.setattr(Checkpointer, "begin", begin_and_die)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             fit(run, images, "judge")
-    monkeypatch.setattr(Checkpointer, "save", save)
+    monkeypatch.setattr(Checkpointer, "begin", begin)
     continued = fit(run, images, "judge")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

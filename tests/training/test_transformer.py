@@ -156,20 +156,20 @@ def test_a_killed_job_continues_as_if_nothing_had_happened(
     assert run.transformer
     run = run.model_copy(update={"transformer": run.transformer.model_copy(update={"optimizer": optimizer})})
     sets = publish(run)
-    save = Checkpointer.save
+    begin = Checkpointer.begin
     saved: list[int] = []
 
-    def save_and_die(self: Checkpointer, step: int, *args: object) -> None:
-        save(self, step, *args)  # type: ignore[arg-type]
+    def begin_and_die(self: Checkpointer, step: int, *args: object) -> None:
+        begin(self, step, *args)  # type: ignore[arg-type]
         saved.append(step)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Checkpointer, "save", save_and_die)
+    monkeypatch.setattr(Checkpointer, "begin", begin_and_die)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             fit(run, sets)
     assert saved == [10, 20]
-    monkeypatch.setattr(Checkpointer, "save", save)
+    monkeypatch.setattr(Checkpointer, "begin", begin)
     continued = fit(run, sets)
 
     elsewhere = tmp_path / "elsewhere"
