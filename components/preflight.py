@@ -171,6 +171,35 @@ def _server(config: RunConfig) -> str:
     return environment.MLFLOW_TRACKING_URI.get()
 
 
+def _cluster(config: RunConfig) -> str | None:
+    if environment.LAUNCHER.get() != "pytorchjob":
+        return None
+    from kubernetes.client.exceptions import ApiException  # type: ignore[import-untyped]
+
+    from components.launch import cluster, pytorchjob
+
+    there = cluster.here()
+    kind, where = pytorchjob.RESOURCE, f"namespace {there.namespace}"
+    try:
+        if lacks := there.lacks(kind):
+            raise UserError(f"cluster: {where} does not allow {', '.join(lacks)}; apply k8s/base/rbac.yaml")
+        if not there.installed(kind):
+            raise UserError(f"cluster: it has no {kind.plural}.{kind.group}; install the training operator")
+        for plural, what in (("configmaps", "ConfigMap"), ("secrets", "Secret")):
+            if there.has(plural, pytorchjob.ACCESS) is False:
+                raise UserError(
+                    f"cluster: {where} has no {what} '{pytorchjob.ACCESS}', from which workers learn where"
+                    " their services are; see k8s/README.md"
+                )
+    except ApiException as error:
+        raise UserError(f"cluster: {cluster.told(error)}") from None
+    except cluster.NETWORK as error:
+        raise UserError(
+            f"cluster: {there.configuration.host} does not answer: {cluster.plain(error)}"
+        ) from None
+    return f"{where}, image {there.image()}"
+
+
 def _models(config: RunConfig) -> None:
     from model.plumbing import tracking
 
@@ -208,6 +237,7 @@ PROBES = [
     Probe("storage", "takes uploads in parts", _parts),
     Probe("storage", "is read from the middle on", _read_on),
     Probe("weights", "are where the config says", _weights),
+    Probe("cluster", "takes training jobs", _cluster),
     Probe("tracking", "answers", _server),
     Probe("tracking", "keeps models", _models),
     Probe("tracking", "keeps artifacts", _artifacts),

@@ -43,7 +43,7 @@ def step(name: str, run: str = "") -> Iterator[None]:
         print(f"error: {reason}", flush=True)
         outcome.tell_container(reason)
         if run:
-            _record(name, run, "FAILED", reason)
+            _record(name, run, "FAILED", end.reason)
         sys.exit(2 if end.expected else 1)
     speech.done(name, time.monotonic() - began)
 

@@ -29,6 +29,7 @@ Object = dict[str, Any]
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 STEP_CONTAINER = "main"  # of a step's pod, as Argo names it
 PATIENCE = (10.0, 20.0)  # seconds to reach the server, and to wait for its answer
+HASTE = (2.0, 4.0)  # the same of what is only tried
 SILENCE = (10.0, 60.0)  # the same of a watch, or of a log that is followed
 LONGEST_PAUSE = 30.0  # seconds between two tries
 TRIED_IN_VAIN = 60.0  # seconds for which a server may refuse us: one that has just started knows no roles
@@ -185,6 +186,58 @@ class Cluster:
                     text = " ".join(one.get("message", "").split())
                     found.append((when, f"{one.get('reason', '')}: {text}"))
         return [text[:300] for _, text in sorted(found)]
+
+    def lacks(self, kind: Kind) -> list[str]:
+        """What we are not allowed of what following a job needs, each as verb and resource."""
+        core = Kind("", "v1", "pods")
+        wanted = [(kind, "", verb) for verb in ("get", "list", "watch", "create", "delete")]
+        wanted += [(core, "", verb) for verb in ("list", "watch")] + [(core, "log", "get")]
+        wanted += [(Kind("", "v1", "events"), "", "list")]
+        return [
+            f"{verb} {'/'.join(filter(None, [one.plural, below]))}"
+            for one, below, verb in wanted
+            if not self._may(one, below, verb)
+        ]
+
+    def _may(self, kind: Kind, below: str, verb: str) -> bool:
+        asked = client.V1ResourceAttributes(
+            namespace=self.namespace, group=kind.group, resource=kind.plural, subresource=below, verb=verb
+        )
+        review = client.V1SelfSubjectAccessReview(
+            spec=client.V1SelfSubjectAccessReviewSpec(resource_attributes=asked)
+        )
+        answer = client.AuthorizationV1Api(self.api).create_self_subject_access_review(
+            review, _request_timeout=HASTE
+        )
+        return bool(answer.status.allowed)
+
+    def has(self, plural: str, name: str) -> bool | None:
+        """Whether there is a ConfigMap or Secret of this name; None if we may not look."""
+        ask = {
+            "configmaps": self.core.read_namespaced_config_map,
+            "secrets": self.core.read_namespaced_secret,
+        }[plural]
+        try:
+            ask(name, self.namespace, _request_timeout=HASTE)
+        except ApiException as error:
+            if error.status == 404:
+                return False
+            if error.status == 403:
+                return None
+            raise
+        return True
+
+    def installed(self, kind: Kind) -> bool:
+        """Whether the API has objects of this kind."""
+        try:
+            self.objects.list_namespaced_custom_object(
+                kind.group, kind.version, self.namespace, kind.plural, limit=1, _request_timeout=HASTE
+            )
+        except ApiException as error:
+            if error.status == 404:
+                return False
+            raise
+        return True
 
     def image(self) -> str:
         """The image of workers: the environment's if it names one; else that of this very pod."""
@@ -395,7 +448,7 @@ def remove(
     )
 
 
-def here(say: Callable[[str], None]) -> Cluster:
+def here(say: Callable[[str], None] = lambda text: None) -> Cluster:
     """The cluster that this process belongs to, or that its kubeconfig names.
 
     Raises:

@@ -97,9 +97,8 @@ def decide(jobs: JobConfig, seen: Seen) -> Action:
         return End(end.model_copy(update={"reason": end.reason + often}), remove=True)
     if seen.ran > jobs.deadline_hours * 3600:
         reason = f"not done after jobs.deadline_hours ({jobs.deadline_hours:g}) with all workers running"
-        return End(
-            Outcome(kind="failed", reason=f"{reason}; raise it, and it goes on from there"), remove=True
-        )
+        reason += "; raise it, and it goes on from the last checkpoint"
+        return End(Outcome(kind="failed", reason=reason), remove=True)
     running = sum(pod.running for pod in seen.pods)
     if running >= (jobs.min_workers or job.workers):
         return Wait()
@@ -140,7 +139,7 @@ def _waits_for(job: Job, seen: Seen) -> str:
     silent = [pod for pod in waiting if pod.waits == "is being started"]
     for pod in (*(pod for pod in waiting if pod not in silent), *silent):
         others = len(waiting) - 1
-        more = f" (and {others} more pods)" if others else ""
+        more = f" (and {others} more)" if others else ""
         said = f": {seen.events[-1]}" if pod in silent and seen.events else ""
         return f"pod {pod.name} {pod.waits}{said}{more}"
     if seen.events:

@@ -9,8 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,22 +28,12 @@ SHORT = 0.05  # seconds where the loop takes seconds or a minute
 
 
 @pytest.fixture
-def server(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
-    with ApiServer() as server:
-        kubeconfig = tmp_path / "kubeconfig"
-        user = {"name": "u", "user": {}}
-        context = {"name": "c", "context": {"cluster": "s", "user": "u", "namespace": server.namespace}}
-        there = {"name": "s", "cluster": {"server": server.url}}
-        content = {"clusters": [there], "users": [user], "contexts": [context], "current-context": "c"}
-        kubeconfig.write_text(json.dumps({"apiVersion": "v1", "kind": "Config", **content}))
-        monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
-        monkeypatch.setenv("LATENT_GPT_LAUNCHER", "pytorchjob")
-        monkeypatch.setenv("LATENT_GPT_IMAGE", "registry/latent-gpt@sha256:1")
-        for name in ("FIRST_WORD", "NEXT_WORD"):
-            monkeypatch.setattr(follow, name, SHORT)
-        monkeypatch.setattr(follow, "LOOKS", 1.0)
-        monkeypatch.setattr(cluster, "LONGEST_PAUSE", 0.1)
-        yield server
+def server(api_server: ApiServer, monkeypatch: pytest.MonkeyPatch) -> ApiServer:
+    for name in ("FIRST_WORD", "NEXT_WORD"):
+        monkeypatch.setattr(follow, name, SHORT)
+    monkeypatch.setattr(follow, "LOOKS", 1.0)
+    monkeypatch.setattr(cluster, "LONGEST_PAUSE", 0.1)
+    return api_server
 
 
 def spec(run: str = "r", **jobs: Any) -> JobSpec:

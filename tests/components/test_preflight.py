@@ -14,6 +14,7 @@ from model.config import load_config
 from model.errors import UserError
 from model.plumbing import storage
 from model.plumbing.tracking import TRIAL, mlflow_client
+from tests.apiserver import ApiServer
 from tests.proxies import Answer, Hook, Request, proxy
 
 NOBODY = "http://127.0.0.1:1"  # where nothing listens
@@ -214,3 +215,78 @@ def test_another_registry_that_does_not_answer_is_named(
     monkeypatch.setenv("MLFLOW_REGISTRY_URI", NOBODY)
     with pytest.raises(UserError, match=rf"MLFLOW_REGISTRY_URI or .* names the registry {NOBODY}"):
         ask_probe("tracking", "keeps models")
+
+
+# ── the cluster ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def on_cluster() -> str | None:
+    (check,) = (probe.check for probe in PROBES if probe.section == "cluster")
+    return check(load_config("smoke"))
+
+
+def whole(server: ApiServer) -> None:
+    server.add("configmaps", "latent-gpt")
+    server.add("secrets", "latent-gpt")
+
+
+def test_a_cluster_that_has_all_a_job_needs_is_named_with_the_image(api_server: ApiServer) -> None:
+    whole(api_server)
+    assert on_cluster() == "namespace kubeflow, image registry/latent-gpt@sha256:1"
+
+
+def test_who_runs_jobs_here_needs_no_cluster(api_server: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATENT_GPT_LAUNCHER", "torchrun")
+    assert on_cluster() is None
+    assert api_server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("verb", "resource"),
+    [
+        *((verb, "pytorchjobs") for verb in ("get", "list", "watch", "create", "delete")),
+        *(("list", "pods"), ("watch", "pods"), ("get", "pods/log"), ("list", "events")),
+    ],
+)
+def test_what_a_step_may_not_do_is_named(api_server: ApiServer, verb: str, resource: str) -> None:
+    whole(api_server)
+    api_server.denied.add((verb, resource))
+    with pytest.raises(
+        UserError, match=rf"^cluster: namespace kubeflow does not allow {verb} {resource}; apply"
+    ):
+        on_cluster()
+
+
+@pytest.mark.parametrize(("there", "lacking"), [("configmaps", "Secret"), ("secrets", "ConfigMap")])
+def test_what_workers_would_lack_is_named(api_server: ApiServer, there: str, lacking: str) -> None:
+    api_server.add(there, "latent-gpt")
+    with pytest.raises(UserError, match=rf"^cluster: namespace kubeflow has no {lacking} 'latent-gpt'"):
+        on_cluster()
+
+
+def test_who_may_not_look_at_secrets_is_believed(api_server: ApiServer) -> None:
+    api_server.add("configmaps", "latent-gpt")
+    api_server.denied.add(("get", "secrets"))
+    assert on_cluster()
+
+
+def test_a_cluster_without_the_operator_is_refused(api_server: ApiServer) -> None:
+    whole(api_server)
+    del api_server.kinds["pytorchjobs"]
+    with pytest.raises(
+        UserError, match=r"^cluster: it has no pytorchjobs.kubeflow.org; install the training"
+    ):
+        on_cluster()
+
+
+def test_a_cluster_that_does_not_answer_is_refused(
+    api_server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text((tmp_path / "kubeconfig").read_text().replace(api_server.url, NOBODY))
+    monkeypatch.setenv("KUBECONFIG", str(elsewhere))
+    with pytest.raises(UserError, match=rf"^cluster: {NOBODY} does not answer: "):
+        on_cluster()
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"^no cluster is known: "):
+        on_cluster()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 import uuid
 from pathlib import Path
 
 import pytest
 
-from components.step import step
+from components.step import step, told_to_end
 from model.errors import UserError
 from model.plumbing import outcome
 from model.plumbing.outcome import JobFailed, Outcome
@@ -69,14 +72,66 @@ def test_a_failed_step_says_why_to_the_run_and_to_its_container(
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [UserError("bad input"), RuntimeError("oh")], ids=["input", "defect"])
 def test_a_failed_step_fails_the_run_in_mlflow(services: dict[str, str], error: Exception) -> None:
-    from model.plumbing.tracking import mlflow_client, open_pipeline_run
+    from model.plumbing.tracking import FAILURE_TAG, mlflow_client, open_pipeline_run
 
     run = f"run-{uuid.uuid4().hex[:8]}"
     parent = open_pipeline_run("latent-gpt-custom-vqvae", run)
     assert ended("tokens", run=run) == 0
     assert mlflow_client().get_run(parent).info.status == "RUNNING", "the steps after it are still to come"
     assert ended("tokens", error, run) != 0
-    assert mlflow_client().get_run(parent).info.status == "FAILED"
+    found = mlflow_client().get_run(parent)
+    assert found.info.status == "FAILED"
+    assert found.data.tags[FAILURE_TAG] == (
+        "tokens: bad input" if isinstance(error, UserError) else "tokens: RuntimeError: oh"
+    )
+
+
+def tell(number: int = signal.SIGTERM) -> None:
+    """A signal to this process, which is then in the middle of something."""
+    os.kill(os.getpid(), number)
+    time.sleep(5)
+
+
+@pytest.mark.slow
+def test_a_step_that_is_told_to_end_leaves_no_run_running(services: dict[str, str]) -> None:
+    from model.plumbing.jobs import TrackingIds
+    from model.plumbing.tracking import Tracker, mlflow_client, open_pipeline_run
+
+    run = f"run-{uuid.uuid4().hex[:8]}"
+    parent = open_pipeline_run("latent-gpt-custom-vqvae", run)
+    child = Tracker(TrackingIds(experiment="latent-gpt-custom-vqvae", run=run, step="tokens")).run_id
+    other = Tracker(TrackingIds(experiment="latent-gpt-custom-vqvae", run=run, step="text")).run_id
+    with pytest.raises(SystemExit) as end, step("tokens", run):
+        tell()
+    assert end.value.code == 143
+    status = {one: mlflow_client().get_run(one).info.status for one in (parent, child, other)}
+    assert status == {parent: "KILLED", child: "KILLED", other: "RUNNING"}, "another step's is its own"
+
+
+def test_told_to_end_the_first_act_comes_first_and_the_block_is_left_as_by_an_exception(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before, done = signal.getsignal(signal.SIGTERM), []
+
+    def first() -> None:
+        done.append("first")
+        raise OSError("whatever happens in it")
+
+    def work() -> None:
+        try:
+            tell()
+        except Exception:  # what swallows exceptions, as botocore does, does not swallow this
+            done.append("swallowed")
+        finally:
+            done.append("left")
+
+    with pytest.raises(SystemExit) as end, told_to_end(first):
+        work()
+    assert end.value.code == 143
+    assert done == ["first", "left"]
+    assert signal.getsignal(signal.SIGTERM) is before
+    with pytest.raises(KeyboardInterrupt), told_to_end(first):
+        tell(signal.SIGINT)
 
 
 def test_mlflow_that_went_away_does_not_hide_the_reason(
