@@ -80,5 +80,4 @@ def told_to_end(first: Callable[[], object] = lambda: None) -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            if signal.getsignal(number) is told:
-                signal.signal(number, handler)
+            signal.signal(number, handler)
