@@ -135,7 +135,7 @@ def test_a_worker_is_as_restricted_as_pods_can_be() -> None:
     assert "initContainers" not in pod(made)
 
 
-def test_a_worker_can_write_where_it_has_to_and_learns_who_it_is() -> None:
+def test_a_worker_can_write_where_it_has_to_and_learns_who_it_is(store: str) -> None:
     made = built(spec())
     one = container(made)
     assert (one["name"], one["image"]) == ("pytorch", "registry/image@sha256:1")
@@ -145,6 +145,7 @@ def test_a_worker_can_write_where_it_has_to_and_learns_who_it_is() -> None:
         each["name"]: each.get("value") or each["valueFrom"]["fieldRef"]["fieldPath"] for each in one["env"]
     }
     assert said == {
+        "LATENT_GPT_STORE": store,
         "LATENT_GPT_CACHE": "/cache",
         "HOME": "/tmp",
         "PYTHONUNBUFFERED": "1",
