@@ -26,13 +26,17 @@ def prepare(
         from components.preflight import preflight
         from model.config import load_config
         from model.plumbing import speech
-        from model.plumbing.tracking import open_pipeline_run
+        from model.plumbing.leases import carried
+        from model.plumbing.tracking import kill_given_up_runs, open_pipeline_run
 
         resolved = load_config(preset, overrides.split("\n") if overrides else [])
         for line in preflight(resolved):
             speech.say("prepare", line)
+        for given_up in kill_given_up_runs():
+            speech.say("prepare", f"run {given_up} had been given up and is KILLED now in MLflow")
         Path(config).write_text(resolved.model_dump_json())
         name = f"{resolved.name}-{job}"
-        open_pipeline_run(resolved.experiment, name, resolved.model_dump(mode="json"))
+        with carried("prepare", name):
+            open_pipeline_run(resolved.experiment, name, resolved.model_dump(mode="json"))
         Path(run).write_text(name)
     return "transformer" if resolved.transformer else "tokenizer"

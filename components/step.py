@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 
 from model.errors import UserError
 from model.plumbing import environment, outcome, speech
+from model.plumbing.leases import carried
 from model.plumbing.outcome import EXIT_CODES
 
 IMAGE = environment.IMAGE.get()  # of every step; by digest on a cluster
@@ -29,7 +30,9 @@ def step(name: str, run: str = "") -> Iterator[None]:
     began = time.monotonic()
     speech.started(name)
     try:
-        with told_to_end(), outcome.recorded(name):
+        with told_to_end(), carried(name, run) as anew, outcome.recorded(name):
+            if anew:
+                _reopen(name, run)
             yield
     except SystemExit as told:
         if run and told.code == EXIT_CODES["stopped"]:
@@ -46,6 +49,15 @@ def step(name: str, run: str = "") -> Iterator[None]:
             _record(name, run, "FAILED", end.reason)
         sys.exit(2 if end.expected else 1)
     speech.done(name, time.monotonic() - began)
+
+
+def _reopen(name: str, run: str) -> None:
+    from model.plumbing.tracking import reopen_pipeline_run
+
+    try:
+        reopen_pipeline_run(run)
+    except UserError as error:  # what matters is said by whoever needs MLflow
+        speech.warn(name, str(error))
 
 
 def _record(name: str, run: str, status: str, reason: str) -> None:

@@ -2,6 +2,7 @@
 
 - A `Lease` wants what a job makes, beside others: a job that nobody wants any more is to end.
 - `alone` keeps others from the same work as long as it is done.
+- A step that has `carried` a pipeline run to its own end, or to the next step's start, has not given it up.
 
 A holder renews its object every half minute; one that dies stops, and what it held runs out. All ages are by
 the store's clock, so that machines need not agree on the time.
@@ -29,10 +30,10 @@ QUICK = (5.0, 3)  # seconds to wait for an answer of the store, and tries: the n
 AGAIN = 5.0  # seconds until the next try of a renewal that failed
 LEFT = "left"  # who leaves what is still under way writes it last: so that "nobody" has an age
 RELEASED = ".released"  # ending of what says that a lock is nobody's any more
-LOOKS = (
-    0.1,
-    2.0,
-)  # seconds between two looks of one who waits for a lock: of the first ones, and of later ones
+LOOKS = (0.1, 2.0)  # seconds from look to look of one who waits for a lock: at first, and later
+RUNS = "runs"  # folder of the store: what becomes of each run that may not be over
+CARRIED, WAITS = b"carried", b"waits for its next step"
+NEXT_STEP = 3600.0  # seconds that a step may take to start: its pod may wait for room
 
 
 class _Renewal:
@@ -46,10 +47,10 @@ class _Renewal:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        """Return when no renewal is under way, or after a while."""
+    def stop(self, patience: float = QUICK[0]) -> None:
+        """Return when no renewal is under way, or after so many seconds."""
         self._end.set()
-        self._thread.join(QUICK[0])
+        self._thread.join(patience)
 
     def _run(self) -> None:
         said = False
@@ -267,3 +268,66 @@ def _is_dead(holder: dict[str, Any]) -> bool:
     except OSError:  # another user's, of which nothing more may be seen
         return False
     return state in "ZX" or started != holder["started"]
+
+
+@contextmanager
+def carried(name: str, run: str) -> Iterator[bool]:
+    """Say in the store that a step carries a pipeline run, as long as the block runs.
+
+    This is book-keeping: a store that is away is not waited for. Yields whether the run may have been ended
+    as given up, since the step before did not come to its end, or long ago.
+
+    Args:
+        name: of the step.
+        run: of the pipeline; "" is none, and nothing is said.
+    """
+    if not run:
+        yield False
+        return
+
+    def say(what: bytes) -> None:
+        storage.write_bytes(storage.join(storage.store_root(), RUNS, run), what)
+
+    before = WAITS
+    with suppress(UserError, OSError), storage.hasty(*QUICK):
+        before = _became_of(run)
+        say(CARRIED)
+    renewal = _Renewal(name, "what tells that its run goes on", lambda: say(CARRIED))
+    renewal.start()
+    try:
+        yield before != WAITS
+    except Exception:
+        renewal.stop()
+        with suppress(UserError, OSError), storage.hasty(*QUICK):
+            say(WAITS)
+        raise
+    except BaseException:  # told to end: nothing is said, and there is no time for more
+        renewal.stop(patience=0)
+        raise
+    renewal.stop()
+    with suppress(UserError, OSError), storage.hasty(*QUICK):
+        say(WAITS)
+
+
+def given_up() -> list[str]:
+    """The pipeline runs of this store that no step carries any more, among them those that are over.
+
+    Raises:
+        UserError: the store does not answer.
+    """
+    ages = storage.ages(storage.join(storage.store_root(), RUNS))
+    return [
+        run for run, age in ages.items() if age >= NEXT_STEP or (age >= LIVE and _became_of(run) == CARRIED)
+    ]
+
+
+def forget(run: str) -> None:
+    """Say nothing of a run any more."""
+    storage.delete(storage.join(storage.store_root(), RUNS, run))
+
+
+def _became_of(run: str) -> bytes:
+    try:
+        return storage.read_bytes(storage.join(storage.store_root(), RUNS, run))
+    except storage.NotFound:
+        return b""

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from model.errors import Stopped, Unavailable, UserError
-from model.plumbing import environment
+from model.plumbing import environment, leases
 from model.plumbing.jobs import TrackingIds
 
 if TYPE_CHECKING:
@@ -422,6 +422,49 @@ def finish_pipeline_run(
                 client.set_tag(found.info.run_id, tag, value)
             if name == PIPELINE or found.info.status == "RUNNING":
                 client.set_terminated(found.info.run_id, status)
+
+
+def kill_pipeline_run(run: str) -> bool:
+    """End all that still runs of a pipeline run, steps too, as KILLED; returns whether anything did.
+
+    Raises:
+        UserError: MLflow cannot be reached.
+    """
+    client = mlflow_client()
+    query = f"tags.`{RUN_TAG}` = '{_quoted(run)}' and attributes.status = 'RUNNING'"
+    with explained():
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        found = client.search_runs(experiments, query)
+        for one in found:
+            client.set_terminated(one.info.run_id, "KILLED")
+    return bool(found)
+
+
+def reopen_pipeline_run(run: str) -> None:
+    """Have a pipeline run go on that was ended as KILLED; its steps do so themselves.
+
+    Raises:
+        UserError: MLflow cannot be reached.
+    """
+    client = mlflow_client()
+    with explained():
+        found = _find(client, run, PIPELINE)
+        if found and found.info.status == "KILLED":
+            client.update_run(found.info.run_id, status="RUNNING")
+
+
+def kill_given_up_runs() -> list[str]:
+    """End pipeline runs of this store that no step carries any more; returns their names.
+
+    Raises:
+        UserError: the store or MLflow cannot be reached.
+    """
+    killed = []
+    for run in leases.given_up():
+        if kill_pipeline_run(run):
+            killed.append(run)
+        leases.forget(run)
+    return killed
 
 
 def _open(client: MlflowClient, experiment: str, run: str, step: str, parent: str) -> tuple[str, bool]:

@@ -12,7 +12,7 @@ import pytest
 
 from components.step import step, told_to_end
 from model.errors import UserError
-from model.plumbing import outcome
+from model.plumbing import leases, outcome
 from model.plumbing.outcome import JobFailed, Outcome
 
 KILLED = Outcome(kind="killed", reason="process 1 was killed", last_lines=("its log",))
@@ -132,6 +132,42 @@ def test_told_to_end_the_first_act_comes_first_and_the_block_is_left_as_by_an_ex
     assert signal.getsignal(signal.SIGTERM) is before
     with pytest.raises(KeyboardInterrupt), told_to_end(first):
         tell(signal.SIGINT)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_given_up_is_killed_and_goes_on_with_its_next_step(
+    services: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from model.plumbing import tracking
+    from model.plumbing.jobs import TrackingIds
+
+    monkeypatch.setattr(leases, "LIVE", 2.0)
+    monkeypatch.setattr(leases, "RENEWAL", 0.5)
+    client = tracking.mlflow_client()
+    given_up, finished, at_work, elsewhere = (f"run-{uuid.uuid4().hex[:8]}" for _ in range(4))
+    parents = {}
+    for run in (given_up, finished, at_work, elsewhere):
+        parents[run] = tracking.open_pipeline_run("latent-gpt-custom-vqvae", run)
+        if run != elsewhere:  # a run of another store on the same MLflow
+            with pytest.raises(SystemExit), step("tokens", run):
+                raise SystemExit  # as on SIGTERM
+    child = tracking.Tracker(TrackingIds(experiment="vqvae-training", run=given_up, step="tokenizer")).run_id
+    tracking.finish_pipeline_run(finished)
+    with step("tokens", at_work):
+        time.sleep(3.5)
+        assert tracking.kill_given_up_runs() == [given_up]
+    assert tracking.kill_given_up_runs() == []
+
+    def status(run_id: str) -> str:
+        return str(client.get_run(run_id).info.status)
+
+    assert [status(parents[run]) for run in parents] == ["KILLED", "FINISHED", "RUNNING", "RUNNING"]
+    assert status(child) == "KILLED"
+    with step("tokens", given_up):
+        assert status(parents[given_up]) == "RUNNING"
+        assert status(child) == "KILLED", "its own step opens it again"
+    with step("tokens", finished):
+        assert status(parents[finished]) == "FINISHED"
 
 
 def test_mlflow_that_went_away_does_not_hide_the_reason(

@@ -82,15 +82,15 @@ MUTANTS = [
     Mutant(
         "step: a failed run is FAILED in MLflow",
         "components/step.py",
-        "        if run:\n            _record_failure(name, run)\n",
+        '        if run:\n            _record(name, run, "FAILED", reason)\n',
         "",
         "tests/components/test_step.py::test_a_failed_step_fails_the_run_in_mlflow[defect]",
     ),
     Mutant(
         "step: its reason is left as an outcome",
         "components/step.py",
-        "with outcome.recorded(name):",
-        "with environment.within({}):",
+        "outcome.recorded(name):",
+        "environment.within({}):",
         "tests/components/test_step.py::test_a_failed_step_says_why_to_the_run_and_to_its_container",
     ),
     Mutant(
@@ -189,8 +189,8 @@ MUTANTS = [
     Mutant(
         "leases: a lock is renewed",
         "model/plumbing/leases.py",
-        "    renewal.start()\n",
-        "    renewal._thread.run = lambda: None\n    renewal.start()\n",
+        '_Renewal(name, "its lock", lock.renew)',
+        '_Renewal(name, "its lock", lambda: None)',
         "tests/plumbing/test_leases.py"
         "::test_one_that_dies_elsewhere_keeps_others_waiting_until_its_lock_runs_out[local]",
     ),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,16 @@ Process = subprocess.Popen[str]
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
-def work(request: pytest.FixtureRequest) -> str:
-    """Folder of the leases of a piece of work that nobody wants yet, in a store of each kind."""
+def root(request: pytest.FixtureRequest) -> str:
+    """An empty store of each kind."""
     if request.param == "local":
-        root = request.getfixturevalue("store")
-    else:
-        root = request.getfixturevalue("services")["LATENT_GPT_STORE"]
+        return str(request.getfixturevalue("store"))
+    return str(request.getfixturevalue("services")["LATENT_GPT_STORE"])
+
+
+@pytest.fixture
+def work(root: str) -> str:
+    """Folder of the leases of a piece of work that nobody wants yet."""
     return storage.join(root, "tokens/0123456789abcdef/leases")
 
 
@@ -246,3 +251,57 @@ def test_locks_lie_beside_assets(store: str) -> None:
     assert list(storage.list_sizes(store)) == [
         f"locks/images/0123456789abcdef/00000001{end}" for end in ("", ".released")
     ]
+
+
+# ── pipeline runs ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_run_is_given_up_when_its_step_dies_and_not_between_two_steps(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def carry(run: str, end: type[BaseException] | None = None) -> bool:
+        with suppress(Exception, SystemExit), leases.carried("tokens", run) as anew:
+            if end:
+                raise end
+        return anew
+
+    assert carry("smoke-1")  # nothing is known of it
+    assert not carry("smoke-1")
+    carry("smoke-2", ZeroDivisionError)
+    assert carry("smoke-3", SystemExit)
+    with leases.carried("tokens", "smoke-4"):
+        time.sleep(4.2)
+        assert leases.given_up() == ["smoke-3"], "no step of the others has died, and one is at work"
+        monkeypatch.setattr(leases, "NEXT_STEP", 3.0)
+        assert leases.given_up() == ["smoke-1", "smoke-2", "smoke-3"], "no next step has come"
+    leases.forget("smoke-1")
+    assert carry("smoke-1"), "it may have been ended"
+    assert not carry("smoke-2"), "it has not"
+    assert carry("smoke-3"), "it may have been, as its step died"
+
+
+def test_a_run_without_a_name_or_a_store_is_carried_in_silence(
+    store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with leases.carried("tokens", "") as anew:
+        assert not anew
+    assert storage.list_sizes(store) == {}
+    monkeypatch.delenv("LATENT_GPT_STORE")
+    with leases.carried("tokens", "smoke-1") as anew:
+        assert not anew
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_costs_a_step_three_requests(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    for name in ("read_bytes", "write_bytes", "ages", "delete"):
+        before = getattr(storage, name)
+
+        def counted(*given: object, name: str = name, before: Callable[..., object] = before) -> object:
+            asked.append(name)
+            return before(*given)
+
+        monkeypatch.setattr(storage, name, counted)
+    with leases.carried("tokens", "smoke-1"):
+        pass
+    assert asked == ["read_bytes", "write_bytes", "write_bytes"]
