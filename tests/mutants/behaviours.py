@@ -82,7 +82,7 @@ MUTANTS = [
     Mutant(
         "step: a failed run is FAILED in MLflow",
         "components/step.py",
-        '        if run:\n            _record(name, run, "FAILED", reason)\n',
+        '        if run:\n            _record(name, run, "FAILED", end.reason)\n',
         "",
         "tests/components/test_step.py::test_a_failed_step_fails_the_run_in_mlflow[defect]",
     ),
