@@ -142,6 +142,8 @@ class TrainingConfig(Section):
     log_every: Positive = 20  # steps between progress lines and metrics
     eval_every: Positive = 500  # steps between validations
     checkpoint_every: Positive = 500  # steps between checkpoints
+    # Validations in a row, none of them the best, after which it ends; 0: never, and then no key knows of it.
+    patience: Annotated[int, Field(ge=0, exclude_if=lambda patience: patience == 0)] = 0
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

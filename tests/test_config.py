@@ -130,6 +130,7 @@ POSITIVE = [
     "jobs.grace_seconds",
 ]
 NOT_NEGATIVE = [
+    "transformer.training.patience",
     "transformer.training.warmup_steps",
     "transformer.training.weight_decay",
     "tokenizer.loss.perceptual",

@@ -103,6 +103,13 @@ def another(value: Any) -> Any:
 FIELDS = sorted({(which, path) for which, config in enumerate(configs()) for path in leaves(config)})
 
 
+def test_who_never_stops_early_has_the_keys_of_before_there_was_patience() -> None:
+    config = load_config("smoke", ["clip.training.patience=0", "transformer.training.patience=2"])
+    assert "patience" not in settings("text", config)["clip"]["training"]
+    assert settings("transformer", config)["transformer"]["training"]["patience"] == 2
+    assert parse_config(config.model_dump(mode="json")) == config
+
+
 @pytest.mark.filterwarnings("ignore:Pydantic serializer")  # another value need not make sense
 @pytest.mark.parametrize(("which", "path"), FIELDS)
 def test_every_setting_moves_the_assets_that_it_decides_and_no_others(

@@ -34,7 +34,7 @@ from model.plumbing.curves import Curves
 from model.plumbing.distributed import Distributed, derive_seed, seed_all
 from model.plumbing.worker import Job, run_worker
 from model.training.optim import Ema, adamw, learning_rate, set_learning_rate
-from model.training.state import Pace, Resumable, RunningSums, explained, itstime, publish
+from model.training.state import Pace, Patience, Resumable, RunningSums, explained, itstime, publish
 
 VALIDATION_PICTURES = 1024  # of the retrieval test, at most
 
@@ -73,13 +73,14 @@ def train(job: Job, config: TrainedCLIPConfig) -> Manifest | None:
     seed_all(seed)
     clip = build_clip(description).to(device)
     optimizer = adamw(clip, training)
-    ema = Ema(clip, training.ema)
+    ema, patience = Ema(clip, training.ema), Patience(training.patience, processes)
     sums, curves = RunningSums(processes, "loss", "grad_norm"), Curves(job.tracker)
 
     # ── where it was ─────────────────────────────────────────────────────────────────────────────────────
     state = Resumable(
-        job.checkpoints, processes, sums=sums, clip=clip, adamw=optimizer, ema=ema, curves=curves
-    )
+        job.checkpoints, processes, sums=sums, clip=clip, adamw=optimizer, ema=ema, curves=curves,
+        **patience.parts,
+    )  # fmt: skip
     start = state.restore()
     if training.compile:
         clip.compile()
@@ -122,6 +123,10 @@ def train(job: Job, config: TrainedCLIPConfig) -> Manifest | None:
             with ema.applied():
                 accuracy = retrieval(clip, images, description, device)
             curves.add(done, "validation", {"retrieval": accuracy})
+            if patience.over(accuracy):
+                means = sums.means(done) if sums.since < done else means
+                progress.note(f"ends at step {done}: no better for {training.patience} validations")
+                break
         job.stopping.heed(done, training.steps, state)
         if done < training.steps and itstime(done, training.checkpoint_every, training.steps):
             state.save(done)

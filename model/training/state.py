@@ -219,6 +219,44 @@ class Best:
         self.weights, self.figures, self.score = state["weights"], state["figures"], state["score"]
 
 
+class Patience:
+    """Ends a training that has not become better for so many validations."""
+
+    def __init__(self, limit: int, processes: Distributed) -> None:
+        """
+        Args:
+            limit: validations in a row, none of them the best; 0: it never ends.
+            processes: of the job, who all do what the main one decides.
+        """
+        self.limit, self.processes = limit, processes
+        self.best: float | None = None
+        self.since = 0  # validations
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """What a checkpoint holds of it."""
+        return {"patience": self} if self.limit else {}
+
+    def over(self, score: float) -> bool:
+        """Whether to end after a validation with this score, on every rank alike; above is better."""
+        if not self.limit:
+            return False
+        if self.best is None or score > self.best:
+            self.best, self.since = score, 0
+        else:
+            self.since += 1
+        over = torch.tensor(self.since >= self.limit, device=self.processes.device)
+        return bool(self.processes.gather(over)[0])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best score and the count, for a checkpoint."""
+        return {"best": self.best, "since": self.since}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue what `state_dict` returned."""
+        self.best, self.since = state["best"], state["since"]
+
+
 # ── what is kept ────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -32,7 +32,17 @@ from model.plumbing.curves import Curves
 from model.plumbing.distributed import Distributed, seed_all
 from model.plumbing.worker import Job, run_worker
 from model.training.optim import Ema, adamw, learning_rate, muon, set_learning_rate
-from model.training.state import Best, Pace, Resumable, RunningSums, explained, itstime, publish, synced
+from model.training.state import (
+    Best,
+    Pace,
+    Patience,
+    Resumable,
+    RunningSums,
+    explained,
+    itstime,
+    publish,
+    synced,
+)
 
 VALIDATION_PICTURES = 4096  # measured at each validation, at most
 GRID_PICTURES = 8  # drawn from held-out captions and shown in MLflow at each validation
@@ -63,13 +73,14 @@ def train(job: Job, config: TransformerConfig) -> Manifest | None:
     optimizers: dict[str, torch.optim.Optimizer] = (
         muon(gpt, gpt.blocks, training) if config.optimizer == "muon" else {"adamw": adamw(gpt, training)}
     )
-    ema, best = Ema(gpt, training.ema), Best()
+    ema, best, patience = Ema(gpt, training.ema), Best(), Patience(training.patience, processes)
     sums, curves = RunningSums(processes, "nll", "grad_norm"), Curves(job.tracker)
 
     # ── where it was ─────────────────────────────────────────────────────────────────────────────────────
     state = Resumable(
-        job.checkpoints, processes, sums=sums, gpt=gpt, **optimizers, ema=ema, best=best, curves=curves
-    )
+        job.checkpoints, processes, sums=sums, gpt=gpt, **optimizers, ema=ema, best=best, curves=curves,
+        **patience.parts,
+    )  # fmt: skip
     start = state.restore()
     if training.compile:
         gpt.compile()
@@ -122,6 +133,9 @@ def train(job: Job, config: TransformerConfig) -> Manifest | None:
                 best.offer(score, gpt, {"step": done} | figures)
                 if tokenizer:
                     _show_samples(gpt, text, tokenizer, job, done)
+            if patience.over(-figures["nll"]):
+                progress.note(f"ends at step {done}: no better for {training.patience} validations")
+                break
         job.stopping.heed(done, training.steps, state)
         if done < training.steps and itstime(done, training.checkpoint_every, training.steps):
             state.save(done)

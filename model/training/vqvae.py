@@ -29,7 +29,18 @@ from model.plumbing.distributed import Distributed, derive_seed, seed_all
 from model.plumbing.worker import Job, run_worker
 from model.training.losses import Adversary, ReconstructionLoss
 from model.training.optim import Ema, adamw, learning_rate, set_learning_rate
-from model.training.state import Best, Pace, Part, Resumable, RunningSums, explained, itstime, publish, synced
+from model.training.state import (
+    Best,
+    Pace,
+    Part,
+    Patience,
+    Resumable,
+    RunningSums,
+    explained,
+    itstime,
+    publish,
+    synced,
+)
 
 KMEANS_VECTORS = 16  # latents per code from which the codebook is initialised
 VALIDATION_PICTURES = 2048  # measured at each validation, at most
@@ -64,11 +75,12 @@ def train(job: Job, config: VQVAEConfig) -> Manifest | None:
     criterion = ReconstructionLoss(config.loss).to(device)
     adversary = Adversary(config.loss, training, device) if config.loss.adversarial else None
     optimizer = adamw(net, training)
-    ema, best = Ema(net, training.ema), Best()
+    ema, best, patience = Ema(net, training.ema), Best(), Patience(training.patience, processes)
     sums, curves = RunningSums(processes, "loss", "commitment", "grad_norm"), Curves(job.tracker)
 
     # ── where it was ─────────────────────────────────────────────────────────────────────────────────────
     parts: dict[str, Part] = {"net": net, "adamw": optimizer, **(adversary.parts if adversary else {})}
+    parts |= patience.parts
     state = Resumable(job.checkpoints, processes, sums=sums, **parts, ema=ema, best=best, curves=curves)
     start = state.restore()
     share = training.batch_size // training.accumulate
@@ -127,6 +139,9 @@ def train(job: Job, config: VQVAEConfig) -> Manifest | None:
                 best.offer(figures["psnr"], net, {"step": done} | figures)
                 if processes.is_main:
                     job.tracker.image(f"reconstructions/step-{done:07d}.png", _pairs(net, held_out))
+            if patience.over(figures["psnr"]):
+                progress.note(f"ends at step {done}: no better for {training.patience} validations")
+                break
         job.stopping.heed(done, training.steps, state)
         if done < training.steps and itstime(done, training.checkpoint_every, training.steps):
             state.save(done)
@@ -138,7 +153,7 @@ def train(job: Job, config: VQVAEConfig) -> Manifest | None:
         "codebook_use": best.figures["codebook_use"],
         "vocabulary": net.vocabulary,
         "factor": net.factor,
-        "steps": training.steps,
+        "steps": done,
         "parameters": sum(parameter.numel() for parameter in net.parameters()),
     }
     return publish(job, best.weights, config.model_dump(mode="json"), info, curves)

@@ -20,7 +20,7 @@ from model.plumbing.curves import Curves
 from model.plumbing.distributed import Distributed, setup
 from model.training import state
 from model.training.optim import Ema, adamw, muon
-from model.training.state import Best, Pace, Resumable, RunningSums, itstime, not_finite
+from model.training.state import Best, Pace, Patience, Resumable, RunningSums, itstime, not_finite
 from tests.ranks import two_ranks
 
 ALONE = Distributed(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
@@ -148,6 +148,41 @@ def test_the_best_is_kept_as_it_was() -> None:
         best.offer(score, net, {"step": value})
     assert best.weights["weight"].item() == 2.0
     assert best.figures == {"step": 2.0}
+
+
+# ── enough ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_it_is_over_when_so_many_in_a_row_were_not_the_best() -> None:
+    patience = Patience(2, ALONE)
+    assert [patience.over(score) for score in (1.0, 0.9, 1.1, 1.1, 1.0, 0.9)] == [
+        *(False, False, False, False, True, True)
+    ]
+    never = Patience(0, ALONE)
+    assert not any(never.over(-score) for score in range(100))
+    assert never.parts == {}
+
+
+def test_a_resumed_job_goes_on_counting(tmp_path: Path) -> None:
+    first, second = Patience(2, ALONE), Patience(2, ALONE)
+    first.over(1.0)
+    first.over(0.5)
+    saved(Resumable(Checkpointer(str(tmp_path)), ALONE, **first.parts), 1)
+    assert Resumable(Checkpointer(str(tmp_path)), ALONE, **second.parts).restore() == 1
+    assert second.over(0.9)
+
+
+def _decide_in_ranks() -> None:
+    with setup() as processes:
+        patience = Patience(1, processes)
+        patience.over(1.0)
+        assert not patience.over(2.0 - 3 * processes.rank)  # the second rank measures something else
+        assert patience.over(1.5 + 3 * processes.rank)
+
+
+@pytest.mark.slow
+def test_all_ranks_end_when_the_main_one_does(store: str) -> None:
+    two_ranks(_decide_in_ranks, store)
 
 
 # ── sums ────────────────────────────────────────────────────────────────────────────────────────────────
