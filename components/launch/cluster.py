@@ -35,7 +35,7 @@ LONGEST_PAUSE = 30.0  # seconds between two tries
 TRIED_IN_VAIN = 60.0  # seconds for which a server may refuse us: one that has just started knows no roles
 COMPLAINT = 60.0  # seconds between two lines on a server that is away
 PASSING = (0, 408, 425, 429, 500, 502, 503, 504)  # answers that another try may mend
-NETWORK = (urllib3.exceptions.HTTPError, OSError, ValueError)  # ValueError: an answer that was cut off
+NETWORK = (urllib3.exceptions.HTTPError, OSError, json.JSONDecodeError)  # the last: an answer was cut off
 
 
 class Kind(NamedTuple):

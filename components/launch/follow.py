@@ -248,6 +248,11 @@ class Followed:
             step = self._checkpoint()
             self.restarts = 0 if step > self.step else self.restarts + (starts - self.starts)
             self.step = step
+            _, ended = self._pods()
+            end = pods.blamed(ended, self._told())
+            why = end.reason if end else "a worker was replaced"
+            left = f"{self.restarts} of {self.spec.jobs.max_restarts} times without a new checkpoint"
+            say(self.spec.name, f"{why}; its workers start again ({left})")
         self.starts, self.excused = starts, False
 
     def _checkpoint(self) -> int:

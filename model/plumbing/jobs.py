@@ -5,6 +5,7 @@ A worker is `python -m <module> <spec uri>` (see `worker.py`); it needs nothing 
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -13,8 +14,6 @@ from model.config import JobConfig, RunConfig
 from model.errors import UserError
 from model.plumbing import storage
 from model.plumbing.assets import Input, Kind, asset_key, place
-
-SPEC = "job.json"
 
 
 class TrackingIds(BaseModel):
@@ -63,9 +62,14 @@ class JobSpec(BaseModel):
 
 
 def write_spec(spec: JobSpec) -> str:
-    """Store a spec beside its output; returns the spec's URI."""
-    uri = storage.join(spec.output, SPEC)
-    storage.write_bytes(uri, spec.model_dump_json(indent=2).encode())
+    """Store a spec beside its output; returns the spec's URI.
+
+    Another spec has another URI: of two launches that make the same asset at once, each on its own
+    resources, the one whose job is made wrote what that job reads.
+    """
+    text = spec.model_dump_json(indent=2).encode()
+    uri = storage.join(spec.output, f"job-{hashlib.sha256(text).hexdigest()[:8]}.json")
+    storage.write_bytes(uri, text)
     return uri
 
 

@@ -22,7 +22,7 @@ from model.plumbing.assets import AssetWriter, Manifest
 from model.plumbing.jobs import JobSpec, TrackingIds
 from model.plumbing.outcome import JobFailed, Outcome
 from tests import ROOT
-from tests.apiserver import JOBS, PODS, ApiServer
+from tests.apiserver import JOBS, PODS, ApiServer, Refused
 
 SHORT = 0.05  # seconds where the loop takes seconds or a minute
 
@@ -386,7 +386,9 @@ def test_a_job_that_a_queue_holds_back_waits_for_it(
     assert "queue 'gpus' has not admitted the job" in capsys.readouterr().out
 
 
-def test_restarts_without_progress_are_bounded_and_their_reason_is_told(server: ApiServer) -> None:
+def test_restarts_without_progress_are_bounded_and_their_reason_is_told(
+    server: ApiServer, capsys: pytest.CaptureFixture[str]
+) -> None:
     def script(job: str, _: int) -> None:
         for _ in range(6):
             for worker in (0, 1):
@@ -402,6 +404,9 @@ def test_restarts_without_progress_are_bounded_and_their_reason_is_told(server: 
     Operator(server, script)
     with pytest.raises(JobFailed) as caught:
         launch(spec(max_restarts=2))
+    said = capsys.readouterr().out
+    assert "raise jobs.memory; its workers start again (1 of 2 times without a new checkpoint)" in said
+    assert "(2 of 2 times without a new checkpoint)" in said
     assert "ran out of memory (OOMKilled)" in str(caught.value)
     assert "started 4 times without a new checkpoint (jobs.max_restarts)" in str(caught.value)
     assert len(deletions(server)) == 1
@@ -495,6 +500,31 @@ def test_who_may_not_is_told_what_to_apply(server: ApiServer, monkeypatch: pytes
         launch(spec())
 
 
+def test_a_quota_on_jobs_is_waited_for(
+    server: ApiServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = spec()
+
+    def script(job: str, _: int) -> None:
+        operator.run(job)
+        operator.succeed(job, one)
+
+    operator = Operator(server, script)
+    real = server._create
+    times = [0]
+
+    def create(plural: str, given: Any) -> Any:
+        times[0] += plural == JOBS
+        if plural == JOBS and times[0] < 3:
+            raise Refused(403, 'pytorchjobs "x" is forbidden: exceeded quota: team')
+        return real(plural, given)
+
+    monkeypatch.setattr(server, "_create", create)
+    launch(one)
+    assert times[0] == 3
+    assert "exceeded quota: team" in capsys.readouterr().out
+
+
 def test_without_the_operators_api_it_is_told_what_to_install(server: ApiServer) -> None:
     del server.kinds[JOBS]
     with pytest.raises(UserError, match="install the training operator"):
@@ -528,6 +558,7 @@ def test_sigterm_deletes_the_job_first_of_all(server: ApiServer, reader: str) ->
     time.sleep(1)
     uid = server.job(pytorchjob.name(one))["metadata"]["uid"]
     assert step.stdout
+    connections = list(server._server._open)
     if reader == "dead":
         step.stdout.close()
         server.log(f"{pytorchjob.name(one)}-worker-0", "a line that nobody reads")
@@ -537,6 +568,7 @@ def test_sigterm_deletes_the_job_first_of_all(server: ApiServer, reader: str) ->
     until(lambda: deletions(server), 5)
     took = next(one.when for one in server.requests if one.method == "DELETE") - began
     assert took < 0.3, "KFP leaves it 0.4 s"
+    assert set(server._server._open) <= set(connections), "it goes over a connection that is open already"
     assert deletions(server)[0]["preconditions"] == {"uid": uid}
     assert step.wait(10) == 143
     assert len(deletions(server)) == 1
