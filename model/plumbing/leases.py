@@ -31,6 +31,7 @@ AGAIN = 5.0  # seconds until the next try of a renewal that failed
 LEFT = "left"  # who leaves what is still under way writes it last: so that "nobody" has an age
 RELEASED = ".released"  # ending of what says that a lock is nobody's any more
 LOOKS = (0.1, 2.0)  # seconds from look to look of one who waits for a lock: at first, and later
+GLANCE = 0.2  # seconds until it sees that a holder on its own machine has died
 RUNS = "runs"  # folder of the store: what becomes of each run that may not be over
 CARRIED, WAITS = b"carried", b"waits for its next step"
 NEXT_STEP = 3600.0  # seconds that a step may take to start: its pod may wait for room
@@ -156,7 +157,7 @@ def alone(name: str, work: str) -> Iterator[None]:
         if not waits:
             waits = True
             speech.say(name, "waits for another run that does the same")
-        time.sleep(wait)
+        lock.wait(wait)
         wait = min(1.2 * wait, longest)
     renewal = _Renewal(name, "its lock", lock.renew)
     renewal.start()
@@ -180,13 +181,13 @@ class _Lock:
         self.uri = storage.join(root, "locks", work.removeprefix(root))  # an asset may be deleted as a whole
         self._holder = {"holder": os.urandom(8).hex(), **_this_process()}
         self._content = json.dumps(self._holder).encode()
-        self._number = 0
+        self._number = self._seen = 0  # ours, and the highest at the last look
         self._holders: dict[int, dict[str, Any]] = {}  # as they were read
 
     def take(self) -> bool:
         """Whether it is ours from now on."""
         ages = self._ages()
-        highest = _highest(ages)
+        highest = self._seen = _highest(ages)
         if highest and not (
             f"{_name(highest)}{RELEASED}" in ages
             or ages[_name(highest)] >= LIVE
@@ -207,6 +208,12 @@ class _Lock:
             if int(name.removesuffix(RELEASED)) < self._number:
                 storage.delete(storage.join(self.uri, name))
         return True
+
+    def wait(self, seconds: float) -> None:
+        """Return after so long, or when a holder on this machine has died."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 and not _is_dead(self._holders.get(self._seen, {})):
+            time.sleep(min(left, GLANCE))
 
     def renew(self) -> None:
         """Make it young again."""
