@@ -38,7 +38,7 @@ TWO = (
     "transformer.training.eval_every=2000",
     "transformer.training.checkpoint_every=100",
 )
-LONG, SHORT = "transformer.training.steps=8000", "transformer.training.steps=400"
+LONG, SHORT = "transformer.training.steps=12000", "transformer.training.steps=400"
 INPUTS = ALL[:-1]
 OPERATOR = "control-plane=kubeflow-training-operator"
 
