@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from model.config import load_config
+from model.plumbing.outcome import EXIT_CODES
 from model.steps import STEPS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,6 +108,14 @@ def test_the_table_of_steps_in_the_docs_is_the_table_of_steps() -> None:
         lines.append(f"| `{kind}` | {', '.join(step.needs)} | {decided_by} | {job} | {step.version} |")
     table = "\n".join(lines)
     assert table in (ROOT / "docs/ARCHITECTURE.md").read_text(), f"it should read\n{table}"
+
+
+def test_the_table_of_exit_codes_in_the_docs_is_the_table_of_exit_codes() -> None:
+    text = (ROOT / "docs/ARCHITECTURE.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (again)?", text, re.MULTILINE)
+    assert [(kind, int(code), bool(again)) for kind, code, again in rows] == [
+        (kind, code, code >= 128) for kind, code in EXIT_CODES.items()
+    ]
 
 
 def test_experiments_are_newest_first_with_an_index_and_short_lines() -> None:

@@ -8,6 +8,7 @@ No restarts: on one machine a failure repeats itself, and the next launch resume
 
 from __future__ import annotations
 
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -38,6 +39,7 @@ def _attempt(name: str) -> Path:
 
 def _run(spec: JobSpec, folder: Path) -> Outcome:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -71,6 +73,10 @@ def _run(spec: JobSpec, folder: Path) -> Outcome:
     try:
         with environment.within(told):
             elastic_launch(config, sys.executable)("-m", spec.module, write_spec(spec))
+    except SignalException as error:
+        if error.sigval != signal.SIGTERM:
+            raise
+        sys.exit(outcome.EXIT_CODES["stopped"])
     except ChildFailedError as error:
         left = {int(who): end for who, end in outcome.left_in(str(outcomes)).items()}
         end = blamed(error.failures, left, folder)

@@ -472,6 +472,8 @@ def _open(client: MlflowClient, experiment: str, run: str, step: str, parent: st
     """Find a run by its tags, or create it: (id, whether it was there already)."""
     if found := _find(client, run, step):
         client.update_run(found.info.run_id, status="RUNNING")
+        if FAILURE_TAG in found.data.tags:  # of an earlier try
+            client.delete_tag(found.info.run_id, FAILURE_TAG)
         return found.info.run_id, True
     tags = {RUN_TAG: run, STEP_TAG: step}
     if parent:

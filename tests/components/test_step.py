@@ -84,6 +84,9 @@ def test_a_failed_step_fails_the_run_in_mlflow(services: dict[str, str], error: 
     assert found.data.tags[FAILURE_TAG] == (
         "tokens: bad input" if isinstance(error, UserError) else "tokens: RuntimeError: oh"
     )
+    assert open_pipeline_run("latent-gpt-custom-vqvae", run) == parent
+    found = mlflow_client().get_run(parent)
+    assert (found.info.status, found.data.tags.get(FAILURE_TAG)) == ("RUNNING", None), "it goes on"
 
 
 def tell(number: int = signal.SIGTERM) -> None:
