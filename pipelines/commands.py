@@ -100,6 +100,28 @@ def generate(
         print(path)
 
 
+def logs(
+    run: Annotated[
+        str, typer.Argument(help="Name or id of a pipeline's run in MLflow, or of a folder in runs/.")
+    ],
+    step: Annotated[str, typer.Option(help="Of this step only, e.g. transformer.")] = "",
+    rank: Annotated[Optional[int], typer.Option(min=0, help="Of this process only.")] = None,  # noqa: UP045
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Go on until the work is done, or Ctrl-C.")
+    ] = False,
+) -> None:
+    """Print what the training jobs of a run said, also when their pods are gone."""
+    from pipelines.logs import local_logs, print_logs, stored_logs
+    from pipelines.run import state_folder
+
+    with contextlib.suppress(KeyboardInterrupt):
+        if found := local_logs(state_folder() / "runs", run):
+            print_logs(found, step, rank, follow)
+            return
+        with _services():
+            print_logs(stored_logs(run), step, rank, follow)
+
+
 def mlflow_ui() -> None:
     """Keep MLflow and S3 running on what the runs left, until Ctrl-C."""
     from pipelines.embedded.servers import link

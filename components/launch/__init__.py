@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Protocol
 
 from model.errors import UserError
-from model.plumbing import assets, environment, speech
+from model.plumbing import assets, environment, speech, tracking
 from model.plumbing.assets import Manifest
 from model.plumbing.jobs import JobSpec
 from model.plumbing.outcome import Outcome
@@ -37,6 +37,7 @@ def launch(spec: JobSpec) -> Manifest:
         UserError: what a worker found wrong with its input, in the worker's own line.
         JobFailed: any other end without a complete asset.
     """
+    _note(spec)
     if made := assets.find(spec.output):
         speech.reused(spec.name, made.uri)
         return made
@@ -48,6 +49,15 @@ def launch(spec: JobSpec) -> Manifest:
     if end.well:
         end = Outcome(kind="failed", reason=f"all processes ended well, but {spec.output} has no manifest")
     raise end.error()
+
+
+def _note(spec: JobSpec) -> None:
+    """Leave in MLflow where the logs are found when the pods are gone; see `pipelines/logs.py`."""
+    if environment.MLFLOW_TRACKING_URI.get():
+        try:
+            tracking.note_asset(spec.tracking.run, spec.name, spec.output)
+        except UserError as error:
+            speech.warn(spec.name, str(error))
 
 
 def backend() -> Backend:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import logging
+import re
 import tempfile
 import threading
 import time
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 RUN_TAG, STEP_TAG = "latent_gpt.pipeline_run", "latent_gpt.step"
 FAILURE_TAG = "latent_gpt.failure"  # why a run has failed
+ASSET_TAG = "latent_gpt.asset."  # and the step's name, on a parent run: URI of what the step makes
 PIPELINE = "pipeline"  # STEP_TAG of a parent run
 PATIENCE = 120.0  # seconds to get through what is left when a run ends: longer than a server's restart
 HASTE = 20.0  # the same for a process that was told to end
@@ -145,6 +147,7 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+QUICK_ANSWER = 5.0  # seconds to wait for one that nothing depends on
 # Of those that are only a try: who does not answer soon is down.
 QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
 
@@ -466,6 +469,45 @@ def kill_given_up_runs() -> list[str]:
             killed.append(run)
         leases.forget(run)
     return killed
+
+
+def note_asset(run: str, step: str, uri: str) -> None:
+    """Note on a pipeline run what one of its steps makes, or finds made: there its job's logs are.
+
+    Asks quickly and without MLflow's client, which takes long to load. No such run is no error.
+
+    Raises:
+        UserError: MLflow cannot be reached.
+    """
+    found = _ask("experiments/search", QUICK_ANSWER, max_results=1000).get("experiments", [])
+    query = f"tags.`{RUN_TAG}` = '{_quoted(run)}' and tags.`{STEP_TAG}` = '{PIPELINE}'"
+    ids = [one["experiment_id"] for one in found]
+    for one in _ask("runs/search", QUICK_ANSWER, experiment_ids=ids, filter=query).get("runs", []):
+        _ask("runs/set-tag", QUICK_ANSWER, run_id=one["info"]["run_id"], key=ASSET_TAG + step, value=uri)
+
+
+def assets_noted(run: str) -> tuple[bool, dict[str, str]]:
+    """Of a pipeline run, by its name or its id: whether it runs, and URIs of what its steps make, by step.
+
+    Raises:
+        UserError: MLflow cannot be reached, or knows no such run.
+    """
+    client = mlflow_client()
+    with explained():
+        found = _find(client, run, PIPELINE)
+        if not found and re.fullmatch("[0-9a-f]{32}", run):
+            with contextlib.suppress(KeyError):  # another run, of nobody's pipeline
+                named = client.get_run(run).data.tags[RUN_TAG]
+                found = _find(client, named, PIPELINE)
+    if not found:
+        raise UserError(
+            f"MLflow at {environment.MLFLOW_TRACKING_URI.get()} knows no pipeline run '{run}'; give its name"
+            " or its id, as MLflow shows them"
+        )
+    noted = {
+        tag.removeprefix(ASSET_TAG): uri for tag, uri in found.data.tags.items() if tag.startswith(ASSET_TAG)
+    }
+    return found.info.status == "RUNNING", noted
 
 
 def _open(client: MlflowClient, experiment: str, run: str, step: str, parent: str) -> tuple[str, bool]:

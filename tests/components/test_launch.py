@@ -76,7 +76,7 @@ def spec(folder: Path, end: str) -> JobSpec:
 
 
 def test_a_job_runs_on_its_processes_and_returns_its_asset(
-    store: Path, capfd: pytest.CaptureFixture[str]
+    store: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = launch(spec(store, "well"))
     assert [file.name for file in made.files] == ["a.txt"]
@@ -89,8 +89,11 @@ def test_a_job_runs_on_its_processes_and_returns_its_asset(
         "toy | rank 1 of 2",
     ]
     (store / "pid-0").unlink()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     assert launch(spec(store, "well")) == made
-    assert "toy | reused" in capfd.readouterr().out
+    shown = capfd.readouterr().out
+    assert "toy | reused" in shown
+    assert "toy | warning: MLflow at http://127.0.0.1:1 cannot be reached" in shown, "and that is all"
     assert not (store / "pid-0").exists(), "an asset that is there is not made again"
 
 

@@ -296,3 +296,18 @@ def test_only_what_may_get_through_is_sent_again(
     outbox.put(figures(1))
     outbox.close(20)
     assert (len(tries), outbox.lost) == (sent, lost)
+
+
+@pytest.mark.slow
+def test_what_a_run_makes_is_noted_on_it_and_found_by_name_or_id(ids: TrackingIds) -> None:
+    parent = tracking.open_pipeline_run(ids.experiment, ids.run)
+    tracking.note_asset(ids.run, "tokenizer", "s3://bucket/tokenizer/1")
+    tracking.note_asset(ids.run, "text", "s3://bucket/clip/2")
+    noted = {"tokenizer": "s3://bucket/tokenizer/1", "text": "s3://bucket/clip/2"}
+    assert tracking.assets_noted(ids.run) == tracking.assets_noted(parent) == (True, noted)
+    tracking.finish_pipeline_run(ids.run)
+    assert tracking.assets_noted(ids.run) == (False, noted)
+    tracking.note_asset("nobodys", "tokenizer", "s3://bucket/3")
+    for name in ("nobodys", "0" * 32):
+        with pytest.raises(UserError, match=f"knows no pipeline run '{name}'|refuses: .*{name}"):
+            tracking.assets_noted(name)
