@@ -29,7 +29,7 @@ from tests.proxies import Answer, Request, proxy
 pytestmark = pytest.mark.slow
 
 JOB = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from model.errors import Diverged, Unavailable, UserError
 from model.plumbing import stopping, tracking, worker
@@ -56,6 +56,7 @@ def main(job):
     job.processes.barrier()
     if end in ("hang", f"hang and {rank} kills itself"):
         Path(toy["folder"], f"pid-{rank}").write_text(str(os.getpid()))
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # as one within a collective is deaf
         time.sleep(1000)
     if rank == 1 and end == "user error":
         raise UserError("batch_size 7 is odd; make it even")
