@@ -10,6 +10,7 @@ the store's clock, so that machines need not agree on the time.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -80,10 +81,12 @@ class Lease:
         Args:
             uri: folder of the leases of this piece of work, see `JobSpec.leases`.
             name: of the step, for what is said.
-            run: of the pipeline, for people who read the lease.
+            run: of the pipeline. Of one run only one step at a time wants the same: a lease that is there
+                already is that of the same step, which has died and comes again.
         """
         self.uri, self.name = uri, name
-        self.holder = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.urandom(6).hex()}.json"
+        self._kin = f"{hashlib.sha256(run.encode()).hexdigest()[:8]}-" if run else ""
+        self.holder = f"{self._kin}{os.urandom(6).hex()}.json"
         pod = environment.POD.get() or socket.gethostname()
         self._content = json.dumps({"run": run, "pod": pod}).encode()
         self._ages: dict[str, float] = {}
@@ -94,9 +97,13 @@ class Lease:
     def last(self) -> bool:
         """Whether nobody else wanted the work when we renewed ours last; asks nobody.
 
-        False where that is so long ago that it means nothing.
+        False where that is so long ago that it means nothing. The same step's before it died is nobody's.
         """
-        others = [age for name, age in self._ages.items() if name not in (self.holder, LEFT)]
+        others = [
+            age
+            for name, age in self._ages.items()
+            if name not in (self.holder, LEFT) and not (self._kin and name.startswith(self._kin))
+        ]
         return time.monotonic() - self._seen < LIVE and all(age >= LIVE for age in others)
 
     def _write(self) -> None:

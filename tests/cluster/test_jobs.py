@@ -59,10 +59,11 @@ class Training:
         self.job = pytorchjob.name(self.spec)
         self.started = 0
 
-    def start(self, **changes: str) -> Step:
-        """Start a step that wants it; each has a name of its own, as KFP's pods do."""
+    def start(self, run: str = "", **changes: str) -> Step:
+        """Start a step that wants it, of a pipeline run; each has a name of its own, as KFP's pods do."""
         self.started += 1
-        return self.cluster.step(f"{self.name}-{self.started}", self.overrides, run=self.name, **changes)
+        name = f"{self.name}-{self.started}"
+        return self.cluster.step(name, self.overrides, run=run or self.name, **changes)
 
     @property
     def checkpoint(self) -> int:
@@ -194,7 +195,7 @@ def test_two_steps_share_a_job_and_one_of_them_is_enough(
     first = training.start()
     before = training.runs()
     training.goes_on(180)
-    second = training.start()
+    second = training.start(run="another")
     second.says(f"adopts {training.job}")
     time.sleep(40)  # both leases are renewed and seen
     first.terminate()

@@ -78,6 +78,19 @@ def test_two_who_want_the_same_know_of_each_other(work: str) -> None:
         until(lambda: first.last)
 
 
+def test_a_step_that_comes_again_is_not_kept_from_ending_its_job_by_itself(work: str) -> None:
+    died = Lease(work, "tokens", "smoke-1")
+    died._write()
+    with Lease(work, "tokens", "smoke-1") as lease:
+        assert lease.last
+        with Lease(work, "tokens", "smoke-2") as other:
+            assert not other.last
+            until(lambda: not lease.last)
+    died._write()
+    with Lease(work, "tokens") as lease:
+        assert not lease.last
+
+
 def test_one_that_does_not_end_well_leaves_a_sign_of_when(work: str) -> None:
     with pytest.raises(KeyboardInterrupt), Lease(work, "tokens"):
         raise KeyboardInterrupt
