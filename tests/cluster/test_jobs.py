@@ -7,10 +7,12 @@ with the image that `make push` left. It ends within an hour.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
@@ -43,11 +45,6 @@ INPUTS = ALL[:-1]
 OPERATOR = "control-plane=kubeflow-training-operator"
 
 
-def different(number: int) -> str:
-    """An override that makes a job one of its own, and changes nothing that a test looks at."""
-    return f"transformer.training.weight_decay={0.01 + number / 1000}"
-
-
 class Training:
     """A training of the transformer: its step, its job, and what it left in the store."""
 
@@ -57,7 +54,7 @@ class Training:
         needed = {one: inputs[one] for one in steps.STEPS["transformer"].needs}
         self.spec: JobSpec = steps.job("transformer", config, name, needed)
         self.job = pytorchjob.name(self.spec)
-        self.started = 0
+        self.steps: list[str] = []
 
     def start(self, run: str = "", **changes: str) -> Step:
         """Start a step that wants it, of a pipeline run; each has a name of its own, as KFP's pods do."""
@@ -111,11 +108,27 @@ def inputs(cluster: Cluster) -> dict[str, Manifest]:
 
 
 @pytest.fixture
-def training(cluster: Cluster, inputs: dict[str, Manifest], request: pytest.FixtureRequest) -> Training:
-    """A long training that no other test knows."""
-    number = sum(map(ord, request.node.name))
+def train(cluster: Cluster, inputs: dict[str, Manifest]) -> Iterator[Callable[..., Training]]:
+    """Make trainings that no other test knows; what is left of them ends with the test."""
+    made: list[Training] = []
+
+    def one(name: str, *overrides: str) -> Training:
+        number = zlib.crc32(name.encode()) % 10**6
+        mine = f"transformer.training.weight_decay={0.01 + number / 10**8}"
+        made.append(Training(cluster, name, (mine, *overrides), inputs))
+        return made[-1]
+
+    yield one
+    for training in made:
+        if training.steps:
+            training.end()
+
+
+@pytest.fixture
+def training(train: Callable[..., Training], request: pytest.FixtureRequest) -> Training:
+    """A long training."""
     name = request.node.name.removeprefix("test_").replace("_", "-")[:40].strip("-")
-    return Training(cluster, name, (LONG, different(number)), inputs)
+    return train(name, LONG)
 
 
 # ── survives ────────────────────────────────────────────────────────────────────────────────────────────
@@ -124,36 +137,40 @@ def training(cluster: Cluster, inputs: dict[str, Manifest], request: pytest.Fixt
 def test_killed_twenty_times_it_makes_what_two_processes_of_one_machine_make(
     cluster: Cluster, training: Training
 ) -> None:
-    def delete(*numbers: int) -> None:
-        names = [f"{training.job}-worker-{number}" for number in numbers]
+    def ranks(number: int) -> None:
+        """SIGKILL to all that runs in a worker's pod but its entry."""
+        others = "for p in /proc/[0-9]*; do p=${p#/proc/}; [ $p = 1 ] || [ $p = $$ ] || kill -9 $p; done"
+        cluster.kubectl("exec", f"{training.job}-worker-{number}", "--", "sh", "-c", others)
+
+    def both() -> None:
+        names = [f"{training.job}-worker-{number}" for number in (0, 1)]
         cluster.kubectl("delete", "pod", *names, "--grace-period=0", "--force", "--wait=false")
 
     def operator() -> None:
         cluster.kubectl("delete", "pod", "-A", "-l", OPERATOR, "--grace-period=1", "--wait=false")
 
+    kills = {"worker": lambda: ranks(1), "rank 0": lambda: ranks(0), "both": both, "operator": operator}
     step = training.start()
     training.runs()
     training.goes_on(180)
-    took: list[tuple[str, float]] = []
-    for round_ in range(4):
-        for what in ("worker", "rank 0", "both", "operator", "step"):
-            before = training.runs()
+    took: dict[str, list[float]] = {what: [] for what in (*kills, "step")}
+    for _ in range(4):
+        for what in took:
+            before, began = training.runs(), time.monotonic()
             if what == "step":
                 step.kill()
-                step.ended()
+                assert step.ended()[0] == 128 + signal.SIGKILL
                 step = training.start()
-            else:
-                {
-                    "worker": lambda: delete(1),
-                    "rank 0": lambda: delete(0),
-                    "both": lambda: delete(0, 1),
-                    "operator": operator,
-                }[what]()
-            took.append((what, training.goes_on()))
-            if what == "step":
                 step.says(f"adopts {training.job}")
-                assert training.pods == before, "a step that comes back restarts no worker"
-            print(f"round {round_}: {what} killed; a new checkpoint after {took[-1][1]:.0f} s", flush=True)
+            else:
+                kills[what]()
+            if what in ("worker", "rank 0", "both"):
+                until(lambda: not before.items() & training.runs().items(), 120, "two new pods")  # noqa: B023
+            training.goes_on()
+            if what in ("operator", "step"):
+                assert training.pods == before, f"when the {what} is killed no worker starts again"
+            took[what].append(time.monotonic() - began)
+            print(f"{what} killed: a new checkpoint after {took[what][-1]:.0f} s", flush=True)
     code, why = step.ended(900)
     assert code == 0, why + step.log
     alone = cluster.step(
@@ -166,10 +183,10 @@ def test_killed_twenty_times_it_makes_what_two_processes_of_one_machine_make(
     assert code == 0, why + alone.log
     made = assets.find(training.spec.output)
     assert made
-    other = assets.load(training.spec.output.replace("s3://latent-gpt/jobs", "s3://latent-gpt/alone"))
-    assert {one.name: one.sha256 for one in made.files} == {one.name: one.sha256 for one in other.files}
-    worst = {what: max(seconds for one, seconds in took if one == what) for what, _ in took}
-    print("longest until the next checkpoint:", json.dumps({k: round(v) for k, v in worst.items()}))
+    other = storage.join("s3://latent-gpt/alone", made.kind, made.key, assets.NAME)
+    files = {one["name"]: one["sha256"] for one in json.loads(storage.read_bytes(other))["files"]}
+    assert {one.name: one.sha256 for one in made.files} == files
+    print("longest:", ", ".join(f"{what} {max(seconds):.0f} s" for what, seconds in took.items()))
 
 
 def test_when_its_step_is_deleted_it_goes_and_the_next_start_resumes(training: Training) -> None:
@@ -188,10 +205,8 @@ def test_when_its_step_is_deleted_it_goes_and_the_next_start_resumes(training: T
     step.terminate()
 
 
-def test_two_steps_share_a_job_and_one_of_them_is_enough(
-    cluster: Cluster, inputs: dict[str, Manifest]
-) -> None:
-    training = Training(cluster, "shared", ("transformer.training.steps=4000", different(2)), inputs)
+def test_two_steps_share_a_job_and_one_of_them_is_enough(train: Callable[..., Training]) -> None:
+    training = train("shared", "transformer.training.steps=4000")
     first = training.start()
     before = training.runs()
     training.goes_on(180)
@@ -230,11 +245,11 @@ def test_a_step_that_is_killed_and_never_comes_back_ends_its_job(training: Train
 
 
 def test_it_waits_ten_minutes_for_a_node_and_says_for_what(
-    cluster: Cluster, inputs: dict[str, Manifest]
+    cluster: Cluster, train: Callable[..., Training]
 ) -> None:
     (node, *_) = [one["metadata"]["labels"]["kubernetes.io/hostname"] for one in cluster.get("nodes")]
     only = f"jobs.node_selector={{kubernetes.io/hostname: {node}}}"
-    training = Training(cluster, "pending", (LONG, different(3), only), inputs)
+    training = train("pending", LONG, only)
     step = training.start()
     until(lambda: step.status["phase"] == "Running", 60, "the step's own pod", every=0.1)
     cluster.kubectl("cordon", node)  # before Python has started, and with it the job
@@ -273,9 +288,9 @@ def test_a_suspended_job_waits_and_goes_on(training: Training) -> None:
 
 
 def test_logs_of_all_ranks_are_there_when_every_pod_is_gone(
-    cluster: Cluster, inputs: dict[str, Manifest]
+    cluster: Cluster, train: Callable[..., Training]
 ) -> None:
-    training = Training(cluster, "logs", (SHORT, different(1)), inputs)
+    training = train("logs", SHORT)
     step = training.start()
     code, why = step.ended(300)
     assert code == 0, why + step.log
@@ -301,11 +316,9 @@ CAUSES = {
 
 
 @pytest.mark.parametrize("cause", CAUSES)
-def test_it_says_why_it_failed(cluster: Cluster, inputs: dict[str, Manifest], cause: str) -> None:
+def test_it_says_why_it_failed(cluster: Cluster, train: Callable[..., Training], cause: str) -> None:
     overrides, words = CAUSES[cause]
-    number = 100 + list(CAUSES).index(cause)
-    name = cause.replace(" ", "-")
-    training = Training(cluster, name, (SHORT, different(number), *overrides), inputs)
+    training = train(cause.replace(" ", "-"), SHORT, *overrides)
     step = training.start()
     code, why = step.ended(420)
     assert code != 0
@@ -316,18 +329,18 @@ def test_it_says_why_it_failed(cluster: Cluster, inputs: dict[str, Manifest], ca
     until(lambda: cluster.job_is_gone(training.job), 120, "a failed job is cleaned away")
 
 
-def test_an_image_that_cannot_be_pulled_is_named(cluster: Cluster, inputs: dict[str, Manifest]) -> None:
-    training = Training(cluster, "no-image", (SHORT, different(200)), inputs)
-    step = cluster.step(
-        "no-image", training.overrides, environment={"LATENT_GPT_IMAGE": "localhost:1/nobody/has:this"}
-    )
+def test_an_image_that_cannot_be_pulled_is_named(cluster: Cluster, train: Callable[..., Training]) -> None:
+    training = train("no-image", SHORT)
+    step = training.start(environment={"LATENT_GPT_IMAGE": "localhost:1/nobody/has:this"})
     step.says("localhost:1/nobody/has:this", 240)
     step.terminate()
     until(lambda: cluster.job_is_gone(training.job), 60, "the job to go")
 
 
-def test_what_was_lost_from_the_store_is_named(cluster: Cluster, inputs: dict[str, Manifest]) -> None:
-    training = Training(cluster, "lost", (LONG, different(300)), inputs)
+def test_what_was_lost_from_the_store_is_named(
+    cluster: Cluster, train: Callable[..., Training], inputs: dict[str, Manifest]
+) -> None:
+    training = train("lost", LONG)
     step = training.start()
     training.runs()
     training.goes_on(180)
