@@ -396,6 +396,7 @@ class Farewell:
 
     EVERY = 10.0  # seconds
     PATIENCE = (1.0, 2.0)  # seconds to reach the server, and to wait for its answer
+    UNDER_WAY = 0.3  # seconds for which a job may still come that was asked for
 
     def __init__(self, cluster: Cluster, kind: Kind, name: str) -> None:
         self._objects = client.CustomObjectsApi(client.ApiClient(cluster.configuration))
@@ -417,24 +418,34 @@ class Farewell:
                 return
 
     def __call__(self, uid: str) -> bool:
-        """Delete the job if it is the one of this UID; returns whether the server has heard it."""
-        for _ in range(2):  # the open connection may have been closed by the other side
+        """Delete the job if it is the one of this UID; returns whether the server has heard it.
+
+        Args:
+            uid: of the job. "": whatever job has the name, or gets it now: a request that makes one may be
+                under way.
+        """
+        until = time.monotonic() + self.UNDER_WAY
+        tries = 2  # the open connection may have been closed by the other side
+        while tries:
             try:
                 remove(self._objects, self._namespace, self._kind, self._name, uid, self.PATIENCE)
-            except ApiException as error:
-                if error.status in (404, 409):
-                    return True
-            except NETWORK:
-                continue
-            else:
                 return True
+            except ApiException as error:
+                if error.status == 404 and not uid and time.monotonic() < until:
+                    time.sleep(0.01)
+                elif error.status in (404, 409):
+                    return True
+                else:
+                    tries -= 1
+            except NETWORK:
+                tries -= 1
         return False
 
 
 def remove(
     objects: Any, namespace: str, kind: Kind, name: str, uid: str, patience: tuple[float, float]
 ) -> None:
-    """Delete an object if it is the one of this UID. Raises ApiException: 404, 409 if it is not."""
+    """Delete an object if it is the one of this UID; "" is any. Raises ApiException: 404, 409 if not."""
     objects.delete_namespaced_custom_object(
         kind.group,
         kind.version,
@@ -442,7 +453,7 @@ def remove(
         kind.plural,
         name,
         body=client.V1DeleteOptions(
-            preconditions=client.V1Preconditions(uid=uid), propagation_policy="Background"
+            preconditions=client.V1Preconditions(uid=uid) if uid else None, propagation_policy="Background"
         ),
         _request_timeout=patience,
     )

@@ -79,7 +79,7 @@ class Followed:
         self.name = kind.name(spec)
         self.farewell = Farewell(server, kind.RESOURCE, self.name)
         self.changed = threading.Event()
-        self.uid = ""  # of the job that we saw last
+        self.uid = ""  # of the job that we saw last; "" while one is made, or none was looked for yet
         self.alive = False  # it was at work when we saw it
         self.job: Job | None = None  # as a watch saw it last
         self.pods: dict[str, Pod] = {}  # of that job, all that ever were, by UID
@@ -113,9 +113,8 @@ class Followed:
 
     def leave(self) -> None:
         """Somebody tells this process to end: first of all the job goes, unless another step wants it."""
-        uid = self.uid
-        if uid and self.lease.last:
-            self.farewell(uid)
+        if self.lease.last:
+            self.farewell(self.uid)
 
     # ── acting ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -137,6 +136,7 @@ class Followed:
     def _create(self) -> None:
         spec, kind = self.spec, self.kind
         body = kind.job(spec, write_spec(spec), self.server.image(), self.server.namespace, kind.labels(spec))
+        self.uid = ""
         try:
             made = self.server.create(kind.RESOURCE, body)
         except ApiException as error:  # a quota is used up

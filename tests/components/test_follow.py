@@ -575,6 +575,41 @@ def test_sigterm_deletes_the_job_first_of_all(server: ApiServer, reader: str) ->
     assert [name for name in storage.list_sizes(one.leases) if name != "left"] == []
 
 
+@pytest.mark.parametrize(
+    "when", ["the request is under way", "its answer is under way", "it had been there before"]
+)
+def test_sigterm_deletes_a_job_that_is_just_being_made(
+    server: ApiServer, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    one = spec()
+    fault = server.fault
+
+    def slowly(method: str, path: str) -> Any:
+        if method == "POST":
+            step.send_signal(signal.SIGTERM)
+            time.sleep(0.15)
+        return fault(method, path)
+
+    if when == "the request is under way":
+        monkeypatch.setattr(server, "fault", slowly)
+    else:
+        before = [] if when.startswith("its") else ["one that goes when the step has seen it"]
+
+        def created(job: dict[str, Any]) -> None:
+            if before:
+                time.sleep(1)
+                server.remove(JOBS, job["metadata"]["name"])
+                before.pop()
+            else:
+                step.send_signal(signal.SIGTERM)
+
+        server.on_create = created
+    step = start(one)
+    assert step.wait(20) == 143
+    assert [body["propagationPolicy"] for body in deletions(server)][-1:] == ["Background"]
+    until(lambda: server.names(JOBS) == [], 5)
+
+
 def test_two_steps_share_a_job_and_it_goes_with_the_last_of_them(
     server: ApiServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -159,6 +159,14 @@ MUTANTS = [
         "tests/components/test_launch.py::test_an_older_outcome_is_not_taken_for_this_one",
     ),
     Mutant(
+        "launch: a job that is being made goes, too",
+        "components/launch/follow.py",
+        '        self.uid = ""\n        try:\n',
+        "        try:\n",
+        "tests/components/test_follow.py::test_sigterm_deletes_a_job_that_is_just_being_made"
+        "[it had been there before]",
+    ),
+    Mutant(
         "leases: who holds one beside others is not the last",
         "model/plumbing/leases.py",
         "all(age >= LIVE for age in others)",
