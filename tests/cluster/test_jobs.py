@@ -56,11 +56,16 @@ class Training:
         self.job = pytorchjob.name(self.spec)
         self.steps: list[str] = []
 
-    def start(self, run: str = "", **changes: str) -> Step:
+    def start(self, run: str = "", **changes: Any) -> Step:
         """Start a step that wants it, of a pipeline run; each has a name of its own, as KFP's pods do."""
-        self.started += 1
-        name = f"{self.name}-{self.started}"
-        return self.cluster.step(name, self.overrides, run=run or self.name, **changes)
+        self.steps.append(f"{self.name}-{len(self.steps) + 1}")
+        return self.cluster.step(self.steps[-1], self.overrides, run=run or self.name, **changes)
+
+    def end(self) -> None:
+        """Leave nothing that runs."""
+        self.cluster.kubectl("delete", "pod", *self.steps, "--ignore-not-found", "--grace-period=1")
+        self.cluster.kubectl("delete", "pytorchjob", self.job, "--ignore-not-found")
+        until(lambda: self.cluster.job_is_gone(self.job), 120, f"the end of {self.job}")
 
     @property
     def checkpoint(self) -> int:
