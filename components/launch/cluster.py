@@ -32,6 +32,7 @@ PATIENCE = (10.0, 20.0)  # seconds to reach the server, and to wait for its answ
 HASTE = (2.0, 4.0)  # the same of what is only tried
 SILENCE = (10.0, 60.0)  # the same of a watch, or of a log that is followed
 LONGEST_PAUSE = 30.0  # seconds between two tries
+LONGEST_ASKED = 60.0  # seconds for which we leave a server alone that asks for more
 TRIED_IN_VAIN = 60.0  # seconds for which a server may refuse us: one that has just started knows no roles
 COMPLAINT = 60.0  # seconds between two lines on a server that is away
 PASSING = (0, 408, 425, 429, 500, 502, 503, 504)  # answers that another try may mend
@@ -44,10 +45,6 @@ class Kind(NamedTuple):
     group: str
     version: str
     plural: str
-
-
-class Gone(Exception):
-    """The server does not remember as far back as a watch has to begin."""
 
 
 @dataclass
@@ -343,13 +340,11 @@ class Watch(threading.Thread):
                 if not version:
                     self._list()
                 self._follow()
-            except Gone:
-                self._version = ""
             except urllib3.exceptions.ReadTimeoutError:
                 pass  # silence: perhaps nothing happened, perhaps nobody is there any more
             except ApiException as error:
                 if error.status == 410:
-                    self._version = ""
+                    self._version = ""  # the server does not remember as far back
                 wait = max(retry_after(error), pause(tries))
             except NETWORK:
                 wait = pause(tries)
@@ -374,8 +369,6 @@ class Watch(threading.Thread):
                 change = json.loads(line)
                 found = change["object"]
                 if change["type"] == "ERROR":
-                    if found.get("code") == 410:
-                        raise Gone
                     raise ApiException(status=found.get("code", 500), reason=found.get("message"))
                 if change["type"] != "BOOKMARK":
                     self._tell(change["type"], [found])
@@ -508,7 +501,7 @@ def retry_after(error: ApiException) -> float:
     """Seconds for which the server asks to be left alone."""
     headers: Mapping[str, str] = error.headers or {}
     with suppress(ValueError):
-        return min(float(headers.get("Retry-After", 0)), 2 * LONGEST_PAUSE)
+        return min(float(headers.get("Retry-After", 0)), LONGEST_ASKED)
     return 0.0
 
 

@@ -215,13 +215,14 @@ class Followed:
         say(self.spec.name, f"adopts {self.name}, a job that is there already")
         self._list_pods()
         self.idle_since = min(self.idle_since, job.created)
-        with suppress(UserError, OSError):
-            before = [one for one in attempts.attempts(self.spec.output) if one.when >= job.created]
-            self.restarts = attempts.restarts(before)
         there, _ = self._pods()
         self.before = {pod.uid for pod in there if pod.since}
         if self._enough(job, there):
             self.ran = time.time() - max(pod.since for pod in there)
+        with suppress(UserError, OSError):
+            earlier = [one for one in attempts.attempts(self.spec.output) if one.when >= job.created]
+            self.restarts = attempts.restarts(earlier)
+            self.ran += sum(one.outcome.when - one.when for one in earlier if one.outcome and not one.worker)
 
     def _clock(self, job: Job | None, there: tuple[Pod, ...]) -> float:
         """Count the time with all workers running; returns it."""

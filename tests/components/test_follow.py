@@ -276,10 +276,7 @@ def test_a_job_that_runs_is_adopted_and_its_spec_is_not_written_again(
     server: ApiServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = spec()
-    operator = Operator(server, lambda job, _: operator.run(job))
-    first = follow.Followed(one, pytorchjob, cluster.here(print), NoLease())
-    first._create()
-    until(lambda: server.names(PODS))
+    operator = there_already(server, one)
     (written,) = [name for name in storage.list_sizes(one.output) if name.startswith("job")]
     before = storage.read_bytes(storage.join(one.output, written))
     job = pytorchjob.name(one)
@@ -288,7 +285,52 @@ def test_a_job_that_runs_is_adopted_and_its_spec_is_not_written_again(
     assert operator.made == 1
     assert storage.read_bytes(storage.join(one.output, written)) == before
     assert f"adopts {job}" in capsys.readouterr().out
+
+
+def there_already(server: ApiServer, one: JobSpec) -> Operator:
+    """A job that another step has made, and that runs."""
+    operator = Operator(server, lambda job, _: operator.run(job))
+    first = follow.Followed(one, pytorchjob, cluster.here(), NoLease())
+    first._create()
     first.server.end.set()
+    until(lambda: len(server.names(PODS)) == 2)
+    return operator
+
+
+def test_who_adopts_a_job_repeats_its_last_lines(
+    server: ApiServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = spec()
+    operator, job = there_already(server, one), pytorchjob.name(one)
+    server.log(f"{job}-worker-0", *(f"line {number}" for number in range(50)))
+    threading.Timer(1.5, lambda: operator.succeed(job, one)).start()
+    launch(one)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("line ")]
+    assert said == [f"line {number}" for number in range(40, 50)]
+
+
+@pytest.mark.parametrize(
+    ("jobs", "said"),
+    [
+        ({"max_restarts": 3}, "started 5 times without a new checkpoint"),
+        ({"max_restarts": 9, "deadline_hours": 4}, "not done after jobs.deadline_hours (4)"),
+    ],
+)
+def test_who_adopts_a_job_counts_its_starts_and_its_hours(
+    server: ApiServer, jobs: dict[str, Any], said: str
+) -> None:
+    one = spec()
+    there_already(server, one)
+    now = time.time() + 2  # a job's creation is told in whole seconds
+    hour = Outcome(kind="killed", reason="w", when=now + 3600).model_dump_json()
+    for number in range(5):  # of worker 0, all from the beginning
+        folder = storage.join(one.output, "attempts", f"20261126T09150{number}-0-{number}")
+        start = json.dumps({"worker": 0, "pod": "p", "when": now, "step": 0})
+        storage.write_bytes(storage.join(folder, "start.json"), start.encode())
+        storage.write_bytes(storage.join(folder, "outcome.json"), hour.encode())
+    with pytest.raises(JobFailed) as caught:
+        launch(spec(**jobs))
+    assert said in str(caught.value)
 
 
 class NoLease:
@@ -384,6 +426,30 @@ def test_a_job_that_a_queue_holds_back_waits_for_it(
     operator = Operator(server, script)
     launch(one)
     assert "queue 'gpus' has not admitted the job" in capsys.readouterr().out
+
+
+def test_a_job_that_a_queue_stops_and_admits_again_has_not_failed(server: ApiServer) -> None:
+    one = spec(max_restarts=1)
+
+    def suspend(job: str, yes: bool) -> None:
+        server._change(JOBS, job, lambda found: found["spec"]["runPolicy"].update(suspend=yes))
+
+    def script(job: str, _: int) -> None:
+        for _ in range(4):
+            operator.run(job)
+            time.sleep(0.5)
+            suspend(job, True)
+            for worker in (0, 1):
+                server.remove(PODS, f"{job}-worker-{worker}")
+            time.sleep(0.5)
+            suspend(job, False)
+        operator.run(job)
+        operator.succeed(job, one)
+
+    operator = Operator(server, script)
+    launch(one)
+    assert operator.error is None
+    assert operator.made == 1
 
 
 def test_restarts_without_progress_are_bounded_and_their_reason_is_told(
