@@ -136,7 +136,7 @@ class Followed:
     def _create(self) -> None:
         spec, kind = self.spec, self.kind
         body = kind.job(spec, write_spec(spec), self.server.image(), self.server.namespace, kind.labels(spec))
-        self.uid = ""
+        self.uid, self.alive = "", False
         try:
             made = self.server.create(kind.RESOURCE, body)
         except ApiException as error:  # a quota is used up

@@ -161,7 +161,7 @@ MUTANTS = [
     Mutant(
         "launch: a job that is being made goes, too",
         "components/launch/follow.py",
-        '        self.uid = ""\n        try:\n',
+        '        self.uid, self.alive = "", False\n        try:\n',
         "        try:\n",
         "tests/components/test_follow.py::test_sigterm_deletes_a_job_that_is_just_being_made"
         "[it had been there before]",
@@ -283,8 +283,8 @@ MUTANTS = [
     Mutant(
         "launcher: a job goes with the last step that wants it",
         "components/launch/follow.py",
-        "if uid and self.lease.last:",
-        "if uid:",
+        "if self.lease.last:",
+        "if True:",
         "tests/components/test_follow.py::test_two_steps_share_a_job_and_it_goes_with_the_last_of_them",
     ),
     Mutant(
@@ -311,7 +311,7 @@ MUTANTS = [
     Mutant(
         "launcher: a delete that might hit another job has a UID",
         "components/launch/cluster.py",
-        "preconditions=client.V1Preconditions(uid=uid), ",
+        "preconditions=client.V1Preconditions(uid=uid) if uid else None, ",
         "",
         "tests/components/test_follow.py::test_a_failed_job_is_read_for_its_reason_and_deleted",
     ),
