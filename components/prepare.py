@@ -18,7 +18,7 @@ def prepare(
     Returns "transformer" or "tokenizer", what the run is to end with: the pipeline branches on it. (It is
     the function's return value because kfp.local takes the named outputs of a task in a condition for unset.)
     """
-    from components.step import step
+    from components.step import end_given_up_runs, step
 
     with step("prepare"):
         from pathlib import Path
@@ -27,13 +27,12 @@ def prepare(
         from model.config import load_config
         from model.plumbing import speech
         from model.plumbing.leases import carried
-        from model.plumbing.tracking import kill_given_up_runs, open_pipeline_run
+        from model.plumbing.tracking import open_pipeline_run
 
         resolved = load_config(preset, overrides.split("\n") if overrides else [])
         for line in preflight(resolved):
             speech.say("prepare", line)
-        for given_up in kill_given_up_runs():
-            speech.say("prepare", f"run {given_up} had been given up and is KILLED now in MLflow")
+        end_given_up_runs("prepare")
         Path(config).write_text(resolved.model_dump_json())
         name = f"{resolved.name}-{job}"
         with carried("prepare", name):

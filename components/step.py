@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from model.errors import UserError
-from model.plumbing import environment, outcome, speech
-from model.plumbing.leases import carried
+from model.plumbing import environment, leases, outcome, speech
 from model.plumbing.outcome import EXIT_CODES
 
 IMAGE = environment.IMAGE.get()  # of every step; by digest on a cluster
@@ -30,7 +29,7 @@ def step(name: str, run: str = "") -> Iterator[None]:
     began = time.monotonic()
     speech.started(name)
     try:
-        with told_to_end(), carried(name, run) as anew, outcome.recorded(name):
+        with told_to_end(), leases.carried(name, run) as anew, outcome.recorded(name):
             if anew:
                 _reopen(name, run)
             yield
@@ -49,6 +48,22 @@ def step(name: str, run: str = "") -> Iterator[None]:
             _record(name, run, "FAILED", end.reason)
         sys.exit(2 if end.expected else 1)
     speech.done(name, time.monotonic() - began)
+
+
+def end_given_up_runs(name: str) -> None:
+    """End in MLflow, as KILLED, the runs of this store that no step carries any more.
+
+    Others' runs are nothing to fail for: what does not go is said by the step `name`.
+    """
+    from model.plumbing.tracking import kill_pipeline_run
+
+    try:
+        for run in leases.given_up():
+            if kill_pipeline_run(run):
+                speech.say(name, f"run {run} had been given up and is KILLED now in MLflow")
+            leases.forget(run)
+    except UserError as error:
+        speech.warn(name, f"runs that were given up are not ended in MLflow: {error}")
 
 
 def _reopen(name: str, run: str) -> None:

@@ -62,11 +62,12 @@ class _Renewal:
                 with storage.hasty(*QUICK):
                     self._renew()
                 wait, said = RENEWAL, False
-            except (UserError, OSError) as error:
+            except Exception as error:  # whatever it is: who does not renew is taken for dead
                 wait = AGAIN
                 if not said:
-                    speech.warn(self._name, f"{self._what} is not renewed for now: {error}")
                     said = True
+                    with suppress(OSError, ValueError):  # nobody reads our output any more
+                        speech.warn(self._name, f"{self._what} is not renewed for now: {error}")
 
 
 class Lease:

@@ -24,7 +24,8 @@ COUNT = re.compile(
 
 def say(name: str, text: str, out: TextIO | None = None) -> None:
     """Say something about the step `name`; a line break in `text` becomes a space."""
-    print(f"{name} | {' '.join(text.splitlines())}", file=out or sys.stdout, flush=True)
+    line = f"{name} | {' '.join(text.splitlines())}\n"  # at once: several threads speak
+    print(line, end="", file=out or sys.stdout, flush=True)
 
 
 def started(name: str) -> None:

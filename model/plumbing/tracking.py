@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from model.errors import Stopped, Unavailable, UserError
-from model.plumbing import environment, leases
+from model.plumbing import environment
 from model.plumbing.jobs import TrackingIds
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 RUN_TAG, STEP_TAG = "latent_gpt.pipeline_run", "latent_gpt.step"
 FAILURE_TAG = "latent_gpt.failure"  # why a run has failed
+GIVEN_UP = "its step ended without a word, or no next one came"
 ASSET_TAG = "latent_gpt.asset."  # and the step's name, on a parent run: URI of what the step makes
 PIPELINE = "pipeline"  # STEP_TAG of a parent run
 PATIENCE = 120.0  # seconds to get through what is left when a run ends: longer than a server's restart
@@ -440,6 +441,7 @@ def kill_pipeline_run(run: str) -> bool:
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         found = client.search_runs(experiments, query)
         for one in found:
+            client.set_tag(one.info.run_id, FAILURE_TAG, GIVEN_UP)
             client.set_terminated(one.info.run_id, "KILLED")
     return bool(found)
 
@@ -455,20 +457,8 @@ def reopen_pipeline_run(run: str) -> None:
         found = _find(client, run, PIPELINE)
         if found and found.info.status == "KILLED":
             client.update_run(found.info.run_id, status="RUNNING")
-
-
-def kill_given_up_runs() -> list[str]:
-    """End pipeline runs of this store that no step carries any more; returns their names.
-
-    Raises:
-        UserError: the store or MLflow cannot be reached.
-    """
-    killed = []
-    for run in leases.given_up():
-        if kill_pipeline_run(run):
-            killed.append(run)
-        leases.forget(run)
-    return killed
+            if FAILURE_TAG in found.data.tags:
+                client.delete_tag(found.info.run_id, FAILURE_TAG)
 
 
 def note_asset(run: str, step: str, uri: str) -> None:

@@ -6,11 +6,12 @@ import os
 import signal
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from components.step import step, told_to_end
+from components.step import end_given_up_runs, step, told_to_end
 from model.errors import UserError
 from model.plumbing import leases, outcome
 from model.plumbing.outcome import JobFailed, Outcome
@@ -139,7 +140,7 @@ def test_told_to_end_the_first_act_comes_first_and_the_block_is_left_as_by_an_ex
 
 @pytest.mark.slow
 def test_a_run_that_was_given_up_is_killed_and_goes_on_with_its_next_step(
-    services: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    services: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from model.plumbing import tracking
     from model.plumbing.jobs import TrackingIds
@@ -158,19 +159,39 @@ def test_a_run_that_was_given_up_is_killed_and_goes_on_with_its_next_step(
     tracking.finish_pipeline_run(finished)
     with step("tokens", at_work):
         time.sleep(3.5)
-        assert tracking.kill_given_up_runs() == [given_up]
-    assert tracking.kill_given_up_runs() == []
+        capsys.readouterr()
+        end_given_up_runs("prepare")
+        said = f"prepare | run {given_up} had been given up and is KILLED now in MLflow\n"
+        assert capsys.readouterr().out == said
+    end_given_up_runs("prepare")
+    assert said not in capsys.readouterr().out
 
     def status(run_id: str) -> str:
         return str(client.get_run(run_id).info.status)
 
     assert [status(parents[run]) for run in parents] == ["KILLED", "FINISHED", "RUNNING", "RUNNING"]
     assert status(child) == "KILLED"
+    assert client.get_run(child).data.tags[tracking.FAILURE_TAG] == tracking.GIVEN_UP
     with step("tokens", given_up):
         assert status(parents[given_up]) == "RUNNING"
+        assert tracking.FAILURE_TAG not in client.get_run(parents[given_up]).data.tags
         assert status(child) == "KILLED", "its own step opens it again"
     with step("tokens", finished):
         assert status(parents[finished]) == "FINISHED"
+
+
+def test_runs_that_were_given_up_are_nothing_to_fail_for(
+    store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    monkeypatch.setattr(leases, "LIVE", 0.0)
+    with suppress(SystemExit), step("tokens", "smoke-1"):
+        raise SystemExit
+    capsys.readouterr()
+    end_given_up_runs("prepare")
+    said = "prepare | warning: runs that were given up are not ended in MLflow: MLflow at http://127.0.0.1:1"
+    assert capsys.readouterr().out.startswith(said)
+    assert leases.given_up() == ["smoke-1"], "the next one tries again"
 
 
 def test_mlflow_that_went_away_does_not_hide_the_reason(

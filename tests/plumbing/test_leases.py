@@ -214,6 +214,18 @@ def test_a_lease_that_runs_out_while_s3_is_away_is_renewed_when_it_is_back(
         assert leases.age(work) is None
 
 
+def test_nothing_ends_the_renewals(work: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise BrokenPipeError
+
+    with Lease(work, "tokens") as lease:
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "ages", lambda uri: {}[uri])
+            patch.setattr("model.plumbing.speech.warn", broken)
+            until(lambda: not lease.last)
+        until(lambda: lease.last)
+
+
 # ── alone ───────────────────────────────────────────────────────────────────────────────────────────────
 
 RUN = """
