@@ -78,8 +78,8 @@ def stall(device: torch.device) -> Iterator[Row]:
     wait, step = 1e3 * statistics.median(waits), 1e3 * comparison.median("none") / STEPS
     note = (
         f"{wait:.1f} ms of wait (at most {1e3 * max(waits):.1f}) for {size / 1e6:.1f} MB every"
-        f" {training.checkpoint_every} steps of {step:.1f} ms; with what storing takes from the steps beside it"
-        f" {1e3 * slower:.1f} ms, {slower / interval:.2%}"
+        f" {training.checkpoint_every} steps of {step:.1f} ms; with what storing takes from the steps beside"
+        f" it {1e3 * slower:.1f} ms, {slower / interval:.2%}"
     )
     yield Row(
         14, f"wait for checkpoints, {PRESET}", "% of the time", {"ours": 100 * share, "none": 0.0},
