@@ -24,6 +24,8 @@ from model.plumbing.outcome import JobFailed, Outcome
 from tests import ROOT
 from tests.apiserver import JOBS, PODS, ApiServer, Refused
 
+pytestmark = pytest.mark.slow
+
 SHORT = 0.05  # seconds where the loop takes seconds or a minute
 
 
@@ -633,7 +635,7 @@ def test_sigterm_deletes_the_job_first_of_all(server: ApiServer, reader: str) ->
     step.send_signal(signal.SIGTERM)
     until(lambda: deletions(server), 5)
     took = next(one.when for one in server.requests if one.method == "DELETE") - began
-    assert took < 0.3, "KFP leaves it 0.4 s"
+    assert took < 0.4, "KFP leaves it no longer"
     assert set(server._server._open) <= set(connections), "it goes over a connection that is open already"
     assert deletions(server)[0]["preconditions"] == {"uid": uid}
     assert step.wait(10) == 143
