@@ -249,12 +249,16 @@ class Followed:
             step = self._checkpoint()
             self.restarts = 0 if step > self.step else self.restarts + (starts - self.starts)
             self.step = step
-            _, ended = self._pods()
-            end = pods.blamed(ended, self._told())
-            why = end.reason if end else "a worker was replaced"
-            left = f"{self.restarts} of {self.spec.jobs.max_restarts} times without a new checkpoint"
-            say(self.spec.name, f"{why}; its workers start again ({left})")
+            if self.restarts <= self.spec.jobs.max_restarts:
+                self._say_restart()
         self.starts, self.excused = starts, False
+
+    def _say_restart(self) -> None:
+        _, ended = self._pods()
+        end = pods.blamed(ended, self._told())
+        why = end.reason if end else "a worker was replaced"
+        count = f"{self.restarts} of {self.spec.jobs.max_restarts} times without a new checkpoint"
+        say(self.spec.name, f"{why}; its workers start again ({count})")
 
     def _checkpoint(self) -> int:
         """Steps done at the newest complete checkpoint; 0 where none is seen."""

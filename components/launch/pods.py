@@ -163,7 +163,7 @@ def end_of(pod: Pod, told: Outcome | None = None) -> Outcome:
             last_lines=told.last_lines if told else (),
             when=ended.when,
         )
-    said = _message(ended) or told
+    said = told or _message(ended)  # the same, but a message is cut off
     if said and ended.reason != EVICTED:
         if said.well or said.kind == "orphaned":
             return said

@@ -475,6 +475,7 @@ def test_restarts_without_progress_are_bounded_and_their_reason_is_told(
     said = capsys.readouterr().out
     assert "raise jobs.memory; its workers start again (1 of 2 times without a new checkpoint)" in said
     assert "(2 of 2 times without a new checkpoint)" in said
+    assert "(3 of 2" not in said
     assert "ran out of memory (OOMKilled)" in str(caught.value)
     assert "started 4 times without a new checkpoint (jobs.max_restarts)" in str(caught.value)
     assert len(deletions(server)) == 1

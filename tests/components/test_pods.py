@@ -126,6 +126,8 @@ def test_what_a_pod_stored_says_why_where_its_message_does_not() -> None:
     told = Outcome(kind="unavailable", reason="S3 does not answer")
     assert end_of(read(terminated(203), "Failed"), told).reason == "S3 does not answer"
     assert end_of(Pod("w-0", "1", 0, 0.0, gone=True), told) == told
+    whole = Outcome(kind="failed", reason="ZeroDivisionError: by zero", last_lines=("its trace",))
+    assert end_of(read(terminated(1, message=DEFECT), "Failed"), whole).last_lines == ("its trace",)
     assert end_of(Pod("w-0", "1", 0, 0.0, gone=True)).reason == "pod w-0 was deleted"
 
 
