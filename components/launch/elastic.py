@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 AT_ONCE = 1  # seconds within which processes failed together; who does not stop then is killed later
 STORE_PATIENCE = 20  # seconds to wait for an answer of the store at which workers meet
-LOOK = 5.0  # seconds between two looks at who is waiting there
+LOOK = 2.0  # seconds between two looks at who is waiting there, or has left
+LEFT = "left"  # key there, set by a worker that cannot go on
 AGAIN = 1.0  # seconds until the next try to meet
 TOLD_TO_END = (-signal.SIGTERM, outcome.EXIT_CODES["stopped"])  # exit codes of who was
 
@@ -115,6 +117,11 @@ class Ranks:
                     self.failures[rank] = ProcessFailure(rank, process.pid, code, error_file="")
         return len(self._ended) < len(self._processes)
 
+    @property
+    def broken(self) -> bool:
+        """Whether one has failed that was not told to end."""
+        return any(one.exitcode not in TOLD_TO_END for one in self.failures.values())
+
     def signal(self, number: int) -> None:
         """Send a signal to all that run."""
         for process in self._processes.values():
@@ -147,7 +154,8 @@ class Meeting:
         self._handler, self._info = handler, info
         self.ranks = range(info.rank * processes, (info.rank + 1) * processes)
         self.world = info.world_size * processes
-        self.lost = ""  # why it is over
+        self.lost = ""  # why it is over, where that came from another worker
+        self._left = False
 
     def told(self, rank: int) -> dict[str, str]:
         """Environment of a rank, as torchrun sets it."""
@@ -173,19 +181,37 @@ class Meeting:
 
         Gloo notices by itself when a process at the other end is gone, and raises in ours: this is not needed
         then. With nccl ours may stand in a collective until its watchdog ends them, after half an hour. But a
-        worker that was replaced waits at the store to be let in, as soon as its predecessor's heartbeats have
-        been missing for a quarter of a minute; and a worker 0 that is gone has taken the store along.
+        worker says so when it cannot go on; one that could not say it, and was replaced, waits at the store
+        to be let in, as soon as its predecessor's heartbeats have been missing for a quarter of a minute; and
+        a worker 0 that is gone has taken the store along.
         """
         threading.Thread(target=self._watch, name="meeting", daemon=True).start()
 
+    def leave(self) -> None:
+        """Tell the others that this worker cannot go on; returns at once, and may be called again."""
+
+        def say() -> None:
+            with suppress(Exception):  # of any type: the store is gone
+                self._info.store.set(LEFT, "")
+
+        self._left = True
+        threading.Thread(target=say, name="leaves", daemon=True).start()
+
     def _watch(self) -> None:
-        while not self.lost:
+        while True:
             time.sleep(LOOK)
             try:
-                if self._handler.num_nodes_waiting():
-                    self.lost = "another worker was replaced"
+                if self._info.store.check([LEFT]):
+                    why = "another worker has ended"
+                elif self._handler.num_nodes_waiting():
+                    why = "another worker was replaced"
+                else:
+                    continue
             except Exception as error:  # of any type: the store is gone
-                self.lost = f"worker 0 cannot be reached any more ({type(error).__name__})"
+                why = f"worker 0 cannot be reached any more ({type(error).__name__})"
+            if not self._left:
+                self.lost = why
+            return
 
 
 def meet(

@@ -23,11 +23,11 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from components.launch.elastic import TOLD_TO_END, Meeting, Ranks, Unmet, blamed, meet
+from components.launch.elastic import Meeting, Ranks, Unmet, blamed, meet
 from model.errors import Stopped, UserError
 from model.plumbing import assets, attempts, cgroups, environment, outcome, speech, storage
 from model.plumbing.attempts import Attempt
@@ -208,13 +208,13 @@ def _watched(ranks: Ranks, meeting: Meeting, told: Told, grace: float) -> bool:
         time.sleep(TICK)
         ranks.show(sys.stdout.buffer)
         now = time.monotonic()
-        broken = [one for one in ranks.failures.values() if one.exitcode not in TOLD_TO_END]
-        if told.yes and not (asked or broken):
+        if told.yes and not (asked or ranks.broken):
             told_first = asked = patient = True
             ranks.signal(signal.SIGTERM)
             until = now + grace
-        elif broken or meeting.lost:
+        elif ranks.broken or meeting.lost:
             if not asked or patient:
+                meeting.leave()
                 ranks.signal(signal.SIGTERM)
                 until = min(until, now + STUCK)
             asked, patient = True, False
@@ -223,6 +223,8 @@ def _watched(ranks: Ranks, meeting: Meeting, told: Told, grace: float) -> bool:
             until = now + grace
         if now > until:
             ranks.signal(signal.SIGKILL)
+    if ranks.broken:
+        meeting.leave()
     ranks.show(sys.stdout.buffer)
     return told_first
 
@@ -232,11 +234,13 @@ def _settled(spec: JobSpec, meeting: Meeting, told: Told) -> Outcome:
 
     To the operator an elastic job has succeeded with the first worker that has, and the others are deleted:
     rank 0 may just upload.
+
+    Raises:
+        Unavailable: the store does not say whether it is.
     """
     while True:
-        with suppress(UserError, OSError), storage.hasty(*HASTE):
-            if assets.find(spec.output):
-                return Outcome(kind="finished")
+        if assets.find(spec.output):
+            return Outcome(kind="finished")
         if 0 in meeting.ranks:
             reason = f"all processes ended well, but {spec.output} has no manifest"
             return Outcome(kind="failed", reason=reason)

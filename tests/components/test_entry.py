@@ -347,6 +347,24 @@ def test_one_who_is_told_to_end_before_there_are_ranks_does_so(pods: Callable[..
     assert job.message(0)["kind"] == "stopped"
 
 
+@pytest.mark.parametrize("told", [0, 1])
+def test_one_who_is_told_to_end_while_its_ranks_start_takes_the_other_one_along(
+    pods: Callable[..., Pods], told: int
+) -> None:
+    job = pods("train")
+    started = job.start()
+    until = time.monotonic() + 60
+    while "runs ranks" not in job.said(told) and time.monotonic() < until:
+        time.sleep(0.05)
+    started[told].terminate()
+    began = time.monotonic()
+    again = job.start(told)
+    codes = ended(started, within=60)
+    print(f"worker {told} told while ranks start: the other one ended after {time.monotonic() - began:.1f} s")
+    assert (codes[told], codes[1 - told]) == (143, 200)
+    again[0].kill()
+
+
 @pytest.mark.parametrize("there", [0, 1])
 def test_who_meets_nobody_says_so(pods: Callable[..., Pods], there: int) -> None:
     job = pods("train")
@@ -418,6 +436,19 @@ def test_a_survivor_in_a_collective_that_says_nothing_ends_when_the_other_is_rep
     print(f"worker 1 replaced: a hanging worker 0 ended after {time.monotonic() - began:.1f} s")
     assert gone(ranks[0])
     assert job.message(0)["reason"] == "another worker was replaced"
+
+
+def test_a_survivor_in_a_collective_that_says_nothing_ends_with_the_other_ones_rank(
+    pods: Callable[..., Pods],
+) -> None:
+    job = pods("hang")
+    started = job.start()
+    ranks = job.running(0, 1)
+    os.kill(ranks[1], signal.SIGKILL)
+    began = time.monotonic()
+    assert ended(started, within=25) == [200, 202]
+    print(f"rank 1 killed: a hanging worker 0 ended after {time.monotonic() - began:.1f} s")
+    assert job.message(0)["reason"] == "another worker has ended"
 
 
 def test_a_survivor_in_a_collective_that_says_nothing_ends_when_worker_0_is_gone(

@@ -152,6 +152,36 @@ MUTANTS = [
         "[one is killed, the other loses it]",
     ),
     Mutant(
+        "launch: who was told to end is not to blame",
+        "components/launch/elastic.py",
+        'if one[1].kind not in ("lost", "stopped")',
+        'if one[1].kind != "lost"',
+        "tests/components/test_elastic.py::test_the_blame_is_on_the_process_that_made_the_others_fail"
+        "[one loses another pod's, and the rest is stopped for it]",
+    ),
+    Mutant(
+        "attempts: a checkpoint won starts the count anew",
+        "model/plumbing/attempts.py",
+        "count = 0 if after > before else count + 1",
+        "count += 1",
+        "tests/plumbing/test_attempts.py::test_restarts_count_from_the_last_one_that_came_further"
+        "[a checkpoint won]",
+    ),
+    Mutant(
+        "cores: the container's quota counts",
+        "model/plumbing/parallel.py",
+        "if quota := cgroups.cpu_quota():",
+        "if quota := None:",
+        "tests/plumbing/test_cgroups.py::test_cores_are_those_of_the_quota_where_it_is_less[96-1-3]",
+    ),
+    Mutant(
+        "logs: each line is printed once",
+        "pipelines/logs.py",
+        "self._shown[uri] = start + len(data)",
+        "pass",
+        "tests/pipelines/test_logs.py::test_who_follows_sees_each_line_once_until_the_work_is_done",
+    ),
+    Mutant(
         "launch: an older outcome is not this one's",
         "components/launch/torchrun.py",
         'return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=logs or None))',
