@@ -13,9 +13,11 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.errors import Unavailable, UserError
-from model.plumbing import storage
+from model.plumbing import environment, storage
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,7 @@ TENSORS, STATE, COMPLETE = "tensors.safetensors", "state.json", "complete.json"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 AWAY = 600.0  # seconds for which a store that does not answer is asked again; training goes on meanwhile
 AGAIN = 5.0  # seconds between two tries
+TRIES = 3  # of a request, before the store is taken to be away
 # Beside what storage and safetensors find, what Python says of JSON that is none, or not of our shape.
 DAMAGE = (
     storage.NotFound, storage.Damaged, SafetensorError, ValueError, KeyError, TypeError, AttributeError,
@@ -55,6 +58,7 @@ class Checkpointer:
         self.keep = keep
         self._beside = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: Future[None] | None = None
+        self._away = threading.Event()  # the store, which keeps the one under way from being stored
         self._memory: dict[str, Tensor] = {}  # of the copy, used again by the next one
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -65,8 +69,8 @@ class Checkpointer:
     def begin(self, step: int, state: dict[str, Any]) -> None:
         """Copy a state, which may change after this, and store it beside what goes on; on one rank only.
 
-        One is under way at a time: the one before is waited for. When it is stored, all but the newest `keep`
-        are deleted.
+        One is under way at a time: the one before is waited for, unless the store is away; then there is no
+        checkpoint of this step. When one is stored, all but the newest `keep` are deleted.
 
         Args:
             step: optimiser steps done.
@@ -75,6 +79,11 @@ class Checkpointer:
         Raises:
             UserError: the one before could not be stored; the checkpoints before that are untouched.
         """
+        while self._under_way and not self._under_way.done():
+            if self._away.is_set():
+                logger.warning("no checkpoint of step %d: the one before is not stored yet", step)
+                return
+            wait_for([self._under_way], timeout=0.1)
         self.wait()
         flat = leaves(state)
         tensors = self._copied({path: leaf for path, leaf in flat.items() if isinstance(leaf, Tensor)})
@@ -106,11 +115,15 @@ class Checkpointer:
         until = time.monotonic() + AWAY
         while True:
             try:
-                return self._store(step, tensors, plain)
+                with storage.hasty(environment.S3_PATIENCE.get(), TRIES):
+                    self._store(step, tensors, plain)
+                self._away.clear()
+                return
             except Unavailable as error:
                 if time.monotonic() > until:
                     raise
                 logger.warning("the checkpoint of step %d is not stored yet: %s", step, error)
+                self._away.set()
                 time.sleep(AGAIN)
 
     def _store(self, step: int, tensors: dict[str, Tensor], plain: str) -> None:

@@ -98,6 +98,7 @@ class Stopping:
         if why == NOTHING:
             self._say()
             return
+        keeper.wait()  # nothing is in the way of this one
         keeper.save(done)
         keeper.wait()
         self._say()

@@ -252,17 +252,19 @@ def _broken(checkpointer: Checkpointer) -> None:
         _ = 1 / 0
 
 
-def away(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
-    """Let the store not answer so many uploads."""
-    upload, left = storage.upload_file, iter(range(times))
+def away(monkeypatch: pytest.MonkeyPatch, times: int) -> list[None]:
+    """Let the store not answer so many uploads; returns those that are left."""
+    upload, left = storage.upload_file, [None] * times
 
     def send(path: str | Path, uri: str) -> None:
-        if next(left, None) is not None:
+        if left:
+            left.pop()
             raise Unavailable(f"{uri}: S3 cannot be reached")
         upload(path, uri)
 
     monkeypatch.setattr(storage, "upload_file", send)
     monkeypatch.setattr(checkpoints, "AGAIN", 0.01)
+    return left
 
 
 def test_a_store_that_is_away_for_a_while_delays_it(
@@ -275,6 +277,21 @@ def test_a_store_that_is_away_for_a_while_delays_it(
     found = checkpointer.latest()
     assert found
     assert found[0] == 4
+
+
+def test_while_the_store_is_away_no_other_one_begins_and_nobody_waits(
+    store: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = away(monkeypatch, 10**6)
+    checkpointer = Checkpointer(store)
+    checkpointer.begin(4, tensors(4))
+    checkpointer.begin(5, tensors(5))
+    assert "no checkpoint of step 5: the one before is not stored yet" in caplog.text
+    left.clear()
+    checkpointer.wait()
+    checkpointer.save(6, tensors(6))
+    folders = {name.partition("/")[0] for name in storage.list_sizes(store)}
+    assert folders == {"step-00000004", "step-00000006"}
 
 
 def test_a_store_that_stays_away_ends_it(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,13 +322,15 @@ def test_s3_that_is_away_stops_no_training(services: dict[str, str], monkeypatch
             checkpointer.begin(2, tensors(2))
             assert time.monotonic() - began < 0.5
             time.sleep(3)  # training
+            began = time.monotonic()
+            checkpointer.begin(3, tensors(3))  # is passed over
+            assert time.monotonic() - began < 0.5
             assert refused > 2
             gone.clear()
-            checkpointer.begin(3, tensors(3))
-        found = checkpointer.latest()
-        assert found
-        assert found[0] == 3
-        assert len(storage.list_sizes(checkpointer.uri)) == 2 * 3  # of step 2, too
+            checkpointer.wait()
+            checkpointer.begin(4, tensors(4))
+        folders = {name.partition("/")[0] for name in storage.list_sizes(checkpointer.uri)}
+        assert folders == {"step-00000002", "step-00000004"}
 
 
 # ── what is restored ────────────────────────────────────────────────────────────────────────────────────

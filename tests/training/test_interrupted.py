@@ -165,7 +165,7 @@ class Place:
     def __init__(self, prepared: Path, folder: Path) -> None:
         self.store = folder / "store"
         shutil.copytree(prepared, self.store)
-        (self.spec,) = self.store.glob("*/*/job.json")
+        (self.spec,) = self.store.glob("*/*/job-*.json")
         self._attempts = (folder / f"attempt-{number}" for number in itertools.count())
 
     def attempt(self, moment: Moment | None = None, world: int = 2, lease: float | None = None) -> Attempt:
