@@ -93,6 +93,7 @@ class Cluster:
             "resources": ["../base"],
             "components": ["../components/seaweedfs"],
             "images": [{"name": "latent-gpt", "newName": name, "digest": digest}],
+            "patches": [patch for service in ("seaweedfs", "mlflow") for patch in _for_a_while(service)],
         }
         with tempfile.TemporaryDirectory(dir=ROOT / "k8s", prefix=".test-") as folder:
             (Path(folder) / "kustomization.yaml").write_text(json.dumps(overlay))
@@ -170,6 +171,20 @@ class Cluster:
             self.kubectl("get", "pytorchjob", job, "--ignore-not-found", "-o", "name")
             or self.get("pods", "-l", f"training.kubeflow.org/job-name={job}")
         )
+
+
+def _for_a_while(service: str) -> list[dict[str, Any]]:
+    """Patches by which a service keeps its data in its pod, and leaves no volume behind."""
+    claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": service}}
+    volume = {
+        "op": "replace",
+        "path": "/spec/template/spec/volumes/0",
+        "value": {"name": "data", "emptyDir": {}},
+    }
+    return [
+        {"target": {"kind": "Deployment", "name": service}, "patch": json.dumps([volume])},
+        {"patch": json.dumps({**claim, "$patch": "delete"})},
+    ]
 
 
 class Step:

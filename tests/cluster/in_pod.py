@@ -14,11 +14,13 @@ from model import steps
 from model.config import load_config
 from model.data.ingest import ingest
 from model.plumbing.leases import alone
+from model.plumbing.tracking import open_pipeline_run
 
 
 def main(run: str, preset: str, overrides: str, *kinds: str) -> None:
     """Make the assets of these kinds, in order."""
     config = load_config(preset, json.loads(overrides))
+    open_pipeline_run(config.experiment, run)
     made = {}
     for kind in kinds:
         needed = {name: made[name] for name in steps.STEPS[kind].needs}

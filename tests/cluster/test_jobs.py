@@ -152,7 +152,9 @@ def test_killed_twenty_times_it_makes_what_two_processes_of_one_machine_make(
         cluster.kubectl("delete", "pod", *names, "--grace-period=0", "--force", "--wait=false")
 
     def operator() -> None:
-        cluster.kubectl("delete", "pod", "-A", "-l", OPERATOR, "--grace-period=1", "--wait=false")
+        (one,) = cluster.get("pods", "-A", "-l", OPERATOR)
+        name, where = one["metadata"]["name"], one["metadata"]["namespace"]
+        cluster.kubectl("-n", where, "delete", "pod", name, "--grace-period=1", "--wait=false")
 
     kills = {"worker": lambda: ranks(1), "rank 0": lambda: ranks(0), "both": both, "operator": operator}
     step = training.start()
