@@ -218,6 +218,21 @@ MUTANTS = [
         "tests/plumbing/test_leases.py::test_who_comes_late_with_a_number_that_was_used_has_lost[local]",
     ),
     Mutant(
+        "leases: a dead holder on this machine is not waited for",
+        "model/plumbing/leases.py",
+        'return state in "ZX" or started != holder["started"]',
+        "return False",
+        "tests/plumbing/test_leases.py::test_a_process_is_dead_when_it_is_gone_or_another_has_its_number",
+    ),
+    Mutant(
+        "leases: a step that dies has not said that its run waits",
+        "model/plumbing/leases.py",
+        "        renewal.stop(patience=0)\n",
+        "        say(WAITS)\n",
+        "tests/plumbing/test_leases.py"
+        "::test_a_run_is_given_up_when_its_step_dies_and_not_between_two_steps[local]",
+    ),
+    Mutant(
         "leases: a late number has lost",
         "model/plumbing/leases.py",
         "if _highest(ages) > self._number:",
