@@ -57,7 +57,8 @@ def blamed(failures: Mapping[int, ProcessFailure], left: Mapping[int, Outcome], 
     ]
     if spoken and not unstopped:
         rank, end = next((one for one in spoken if one[1].kind not in ("lost", "stopped")), spoken[0])
-        return end.model_copy(update={"reason": end.told_of(f"process {rank}")})
+        lines = end.last_lines or tuple(log_of(folder, rank)[-outcome.LAST_LINES :])
+        return end.model_copy(update={"reason": end.told_of(f"process {rank}"), "last_lines": lines})
     rank = unstopped[0] if unstopped else next(iter(silent))
     return outcome.of_status(f"process {rank}", failures[rank].exitcode, log_of(folder, rank))
 

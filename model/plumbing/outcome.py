@@ -163,6 +163,11 @@ def recorded(who: str) -> Iterator[None]:
         tell_container(end.line, if_silent=True)
         _leave(folder, who, end)
         raise
+    except SystemExit as error:  # others may lose this process, and be gone before its exit code is there
+        if error.code:
+            code = error.code if isinstance(error.code, int) else f"1: {error.code}"
+            _leave(folder, who, Outcome(kind="failed", reason=f"it left with exit code {code}"))
+        raise
     _leave(folder, who, Outcome(kind="finished"))
 
 

@@ -242,7 +242,7 @@ def gone(pid: int) -> bool:
         ("user error", [200, 1], ["lost", "refused"], "batch_size 7 is odd; make it even"),
         ("defect", [200, 1], ["lost", "failed"], "process 1 failed: ZeroDivisionError: by zero"),
         ("nan", [1, 1], ["diverged", "diverged"], "step 12: loss is nan"),
-        ("exit", [200, 1], ["lost", "failed"], "process 1 ended with exit code 3 (the last words)"),
+        ("exit", [200, 1], ["lost", "failed"], "process 1 failed: it left with exit code 3"),
         ("away", [200, 203], ["lost", "unavailable"], "s3://bucket cannot be reached"),
         (
             "out of memory",

@@ -103,7 +103,7 @@ def test_a_workers_user_error_arrives_as_it_was_said(store: Path) -> None:
 
 
 def test_an_exit_code_comes_with_rank_and_last_lines(store: Path) -> None:
-    with pytest.raises(JobFailed, match=r"process 1 ended with exit code 3(.|\n)*the last words"):
+    with pytest.raises(JobFailed, match=r"process 1 failed: it left with exit code 3(.|\n)*the last words"):
         launch(spec(store, "exit"))
 
 

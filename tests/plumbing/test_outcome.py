@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -196,3 +197,20 @@ def test_any_other_end_is_a_failed_job_with_its_last_lines() -> None:
     first, *rest = str(error).splitlines()
     assert first.startswith("process 1 was killed")
     assert rest == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "reason"),
+    [
+        (3, "failed", "it left with exit code 3"),
+        ("no such thing", "failed", "it left with exit code 1: no such thing"),
+        (0, None, ""),
+    ],
+)
+def test_who_leaves_in_the_middle_says_so_before_it_is_gone(
+    folder: str, code: int | str, kind: str | None, reason: str
+) -> None:
+    with pytest.raises(SystemExit), outcome.recorded("1"):
+        sys.exit(code)
+    left = outcome.left_in(folder)
+    assert [(end.kind, end.reason) for end in left.values()] == ([(kind, reason)] if kind else [])
