@@ -10,6 +10,7 @@ import random
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -348,6 +349,9 @@ class Watch(threading.Thread):
                 wait = max(retry_after(error), pause(tries))
             except NETWORK:
                 wait = pause(tries)
+            except Exception:  # an object that is not as we know them: a watch that ended would tell nothing
+                traceback.print_exc()
+                self._version, wait = "", pause(tries)
             tries = 0 if self._version != version else tries + 1
             self._end.wait(wait or 0.2)
 

@@ -142,6 +142,8 @@ class Stopping:
             if age is None:
                 alone = alone or time.monotonic()
                 age = time.monotonic() - alone
+            else:
+                alone = None
             if age > 60 * self._orphan_minutes:
                 self.why = UNWANTED
                 if self._listens and not self._heeded:

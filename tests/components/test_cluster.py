@@ -12,7 +12,7 @@ import pytest
 from kubernetes.client.exceptions import ApiException
 
 from components.launch import cluster
-from components.launch.cluster import ALL, DELETED, Cluster, Farewell, Kind
+from components.launch.cluster import ALL, DELETED, Cluster, Farewell, Kind, Object
 from model.errors import Unavailable, UserError
 from tests.apiserver import JOBS, PODS, ApiServer
 
@@ -197,3 +197,17 @@ def test_events_are_warnings_of_what_is_asked_for_the_newest_last(
     assert there.events("j") == ["FailedCreatePod: exceeded quota"]
     api_server.fail(500)
     assert there.events("j") == [], "not worth waiting for"
+
+
+def test_a_watch_outlives_whoever_it_tells(api_server: ApiServer, there: Cluster) -> None:
+    seen: list[str] = []
+
+    def see(what: str, found: list[Object]) -> None:
+        seen.extend(one["metadata"]["name"] for one in found)
+        if len(seen) == 1:
+            raise KeyError("containers")
+
+    api_server.add(JOBS, "j", spec=job()["spec"])
+    there.watch_pods("training.kubeflow.org/job-name=j", see).start()
+    api_server.pod("j", 0)
+    until(lambda: seen == ["j-worker-0", "j-worker-0"])
