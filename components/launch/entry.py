@@ -28,8 +28,8 @@ from pathlib import Path
 from types import FrameType
 
 from components.launch.elastic import Meeting, Ranks, Unmet, blamed, meet
-from model.errors import Stopped, UserError
-from model.plumbing import assets, attempts, cgroups, environment, outcome, speech, storage
+from model.errors import Orphaned, Stopped, UserError
+from model.plumbing import assets, attempts, cgroups, environment, leases, outcome, speech, storage
 from model.plumbing.attempts import Attempt
 from model.plumbing.jobs import JobSpec, read_spec
 from model.plumbing.outcome import Outcome
@@ -41,7 +41,8 @@ STUCK = 10.0  # seconds for those who are left when one has failed: they may wai
 UPLOAD = 10.0  # seconds between two uploads of logs; ten times as long as one took, at least
 HASTE = (3.0, 2)  # at the end: seconds for an answer of the store, and tries; a pod's grace is not endless
 SETTLED = 2.0  # seconds between two looks whether rank 0, in another pod, has written the asset
-MEETING = 3600.0  # seconds for all workers to be there: some may be queued, or pull their image
+MEETING = 30 * 86400.0  # seconds for all workers to be there: some may be queued, or pull their image
+WANTED = 30.0  # seconds between two looks, until they are, whether anybody still wants the asset
 AGAINST_MEMORY = ("killed", "lost", "failed")  # kinds that may stand for: memory was over
 FINAL = ("finished", "orphaned", "refused", "diverged")  # what being told to end does not explain
 
@@ -51,6 +52,7 @@ class Told:
 
     def __init__(self) -> None:
         self.yes = False
+        self.unwanted = False  # it is we ourselves who say so
         self._raises = True
 
     def listen(self) -> None:
@@ -74,6 +76,8 @@ class Told:
             raise self._error()
 
     def _error(self) -> Stopped:
+        if self.unwanted:
+            return Orphaned("nobody wants the asset any more; its processes had not started")
         return Stopped("told to end (SIGTERM), before its processes had started")
 
 
@@ -150,14 +154,15 @@ def _run(spec: JobSpec, attempt: Attempt, told: Told) -> Outcome:
     least, _, most = environment.WORKERS.get().partition(":")
     settings = dict(one.split("=", 1) for one in environment.MEETING_SETTINGS.get().split(",") if "=" in one)
     speech.say(spec.name, f"worker {attempt.worker} meets the others at {environment.MEETING_POINT.get()}")
-    meeting = meet(
-        spec.name,
-        Path(spec.output).name,
-        processes,
-        (int(least), int(most or least)),
-        attempt.worker == 0,
-        float(settings.get("join_timeout", MEETING)),
-    )
+    with _while_wanted(spec, told):
+        meeting = meet(
+            spec.name,
+            Path(spec.output).name,
+            processes,
+            (int(least), int(most or least)),
+            attempt.worker == 0,
+            float(settings.get("join_timeout", MEETING)),
+        )
     speech.say(
         spec.name,
         f"worker {attempt.worker} runs ranks {meeting.ranks[0]} to {meeting.ranks[-1]} of {meeting.world}",
@@ -198,6 +203,31 @@ def _run(spec: JobSpec, attempt: Attempt, told: Told) -> Outcome:
         reason = end.reason.replace(outcome.SIGKILLED, why) if known else f"{end.reason} {why}"
         return end.model_copy(update={"kind": "killed", "reason": reason})
     return end
+
+
+@contextmanager
+def _while_wanted(spec: JobSpec, told: Told) -> Iterator[None]:
+    """End this process when nobody wants the asset, as long as there is no rank 0 that looks."""
+    over = threading.Event()
+
+    def look() -> None:
+        wait = 0.0
+        while not over.wait(wait):
+            wait = WANTED
+            try:
+                age = leases.age(spec.leases)
+            except (UserError, OSError):
+                continue  # nobody knows
+            if age is not None and age > 60 * spec.jobs.orphan_minutes and not over.is_set():
+                told.unwanted = True
+                os.kill(os.getpid(), signal.SIGTERM)  # raises where the main thread is
+                return
+
+    threading.Thread(target=look, name="wanted", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def _watched(ranks: Ranks, meeting: Meeting, told: Told, grace: float) -> bool:

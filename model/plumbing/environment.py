@@ -136,7 +136,7 @@ WORKER = Variable("LATENT_GPT_WORKER", "number of this pod among those of its jo
 MEETING_POINT = Variable("PET_RDZV_ENDPOINT", "host and port of worker 0, where all workers meet")
 MEETING_ADDRESS = Variable("PET_LOCAL_ADDR", "by which the others find this worker", "its host's name")
 MEETING_SETTINGS = Variable(
-    "PET_RDZV_CONF", "e.g. `join_timeout=600`, the seconds to wait for all", "an hour"
+    "PET_RDZV_CONF", "e.g. `join_timeout=600`, the seconds to wait for all", "thirty days"
 )
 WORKERS = Variable("PET_NNODES", "how many there are; or least and most, as 1:2", default="1:1")
 PROCESSES = Variable("PET_NPROC_PER_NODE", "how many each of them starts", "as many as the job's spec says")

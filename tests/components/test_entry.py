@@ -111,7 +111,7 @@ from model.plumbing import cgroups, outcome
 
 outcome.TERMINATION_LOG = Path(sys.argv.pop(1))
 cgroups.MEMBERSHIP, cgroups.MOUNT = Path(sys.argv[1]).with_name("membership"), Path(sys.argv.pop(1))
-entry.UPLOAD = 0.5
+entry.UPLOAD, entry.WANTED = 0.5, 0.5
 entry.main()
 """
 
@@ -388,12 +388,25 @@ def test_what_nobody_wants_any_more_ends_well(pods: Callable[..., Pods]) -> None
     assert [one.outcome.kind for one in job.attempts().values() if one.outcome] == ["orphaned"] * 2
     assert job.message(0)["kind"] == "orphaned"
     assert assets.find(job.spec.output) is None
-    codes = ended(job.start())
-    assert codes[0] == 0, "and does not begin again"  # the other one has lost it, or has heard of it
+    assert ended(job.start()) == [0, 0], "and does not begin again"
     assert job.attempts()[2].step > 5
-    found = job.attempts()[2].outcome
-    assert found
-    assert found.kind == "orphaned"
+    assert {one.outcome.kind for one in job.attempts().values() if one.outcome} == {"orphaned"}
+
+
+def test_a_worker_that_waits_for_the_others_ends_when_nobody_wants_the_asset(
+    pods: Callable[..., Pods],
+) -> None:
+    job = pods("train")
+    lease = Path(job.spec.leases, "step.json")
+    lease.parent.mkdir(parents=True)
+    lease.write_text("{}")
+    (alone,) = job.start(0)
+    until = time.monotonic() + 60
+    while "meets the others" not in job.said(0) and time.monotonic() < until:
+        time.sleep(0.1)
+    os.utime(lease, (time.time() - 3600,) * 2)
+    assert ended([alone], within=20) == [0]
+    assert job.message(0)["kind"] == "orphaned"
 
 
 def test_a_worker_does_not_end_well_before_the_asset_is_there(pods: Callable[..., Pods]) -> None:
