@@ -7,7 +7,13 @@ PROMPT ?= red apple
 OUT ?= out.png
 ARGS ?=
 PART ?= jobs
+# As they were typed: a prompt's dollar signs are no variables of make's.
+override PROMPT := $(value PROMPT)
+override OUT := $(value OUT)
 export PROMPT OUT REGISTRY BASE CA BUILDER BUILD_FLAGS PUSH_FLAGS
+# A user's own pip settings must not lead an installation out of .venv.
+export PIP_USER := 0
+unexport PIP_TARGET PIP_PREFIX PIP_ROOT
 
 BIN := .venv/bin
 UV := $(BIN)/uv

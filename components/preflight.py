@@ -61,12 +61,29 @@ def check_disk(folder: Path, needed: int = FREE_BYTES, share: float = 0.0) -> No
         )
 
 
-def check_state(folder: Path) -> None:
-    """Check that the state folder's disk has room for a run, and for S3 if that is started there.
+def check_writable(folder: Path) -> None:
+    """Check that this user may write into the state folder, or make it.
 
     Raises:
-        UserError: it has not.
+        UserError: not so.
     """
+    there = folder
+    while not os.path.exists(there):  # as far as this user may look
+        there = there.parent
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK, effective_ids=True)):
+        raise UserError(
+            f"{folder} cannot be written: permission denied at {there}; set LATENT_GPT_STATE to a folder of"
+            " this user's"
+        )
+
+
+def check_state(folder: Path) -> None:
+    """Check that the state folder may be written, and has room for a run, with S3 if that is started there.
+
+    Raises:
+        UserError: it may not, or has not.
+    """
+    check_writable(folder)
     check_disk(folder, share=0.0 if environment.S3_ENDPOINT_URL.get() else FREE_SHARE)
 
 

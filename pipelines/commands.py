@@ -188,9 +188,11 @@ def _shared() -> bool:
 @contextlib.contextmanager
 def _services() -> Iterator[dict[str, str]]:
     """S3 and MLflow as a run would have them, until the block ends or SIGTERM comes."""
+    from components.preflight import check_writable
     from model.plumbing.processes import stopping_on_sigterm
     from pipelines.embedded.services import services
     from pipelines.run import state_folder
 
+    check_writable(state_folder())
     with stopping_on_sigterm(), services(state_folder()) as environment:
         yield environment

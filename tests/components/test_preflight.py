@@ -83,6 +83,19 @@ def test_a_store_on_a_disk_nearly_full_by_seaweedfs_own_rule_is_refused(
         check_state(tmp_path)
 
 
+def test_a_state_folder_of_somebody_else_is_refused_by_the_name_of_its_setting(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    if as_root := os.geteuid() == 0:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(UserError, match=r"cannot be written: .* set LATENT_GPT_STATE to a folder"):
+            check_state(tmp_path / "clone" / ".latent-gpt")
+    finally:
+        if as_root:
+            os.seteuid(0)
+        tmp_path.chmod(0o755)
+
+
 @pytest.mark.slow
 def test_where_all_is_well_each_check_says_what_it_found_and_nothing_is_left(
     services: dict[str, str],
