@@ -6,6 +6,7 @@ prints the README's table.
 
 from __future__ import annotations
 
+import locale
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -209,6 +210,11 @@ def rank() -> int:
 def ranks_here() -> int:
     """Processes of this one's job on this machine; 1 without torchrun."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def speaks_utf8() -> bool:
+    """Whether text goes to files, children and people as UTF-8, or was told to and cannot."""
+    return locale.getpreferredencoding(False).lower() == "utf-8" or os.environ.get("PYTHONUTF8") == "1"
 
 
 def under_torchrun() -> bool:

@@ -55,6 +55,14 @@ def test_a_bad_config_is_refused_in_one_line(arguments: list[str], expected: str
     assert not state.exists(), "nothing was started"
 
 
+def test_what_a_person_reads_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
+    ascii_ = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "pipelines.cli", "preflight", "--preset", "café.yaml"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(tmp_path, **ascii_), capture_output=True)
+    assert done.returncode == 2
+    assert "café.yaml" in done.stderr.decode("utf-8")
+
+
 def test_debug_shows_the_stack_trace() -> None:
     done = latent_gpt("run", "--preset", "nowhere", "--debug")
     assert done.returncode != 0
