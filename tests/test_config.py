@@ -1,14 +1,29 @@
 """Every rule of the config: what is refused, and the line that says so, with the field and both figures."""
 
+import random
 import re
 from functools import reduce
 from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 
-from model.config import PRESETS, RunConfig, Section, config_hash, load_config, parse_config, preset_names
+from model.config import (
+    PRESETS,
+    RunConfig,
+    Section,
+    TrainedCLIPConfig,
+    VQVAEConfig,
+    config_hash,
+    load_config,
+    parse_config,
+    preset_names,
+)
 from model.errors import UserError
+from model.nets.clip import architecture, build_clip
+from model.nets.gpt import GPT
+from model.nets.vqvae import VQVAE
 
 GPT2 = [f"transformer.{one}" for one in ("arch=gpt2", "mlp=gelu", "positions=learned", "qk_norm=false")]
 GPT2_NEEDS = "transformer: arch gpt2 needs mlp: gelu, positions: learned, qk_norm: false"
@@ -481,3 +496,49 @@ def test_a_tokenizers_vocabulary() -> None:
     assert load_config("smoke").tokenizer.vocabulary == 16  # type: ignore[union-attr]
     fsq = load_config("smoke", ["tokenizer.quantizer=fsq", "tokenizer.fsq_levels=[3, 5]"])
     assert fsq.tokenizer.vocabulary == 15  # type: ignore[union-attr]
+
+
+ODD = {  # values that fit together in some ways, and not in most
+    "data.image_size": [16, 24, 32],
+    "clip.embed_dim": [4, 10, 16],
+    "clip.text_width": [8, 10, 16, 18],
+    "clip.text_heads": [1, 2, 3],
+    "clip.vision_width": [8, 16, 32, 33, 40, 48],
+    "clip.patch_size": [4, 5, 8],
+    "tokenizer.width": [4, 6, 8, 12, 20, 32, 40],
+    "tokenizer.multipliers": ["[1, 1, 1]", "[1, 2]", "[1, 2, 2, 2]", "[3, 1, 2]", "[1]"],
+    "tokenizer.blocks": [1, 2],
+    "tokenizer.code_dim": [1, 3, 4, 8],
+    "tokenizer.codebook_size": [2, 7, 16],
+    "tokenizer.stem": [1, 2, 4],
+    "tokenizer.factor": [4, 8],
+    "transformer.arch": ["latent", "gpt2"],
+    "transformer.mlp": ["swiglu", "gelu"],
+    "transformer.positions": ["rope", "learned"],
+    "transformer.width": [8, 12, 16, 18, 24, 30, 33, 40],
+    "transformer.heads": [1, 2, 3, 4, 5],
+    "transformer.depth": [1, 2],
+}
+
+
+@pytest.mark.slow
+def test_what_the_config_takes_can_be_built() -> None:
+    """No rule is missing: what does not fit together is refused before anything starts, not by a job."""
+    chance = random.Random(0)
+    built = 0
+    while built < 200:
+        overrides = [f"{field}={chance.choice(ODD[field])}" for field in chance.sample(list(ODD), 5)]
+        try:
+            config = load_config("smoke", overrides)
+        except UserError:
+            continue
+        clip, tokenizer, transformer = config.clip, config.tokenizer, config.transformer
+        assert isinstance(clip, TrainedCLIPConfig)
+        assert isinstance(tokenizer, VQVAEConfig)
+        assert transformer
+        grid = config.data.image_size // tokenizer.factor
+        with torch.device("meta"):
+            build_clip({"name": "", "architecture": architecture(clip, config.data.image_size)})
+            VQVAE(tokenizer)
+            GPT(transformer, tokenizer.vocabulary, (grid, grid), clip.text_width)
+        built += 1
