@@ -110,7 +110,7 @@ def test_an_end_that_another_start_may_follow_is_none_for_a_while(
 ) -> None:
     one = begun(noted["assets"]["tokenizer"], 0, 1)
     if kind:
-        attempts.finish(one, Outcome(kind=kind, when=NOW - seconds_ago))
+        attempts.finish(one, Outcome(kind=kind, when=time.time() - seconds_ago))
     assert stored_logs("r").over("tokenizer") == over
 
 
