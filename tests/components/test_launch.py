@@ -85,6 +85,7 @@ def test_a_job_runs_on_its_processes_and_returns_its_asset(
     assert "rank 1 of 2" not in shown, "only rank 0 speaks"
     logs = [path.read_text() for path in (store / "logs").rglob("stdout.log")]
     assert sorted(line.split(" on ")[0] for log in logs for line in log.splitlines()) == [
+        "rank 1 of 2,",  # says the worker, of those that nobody hears
         "toy | rank 0 of 2",
         "toy | rank 1 of 2",
     ]
