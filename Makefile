@@ -49,7 +49,7 @@ test: lint ## Lint, types, and every test: the fast ones, then those with real s
 	@$(BIN)/pytest -m "not slow and not cluster"
 	@$(BIN)/pytest -m "slow and not cluster"
 
-test-fast: .venv/dev.stamp ## The tests without services and training, in a minute and a half
+test-fast: .venv/dev.stamp ## The tests without services and training, in two minutes
 	@$(BIN)/pytest -m "not slow and not cluster"
 
 test-cluster: .venv/dev.stamp ## The tests on a real cluster (KUBECONFIG=…, after `make build push`; PART=jobs)
