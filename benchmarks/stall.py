@@ -8,18 +8,13 @@ import time
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from benchmarks.harness import Part, Row, compare
-from benchmarks.watch import GRID, PRESET, TEXT, VOCABULARY
-from model.config import load_config
-from model.nets.gpt import GPT
+from benchmarks.watch import PRESET, Trained
 from model.plumbing import storage
 from model.plumbing.checkpoints import Checkpointer
 from model.plumbing.distributed import Distributed
-from model.training.optim import Ema, adamw
-from model.training.state import Best, Resumable, RunningSums
+from model.training.state import Resumable, RunningSums
 
 STEPS = 12  # of a round: enough for the other thread to store a checkpoint beside them
 LIMIT = 0.01  # of the time between two checkpoints
@@ -27,34 +22,19 @@ LIMIT = 0.01  # of the time between two checkpoints
 
 def stall(device: torch.device) -> Iterator[Row]:
     """Steps of the preset's transformer, with a checkpoint that begins before them and without one."""
-    config = load_config(PRESET).transformer
-    assert config
-    training = config.training
-    torch.manual_seed(0)
-    gpt = GPT(config, VOCABULARY, GRID, config.width).to(device)
-    codes = torch.randint(VOCABULARY, (training.batch_size, gpt.tokens), device=device)
-    text = torch.randn(training.batch_size, TEXT, config.width, device=device)
-    optimizer, ema, best = adamw(gpt, training), Ema(gpt, training.ema), Best()
-    processes = Distributed(0, 1, 0, device)
+    trained = Trained(device)
+    training, processes = trained.training, Distributed(0, 1, 0, device)
     sums = RunningSums(processes, "nll")
 
     def steps() -> None:
         for _ in range(STEPS):
-            with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"):
-                loss = F.cross_entropy(gpt(codes, text).float().flatten(0, 1), codes.flatten())
-            loss.backward()
-            nn.utils.clip_grad_norm_(gpt.parameters(), training.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            ema.update()
+            loss, _norm = trained.step()
             sums.add(nll=loss)
 
     steps()
-    best.offer(0.0, gpt, {})
     waits: list[float] = []
     with tempfile.TemporaryDirectory() as folder, Checkpointer(folder) as checkpoints:
-        parts = {"sums": sums, "gpt": gpt, "adamw": optimizer, "ema": ema, "best": best}
-        state = Resumable(checkpoints, processes, **parts)
+        state = Resumable(checkpoints, processes, sums=sums, **trained.parts)
         done = 0
 
         def checkpointed() -> None:

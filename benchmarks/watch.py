@@ -21,32 +21,46 @@ VOCABULARY, GRID, TEXT = 256, (8, 8), 24  # its codes, tokens and states of a ca
 LIMIT = 0.005  # of a step
 
 
-def finite(device: torch.device) -> Iterator[Row]:
-    """A whole step of the preset's transformer; the sums of a log interval; the look before a checkpoint."""
-    config = load_config(PRESET).transformer
-    assert config
-    training = config.training
-    torch.manual_seed(0)
-    gpt = GPT(config, VOCABULARY, GRID, config.width).to(device)
-    codes = torch.randint(VOCABULARY, (training.batch_size, gpt.tokens), device=device)
-    text = torch.randn(training.batch_size, TEXT, config.width, device=device)
-    optimizer, ema, best = adamw(gpt, training), Ema(gpt, training.ema), Best()
-    sums = RunningSums(Distributed(0, 1, 0, device), "nll", "grad_norm")
-    done = 0
+class Trained:
+    """The preset's transformer with all that trains it, on tokens drawn at random, after one step."""
 
-    def step() -> tuple[Tensor, Tensor]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"):
-            loss = F.cross_entropy(gpt(codes, text).float().flatten(0, 1), codes.flatten())
+    def __init__(self, device: torch.device) -> None:
+        config = load_config(PRESET).transformer
+        assert config
+        self.device, self.training = device, config.training
+        torch.manual_seed(0)
+        self.gpt = GPT(config, VOCABULARY, GRID, config.width).to(device)
+        shape = (self.training.batch_size, self.gpt.tokens)
+        self.codes = torch.randint(VOCABULARY, shape, device=device)
+        self.text = torch.randn(self.training.batch_size, TEXT, config.width, device=device)
+        self.optimizer, self.ema = adamw(self.gpt, self.training), Ema(self.gpt, self.training.ema)
+        self.step()
+        best = Best()
+        best.offer(0.0, self.gpt, {})
+        self.parts = {"gpt": self.gpt, "adamw": self.optimizer, "ema": self.ema, "best": best}
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """Loss () and norm of the gradient () of one more step."""
+        mixed = self.training.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
+            logits = self.gpt(self.codes, self.text).float()
+            loss = F.cross_entropy(logits.flatten(0, 1), self.codes.flatten())
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(gpt.parameters(), training.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update()
+        norm = nn.utils.clip_grad_norm_(self.gpt.parameters(), self.training.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update()
         return loss.detach(), norm
 
-    loss, norm = step()
-    best.offer(0.0, gpt, {})
-    parts = {"sums": sums, "gpt": gpt, "adamw": optimizer, "ema": ema, "best": best}
+
+def finite(device: torch.device) -> Iterator[Row]:
+    """A whole step of the preset's transformer; the sums of a log interval; the look before a checkpoint."""
+    trained = Trained(device)
+    training, gpt = trained.training, trained.gpt
+    loss, norm = trained.step()
+    sums = RunningSums(Distributed(0, 1, 0, device), "nll", "grad_norm")
+    parts = {"sums": sums, **trained.parts}
+    done = 0
 
     def interval() -> None:
         nonlocal done
@@ -60,7 +74,9 @@ def finite(device: torch.device) -> Iterator[Row]:
     def look() -> None:
         assert not_finite({name: part.state_dict() for name, part in parts.items()}) is None
 
-    comparison = compare({"step": step, "interval": interval, "look": look}, device, warmup=2, rounds=15)
+    comparison = compare(
+        {"step": trained.step, "interval": interval, "look": look}, device, warmup=2, rounds=15
+    )
     shares = [
         (interval / training.log_every + look / training.checkpoint_every) / step
         for step, interval, look in zip(*comparison.seconds.values(), strict=True)
