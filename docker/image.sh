@@ -29,6 +29,7 @@ build)
     echo "$image" >build/tag
     ;;
 push)
+    [ -s build/tag ] || { echo "error: build/tag is missing, so nothing was built; \`make build\` first" >&2; exit 2; }
     image=$(cat build/tag)
     if [ "$(basename "$builder")" = docker ]; then
         # shellcheck disable=SC2086
