@@ -456,9 +456,7 @@ def reopen_pipeline_run(run: str) -> None:
     with explained():
         found = _find(client, run, PIPELINE)
         if found and found.info.status == "KILLED":
-            client.update_run(found.info.run_id, status="RUNNING")
-            if FAILURE_TAG in found.data.tags:
-                client.delete_tag(found.info.run_id, FAILURE_TAG)
+            _go_on(client, found)
 
 
 def note_asset(run: str, step: str, uri: str) -> None:
@@ -503,9 +501,7 @@ def assets_noted(run: str) -> tuple[bool, dict[str, str]]:
 def _open(client: MlflowClient, experiment: str, run: str, step: str, parent: str) -> tuple[str, bool]:
     """Find a run by its tags, or create it: (id, whether it was there already)."""
     if found := _find(client, run, step):
-        client.update_run(found.info.run_id, status="RUNNING")
-        if FAILURE_TAG in found.data.tags:  # of an earlier try
-            client.delete_tag(found.info.run_id, FAILURE_TAG)
+        _go_on(client, found)
         return found.info.run_id, True
     tags = {RUN_TAG: run, STEP_TAG: step}
     if parent:
@@ -517,6 +513,13 @@ def _open(client: MlflowClient, experiment: str, run: str, step: str, parent: st
         client.delete_run(made)
         return first.info.run_id, True
     return made, False
+
+
+def _go_on(client: MlflowClient, found: Run) -> None:
+    """Have a run that has ended go on, without the failure of its earlier try."""
+    client.update_run(found.info.run_id, status="RUNNING")
+    if FAILURE_TAG in found.data.tags:
+        client.delete_tag(found.info.run_id, FAILURE_TAG)
 
 
 def _find(client: MlflowClient, run: str, step: str) -> Run | None:
