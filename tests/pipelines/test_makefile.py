@@ -14,6 +14,13 @@ from tests import ROOT
 FAKE = '#!/bin/sh\nprintf "%s\\n" "$@"\n'
 
 
+@pytest.fixture(autouse=True)
+def no_make_above(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make test` tells a make that it starts about itself, and that one then talks of folders."""
+    for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "PROMPT"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     """A folder with our Makefile whose `latent-gpt` repeats what it is told."""
