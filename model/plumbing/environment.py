@@ -98,6 +98,9 @@ MLFLOW_TRACKING_INSECURE_TLS = Variable(
 MLFLOW_REGISTRY_URI = Variable(
     "MLFLOW_REGISTRY_URI", "another server for registered models", "the same server"
 )
+MLFLOW_UI = Variable(
+    "LATENT_GPT_MLFLOW_UI", "address at which people open MLflow", "the server's address above"
+)
 STATE = Variable("LATENT_GPT_STATE", "folder of the embedded services and of run logs", "`.latent-gpt`")
 CACHE = Variable("LATENT_GPT_CACHE", "folder for copies of what lies in S3", "`cache` in that folder")
 CACHE_GIB = Number("LATENT_GPT_CACHE_GIB", "how large it may become, in GiB", 64, "GiB")
@@ -122,6 +125,10 @@ NAMESPACE = Variable(
     "that of this pod, or of the kubeconfig",
 )
 KUBECONFIG = Variable("KUBECONFIG", "file that names the cluster of training jobs", "the one this pod is in")
+KFP_ENDPOINT = Variable(
+    "KFP_ENDPOINT", "address of the KFP API, e.g. `http://localhost:8888`", "nothing is uploaded or submitted"
+)
+KFP_TOKEN = Variable("KFP_TOKEN", "token for a KFP with a login", "none")
 DEBUG = Variable("LATENT_GPT_DEBUG", "anything: every error comes with its stack trace", "defects alone do")
 
 # What one of our processes says to another that it starts:
@@ -147,8 +154,20 @@ FOR_PEOPLE = (
     *(AWS_CA_BUNDLE, STORE, MLFLOW_TRACKING_URI),
     *(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN),
     *(MLFLOW_TRACKING_SERVER_CERT_PATH, MLFLOW_TRACKING_CLIENT_CERT_PATH, MLFLOW_TRACKING_INSECURE_TLS),
-    MLFLOW_REGISTRY_URI,
-    *(STATE, CACHE, CACHE_GIB, S3_PATIENCE, LAUNCHER, IMAGE, NAMESPACE, KUBECONFIG, DEBUG),
+    *(MLFLOW_REGISTRY_URI, MLFLOW_UI),
+    *(STATE, CACHE, CACHE_GIB, S3_PATIENCE, LAUNCHER, IMAGE, NAMESPACE, KUBECONFIG, KFP_ENDPOINT, KFP_TOKEN),
+    DEBUG,
+)
+
+# What steps and training workers of a cluster are told: by its ConfigMap and its Secret, both named ON_CLUSTER.
+ON_CLUSTER = "latent-gpt"
+IN_CONFIG_MAP = (
+    *(LAUNCHER, STORE, S3_ENDPOINT_URL, AWS_DEFAULT_REGION, MLFLOW_TRACKING_URI, MLFLOW_REGISTRY_URI),
+    *(MLFLOW_UI, CACHE_GIB, S3_PATIENCE),
+)
+IN_SECRET = (
+    *(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN),
+    *(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN),
 )
 
 
