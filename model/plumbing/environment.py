@@ -159,7 +159,7 @@ FOR_PEOPLE = (
     DEBUG,
 )
 
-# What steps and training workers of a cluster are told: by its ConfigMap and its Secret, both named ON_CLUSTER.
+# What steps and training workers of a cluster are told, by a ConfigMap and a Secret of this name:
 ON_CLUSTER = "latent-gpt"
 IN_CONFIG_MAP = (
     *(LAUNCHER, STORE, S3_ENDPOINT_URL, AWS_DEFAULT_REGION, MLFLOW_TRACKING_URI, MLFLOW_REGISTRY_URI),
