@@ -52,8 +52,8 @@ test: lint ## Lint, types, and every test: the fast ones, then those with real s
 test-fast: .venv/dev.stamp ## The tests without services and training, in two minutes
 	@$(BIN)/pytest -m "not slow and not cluster"
 
-test-cluster: .venv/dev.stamp ## The tests on a real cluster (KUBECONFIG=…, after `make build push`; PART=jobs)
-	@$(BIN)/pytest -m cluster tests/cluster/test_$(PART).py $(ARGS)
+test-cluster: .venv/dev.stamp ## The tests on a real cluster (README "On a cluster"; PART="manifests preflight jobs pipeline")
+	@$(BIN)/pytest -m cluster $(PART:%=tests/cluster/test_%.py) $(ARGS)
 
 mutants: .venv/dev.stamp ## Break one promise at a time, and see that its test notices (ARGS="config")
 	@$(BIN)/python -m tests.mutants $(ARGS)
