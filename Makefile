@@ -10,7 +10,7 @@ PART ?= jobs
 # As they were typed: a prompt's dollar signs are no variables of make's.
 override PROMPT := $(value PROMPT)
 override OUT := $(value OUT)
-export PROMPT OUT REGISTRY BASE CA BUILDER BUILD_FLAGS PUSH_FLAGS
+export PROMPT OUT REGISTRY BASE TORCH_INDEX CA BUILDER BUILD_FLAGS PUSH_FLAGS
 # A user's own pip settings must not lead an installation out of .venv.
 export PIP_USER := 0
 unexport PIP_TARGET PIP_PREFIX PIP_ROOT
@@ -18,7 +18,7 @@ unexport PIP_TARGET PIP_PREFIX PIP_ROOT
 BIN := .venv/bin
 UV := $(BIN)/uv
 SYNC := $(UV) pip sync --python $(BIN)/python --require-hashes --compile-bytecode --quiet
-COMPILE := $(UV) pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --quiet \
+COMPILE := $(UV) pip compile --universal --python-version 3.11 --generate-hashes --quiet \
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
@@ -37,10 +37,10 @@ mlflow-ui: .venv/run.stamp ## Open MLflow on what the runs left
 
 ##@ On a cluster
 
-build: ## Build the image (REGISTRY=ghcr.io/me; docker/image.sh says what else)
+build: ## Build both images (REGISTRY=ghcr.io/me; docker/image.sh says what else)
 	@docker/image.sh build
 
-push: ## Push it, and keep its digest in build/image
+push: ## Push them, and keep their digests in build/
 	@docker/image.sh push
 
 ##@ Develop
@@ -70,9 +70,10 @@ bench-gpu: ## The GPU half, on a machine that has one, in 8 minutes (ARGS="--min
 	@$(PYTHON) -m benchmarks --gpu --minutes 8 $(ARGS)
 
 lock: $(UV) ## Lock the dependencies anew (versions already locked are kept where they still fit)
-	@$(COMPILE) --output-file requirements.lock
-	@$(COMPILE) --extra dev --constraint requirements.lock --output-file requirements-dev.lock
-	@$(COMPILE) --extra dev --extra bench --constraint requirements-dev.lock --output-file requirements-bench.lock
+	@$(COMPILE) pyproject.toml --output-file requirements.lock
+	@$(COMPILE) docker/mlflow.in --constraint requirements.lock --output-file requirements-mlflow.lock
+	@$(COMPILE) pyproject.toml --extra dev --constraint requirements.lock --output-file requirements-dev.lock
+	@$(COMPILE) pyproject.toml --extra dev --extra bench --constraint requirements-dev.lock --output-file requirements-bench.lock
 
 clean: ## Delete .venv and .latent-gpt: trained models, reports and MLflow's records with it
 	@rm -rf .venv .latent-gpt

@@ -1,14 +1,16 @@
 #!/bin/sh
-# Builds the image of this commit and pushes it, with docker, podman or buildah, whichever is there. `make build push`.
+# Builds both images and pushes them, with docker, podman or buildah, whichever is there. `make build push`.
 #
-#   REGISTRY          where it goes, e.g. ghcr.io/me; its name is $REGISTRY/latent-gpt
-#   BASE              the image with Python it stands on
+#   REGISTRY          where they go, e.g. ghcr.io/me; their names are $REGISTRY/latent-gpt and …/latent-gpt-mlflow
+#   BASE              the image with Python they stand on, by name or by digest
+#   TORCH_INDEX       a package index with torch's wheels for CPUs: no CUDA, and 4 GB less
 #   CA                file with the certificates of the package index, where those are your company's own
 #   BUILDER           one of the three
 #   BUILD_FLAGS       for `build`, e.g. --isolation oci
 #   PUSH_FLAGS        for `push`, e.g. --tls-verify=false
 #
-# What was built is left in build/tag, and what was pushed, by digest, in build/image.
+# What was built is left in build/tag and build/tag-mlflow, what is in it in build/sbom.json and build/sbom-mlflow.json,
+# and what was pushed, by digest, in build/image and build/image-mlflow.
 set -eu
 cd "$(dirname "$0")/.."
 : "${REGISTRY:?say where images go, e.g. REGISTRY=localhost:5000}"
@@ -18,29 +20,60 @@ for one in docker podman buildah; do # a client whose engine does not run is of 
 done
 [ -n "$builder" ] || { echo "error: neither docker nor podman nor buildah works here" >&2; exit 2; }
 mkdir -p build
+sources="docker/Dockerfile docker/*.py requirements*.lock pyproject.toml LICENSE model components pipelines"
 
-case ${1:-} in
-build)
-    revision=$(git describe --always --dirty 2>/dev/null || echo unknown)
-    image=$REGISTRY/latent-gpt:$revision
-    # shellcheck disable=SC2086  # flags are words
-    "$builder" build ${BUILD_FLAGS:-} --file docker/Dockerfile --target train --tag "$image" \
-        ${BASE:+--build-arg "BASE=$BASE"} ${CA:+--secret "id=ca,src=$CA"} --build-arg "REVISION=$revision" .
-    echo "$image" >build/tag
-    ;;
-push)
-    [ -s build/tag ] || { echo "error: build/tag is missing, so nothing was built; \`make build\` first" >&2; exit 2; }
-    image=$(cat build/tag)
+# The commit that changed what images are made from, so that others leave them as they are.
+revision() {
+    # shellcheck disable=SC2086  # names are words
+    last=$(git log -1 --format=%h -- $sources 2>/dev/null) || last=
+    # shellcheck disable=SC2086
+    [ -z "$last" ] || [ -z "$(git status --porcelain -- $sources)" ] || last=$last-dirty
+    echo "${last:-unknown}"
+}
+
+made() { # TARGET OPTION…
+    target=$1
+    shift
+    # shellcheck disable=SC2086
+    "$builder" build ${BUILD_FLAGS:-} --file "$dockerfile" --target "$target" "$@" \
+        ${BASE:+--build-arg "BASE=$BASE"} ${CA:+--secret "id=ca,src=$CA"} \
+        ${TORCH_INDEX:+--build-arg "TORCH_INDEX=$TORCH_INDEX"} \
+        --build-arg "VERSION=$version" --build-arg "REVISION=$revision" .
+}
+
+pushed() { # SUFFIX
+    [ -s "build/tag$1" ] || { echo "error: build/tag$1 is missing, so nothing was built; \`make build\` first" >&2; exit 2; }
+    image=$(cat "build/tag$1")
     if [ "$(basename "$builder")" = docker ]; then
         # shellcheck disable=SC2086
         docker push ${PUSH_FLAGS:-} "$image"
-        docker inspect --format '{{index .RepoDigests 0}}' "$image" >build/image
+        docker inspect --format '{{index .RepoDigests 0}}' "$image" >"build/image$1"
     else
         # shellcheck disable=SC2086
         "$builder" push ${PUSH_FLAGS:-} --digestfile build/digest "$image"
-        echo "$REGISTRY/latent-gpt@$(cat build/digest)" >build/image
+        echo "${image%:*}@$(cat build/digest)" >"build/image$1"
     fi
-    cat build/image
+    cat "build/image$1"
+}
+
+case ${1:-} in
+build)
+    revision=$(revision)
+    version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+    dockerfile=docker/Dockerfile
+    if [ -n "${TORCH_INDEX:-}" ]; then # not every builder takes a variable for a stage's name
+        dockerfile=build/Dockerfile-cpu
+        sed 's/^FROM dependencies AS/FROM dependencies-cpu AS/' docker/Dockerfile >$dockerfile
+    fi
+    made train --tag "$REGISTRY/latent-gpt:$revision"
+    made mlflow --tag "$REGISTRY/latent-gpt-mlflow:$revision"
+    made sbom --output type=local,dest=build
+    echo "$REGISTRY/latent-gpt:$revision" >build/tag
+    echo "$REGISTRY/latent-gpt-mlflow:$revision" >build/tag-mlflow
+    ;;
+push)
+    pushed ""
+    pushed -mlflow
     ;;
 *)
     echo "usage: $0 build|push" >&2

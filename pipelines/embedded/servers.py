@@ -10,8 +10,6 @@ long it is, is no matter to anybody's parser.
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import json
 import os
 import secrets
@@ -21,15 +19,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-
 from model.errors import UserError
 from model.plumbing import storage
 from model.plumbing.tracking import check_server
-from pipelines.embedded import tracking_server
+from pipelines.embedded import mutual_tls, tracking_server
 
 BUCKET = "s3://latent-gpt"  # default store
 HOST = "127.0.0.1"
@@ -69,8 +62,8 @@ class S3Server:
             "actions": ["Admin", "Read", "Write", "List", "Tagging"],
         }
         write_secret(folder / "s3.json", json.dumps({"identities": [identity]}))
-        write_secret(folder / "tls.pem", _certificate())
-        write_secret(folder / "security.toml", _mutual_tls("tls.pem"))
+        write_secret(folder / "tls.pem", mutual_tls.certificate())
+        write_secret(folder / "security.toml", mutual_tls.settings("tls.pem"))
         (folder / "data").mkdir(exist_ok=True)
         (folder / "data" / "mini.options").unlink(missing_ok=True)  # the last start's, old ports too
         parts = ("s3", "master", "volume", "filer")
@@ -179,35 +172,6 @@ def _secrets(folder: Path, *names: str) -> dict[str, str]:
         write_secret(path, json.dumps({name: secrets.token_hex(20) for name in names}))
     values: dict[str, str] = json.loads(path.read_text())
     return values
-
-
-def _certificate() -> str:
-    """A key and the certificate that it has signed itself, as PEM. Who holds it shows it and accepts it."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "latent-gpt")])
-    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(HOST))])
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(datetime.datetime(2000, 1, 1))  # a server may run for long, and clocks are set back
-        .not_valid_after(datetime.datetime(9999, 1, 1))
-        .add_extension(address, critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    return (private + certificate.public_bytes(Encoding.PEM)).decode()
-
-
-def _mutual_tls(pem: str) -> str:
-    """SeaweedFS's `security.toml`: every part shows this certificate and asks for it."""
-    shown = f'cert = "{pem}"\nkey = "{pem}"\n'
-    asked = f'ca = "{pem}"\n'
-    sections = [f"[grpc]\n{asked}"]
-    sections += [f"[grpc.{part}]\n{shown}" for part in ("master", "volume", "filer", "s3", "admin")]
-    sections += [f"[grpc.{client}]\n{shown}" for client in ("client", "worker")]
-    sections += [f"[https.{part}]\n{shown}{asked}" for part in ("master", "volume", "filer", "admin")]
-    sections += [f"[https.client]\nenabled = true\n{shown}{asked}"]
-    return "".join(sections)
 
 
 def _weed() -> str:

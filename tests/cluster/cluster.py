@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 ROOT = Path(__file__).resolve().parents[2]
 IN_POD = (Path(__file__).parent / "in_pod.py").read_text()
 ALL = ("images", "tokenizer", "text", "tokens", "transformer")
+S3, MLFLOW = "latent-gpt-s3", "latent-gpt-mlflow"  # Deployments and Services
 Found = TypeVar("Found")
 
 # As KFP's launcher does: the step is no process 1, which could not be killed, and is told when the pod is.
@@ -36,10 +37,11 @@ def until(look: Callable[[], Found], seconds: float, what: str, every: float = 0
 class Cluster:
     """One namespace of its own, which is deleted in the end."""
 
-    def __init__(self, image: str) -> None:
-        self.image = image
+    def __init__(self, image: str, mlflow: str) -> None:
+        self.image, self.mlflow = image, mlflow
         self.namespace = f"latent-gpt-test-{secrets.token_hex(3)}"
-        self.keys = {name: secrets.token_hex(16) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+        drawn = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD")
+        self.keys = {name: secrets.token_hex(16) for name in drawn} | {"MLFLOW_TRACKING_USERNAME": "tester"}
 
     # ── kubectl ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -69,14 +71,12 @@ class Cluster:
         meta = {"name": self.namespace, "labels": restricted}
         self.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": meta})
         try:
-            secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "latent-gpt"}}
-            self.apply({**secret, "stringData": self.keys})
-            self._deploy()
-            for name in ("seaweedfs", "mlflow"):
-                self.kubectl(
-                    "rollout", "status", f"deployment/{name}", "--timeout=900s"
-                )  # the first pull of some GB
-            with self.forwarded("seaweedfs", 8333) as s3, self.forwarded("mlflow", 5000) as mlflow:
+            own = {"MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(16)}
+            for name, data in (("latent-gpt", self.keys), ("latent-gpt-mlflow", own)):
+                secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}}
+                self.apply({**secret, "stringData": data})
+            self.deploy()
+            with self.forwarded(S3, 8333) as s3, self.forwarded(MLFLOW, 5000) as mlflow:
                 yield {
                     **self.keys,
                     "S3_ENDPOINT_URL": f"http://127.0.0.1:{s3}",
@@ -86,18 +86,20 @@ class Cluster:
         finally:
             self.kubectl("delete", "namespace", self.namespace, "--wait=false")
 
-    def _deploy(self) -> None:
-        name, _, digest = self.image.partition("@")
+    def deploy(self) -> None:
+        """`k8s/base` with both servers, as soon as they are ready; their data ends with their pods."""
         overlay = {
-            "namespace": self.namespace,
             "resources": ["../base"],
-            "components": ["../components/seaweedfs"],
-            "images": [{"name": "latent-gpt", "newName": name, "digest": digest}],
-            "patches": [patch for service in ("seaweedfs", "mlflow") for patch in _for_a_while(service)],
+            "components": ["../components/seaweedfs", "../components/mlflow"],
+            "images": [_pinned("latent-gpt", self.image), _pinned("latent-gpt-mlflow", self.mlflow)],
+            "patches": [patch for server in (S3, MLFLOW) for patch in _for_a_while(server)],
+            "transformers": [json.dumps(_into(self.namespace))],
         }
         with tempfile.TemporaryDirectory(dir=ROOT / "k8s", prefix=".test-") as folder:
             (Path(folder) / "kustomization.yaml").write_text(json.dumps(overlay))
             self.kubectl("apply", "-k", folder)
+        for name in (S3, MLFLOW):  # the first pull of some GB
+            self.kubectl("rollout", "status", f"deployment/{name}", "--timeout=900s")
 
     @contextmanager
     def forwarded(self, service: str, port: int) -> Iterator[int]:
@@ -173,6 +175,19 @@ class Cluster:
         )
 
 
+def _pinned(name: str, image: str) -> dict[str, str]:
+    """An image of the manifests, by digest."""
+    new, _, digest = image.partition("@")
+    return {"name": name, "newName": new, "digest": digest}
+
+
+def _into(namespace: str) -> dict[str, Any]:
+    """As the overlays have it: for KFP's accounts, too."""
+    meta = {"name": "namespace", "namespace": namespace}
+    how = {"setRoleBindingSubjects": "allServiceAccounts"}
+    return {"apiVersion": "builtin", "kind": "NamespaceTransformer", "metadata": meta, **how}
+
+
 def _for_a_while(service: str) -> list[dict[str, Any]]:
     """Patches by which a service keeps its data in its pod, and leaves no volume behind."""
     claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": service}}
@@ -237,10 +252,10 @@ class Step:
         self.cluster.kubectl("delete", "pod", self.name, "--ignore-not-found", "--grace-period=1")
 
 
-def image() -> str:
-    """The image under test: what `make push` left, or LATENT_GPT_IMAGE."""
-    if given := os.environ.get("LATENT_GPT_IMAGE"):
+def image(suffix: str = "") -> str:
+    """The image under test: what `make push` left, or LATENT_GPT_IMAGE; `-mlflow`: its server's, likewise."""
+    if given := os.environ.get(f"LATENT_GPT_IMAGE{suffix.replace('-', '_').upper()}"):
         return given
-    pushed = ROOT / "build" / "image"
+    pushed = ROOT / "build" / f"image{suffix}"
     assert pushed.exists(), "no image was pushed; `make build push REGISTRY=…` first, or set LATENT_GPT_IMAGE"
     return pushed.read_text().strip()

@@ -19,7 +19,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """A namespace with our services; this process's environment leads to them."""
-    one = Cluster(image())
+    one = Cluster(image(), image("-mlflow"))
     with pytest.MonkeyPatch.context() as patch, one.up() as environment:
         for name, value in {**environment, "LATENT_GPT_STORE": "s3://latent-gpt/jobs"}.items():
             patch.setenv(name, value)

@@ -21,7 +21,7 @@ import pytest
 
 from model.plumbing import storage
 from model.plumbing.tracking import mlflow_client
-from pipelines.embedded import servers
+from pipelines.embedded import mutual_tls, servers
 from pipelines.embedded.services import services as start
 from tests.pipelines import stranger
 from tests.pipelines.test_services import eventually, nothing_configured, processes  # noqa: F401
@@ -157,7 +157,7 @@ def test_no_port_answers_a_stranger(state: Path, open_to_all: Path) -> None:
             assert not stat.S_IMODE((state / "s3" / path).stat().st_mode) & 0o077, path
 
         certificate = open_to_all / "certificate.pem"
-        certificate.write_text(servers._certificate())  # as good as ours, but not ours
+        certificate.write_text(mutual_tls.certificate())  # as good as ours, but not ours
         certificate.chmod(0o644)
         entry = owner(state, "filer", "/buckets/latent-gpt/kept?metadata=true")
         piece = f"/{entry['chunks'][0]['file_id']}"  # as the volume server knows it
