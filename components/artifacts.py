@@ -1,4 +1,4 @@
-"""What KFP passes from step to step: an artifact stands for an asset, and its file is the manifest."""
+"""What KFP passes from step to step: the config, and artifacts whose file is the manifest of an asset."""
 
 from __future__ import annotations
 
@@ -6,17 +6,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from model.config import RunConfig
     from model.plumbing.assets import Kind, Manifest
 
 
-def make(kind: Kind, config: str, run: str, **inputs: Any) -> Manifest:
+def config_of(artifact: Any) -> RunConfig:
+    """The config that `prepare` left."""
+    from model.config import parse_config
+
+    return parse_config(Path(artifact.path).read_text())
+
+
+def make(kind: Kind, config: Any, run: str, **inputs: Any) -> Manifest:
     """Make the asset of a kind from the artifacts of others, by a job; or find it made."""
     from components.launch import launch
     from model import steps
-    from model.config import parse_config
 
     found = {name: read(artifact) for name, artifact in inputs.items()}
-    return launch(steps.job(kind, parse_config(config), run, found))
+    return launch(steps.job(kind, config_of(config), run, found))
 
 
 def write(manifest: Manifest, artifact: Any) -> None:

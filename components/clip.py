@@ -9,8 +9,14 @@ from components.step import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def text(config: str, run: str, images: dsl.Input[dsl.Dataset], text: dsl.Output[dsl.Model]) -> None:
-    """The text encoder: it sees the training pictures alone."""
+def text(
+    config: dsl.Input[dsl.Artifact], run: str, images: dsl.Input[dsl.Dataset], text: dsl.Output[dsl.Model]
+) -> None:
+    """The text encoder: it sees the training pictures alone.
+
+    Returns:
+        text: The CLIP that turns prompts into what the transformer listens to.
+    """
     from components.artifacts import make, write
     from components.step import step
 
@@ -19,8 +25,14 @@ def text(config: str, run: str, images: dsl.Input[dsl.Dataset], text: dsl.Output
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def judge(config: str, run: str, images: dsl.Input[dsl.Dataset], judge: dsl.Output[dsl.Model]) -> None:
-    """The judge: it must recognise what the generator was never shown."""
+def judge(
+    config: dsl.Input[dsl.Artifact], run: str, images: dsl.Input[dsl.Dataset], judge: dsl.Output[dsl.Model]
+) -> None:
+    """The judge: it must recognise what the generator was never shown.
+
+    Returns:
+        judge: The CLIP that says how well a picture fits its caption.
+    """
     from components.artifacts import make, write
     from components.step import step
 

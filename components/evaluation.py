@@ -7,7 +7,7 @@ from components.step import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def evaluation(
-    config: str,
+    config: dsl.Input[dsl.Artifact],
     run: str,
     images: dsl.Input[dsl.Dataset],
     tokenizer: dsl.Input[dsl.Model],
@@ -18,8 +18,14 @@ def evaluation(
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
 ) -> None:
-    """Metrics on held-out pictures, sample grids, curves and lineage in one self-contained page."""
-    from components.artifacts import read, write
+    """Metrics on held-out pictures, sample grids, curves and lineage in one self-contained page.
+
+    Returns:
+        evaluation: What was measured, the report and its pictures.
+        metrics: The figures that are named first.
+        report: A page to read: samples, scores, curves, lineage.
+    """
+    from components.artifacts import config_of, read, write
     from components.step import step
 
     with step("evaluation", run):
@@ -27,12 +33,11 @@ def evaluation(
 
         from components.launch import launch
         from model import steps
-        from model.config import parse_config
         from model.inference.bundle import make_bundle
         from model.plumbing import storage
 
         parts = {"tokenizer": tokenizer, "text": text, "judge": judge, "transformer": transformer}
-        settings = parse_config(config)
+        settings = config_of(config)
         model = make_bundle(settings, {name: read(part) for name, part in parts.items()})
         made = launch(steps.job("evaluation", settings, run, {"images": read(images), "model": model}))
         write(made, evaluation)

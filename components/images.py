@@ -6,19 +6,22 @@ from components.step import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def images(config: str, run: str, images: dsl.Output[dsl.Dataset]) -> None:
-    """Validate, normalise, split and shard; bad pictures are quarantined with their reasons."""
-    from components.artifacts import write
+def images(config: dsl.Input[dsl.Artifact], run: str, images: dsl.Output[dsl.Dataset]) -> None:
+    """Validate, normalise, split and shard; bad pictures are quarantined with their reasons.
+
+    Returns:
+        images: Captioned pictures in verified shards.
+    """
+    from components.artifacts import config_of, write
     from components.step import step
 
     with step("images", run):
-        from model.config import parse_config
         from model.data.ingest import ingest
         from model.errors import UserError
         from model.plumbing.leases import alone
         from model.steps import writer
 
-        settings = parse_config(config)
+        settings = config_of(config)
         output = writer("images", settings, {})
         with alone("images", output.uri):
             made = ingest(settings.data, output)

@@ -7,35 +7,53 @@ from components.step import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def prepare(
+    pipeline: str,
     preset: str,
+    data: str,
+    workers: int,
+    gpus_per_worker: int,
     overrides: str,
+    experiment_name: str,
+    yaml: str,
     job: str,
-    config: dsl.OutputPath(str),  # type: ignore[valid-type]
+    config: dsl.Output[dsl.Artifact],
     run: dsl.OutputPath(str),  # type: ignore[valid-type]
-) -> str:
-    """Write the full config and the name of the MLflow run that all steps log below.
+) -> None:
+    """Check what can be checked before anything expensive starts, and open the run in MLflow.
 
-    Returns "transformer" or "tokenizer", what the run is to end with: the pipeline branches on it. (It is
-    the function's return value because kfp.local takes the named outputs of a task in a condition for unset.)
+    Args:
+        pipeline: Name of the pipeline that runs.
+        preset: Name of a shipped preset.
+        data: Where the captioned pictures are; empty, those of the preset.
+        workers: Pods of a training job; 0, as many as the preset says.
+        gpus_per_worker: GPUs of such a pod; -1, as many as the preset says.
+        overrides: Settings that win over all of these, one `section.field=value` per line.
+        experiment_name: Of MLflow; empty, that of the phase.
+        yaml: A whole config that is used instead of the preset; empty, none.
+        job: The id of this run in KFP.
+
+    Returns:
+        config: Every setting of the run, as all other steps read them.
+        run: Name of the run in MLflow, below which all steps log.
     """
     from components.step import end_given_up_runs, step
 
     with step("prepare"):
         from pathlib import Path
 
+        from components.parameters import resolve
         from components.preflight import preflight
-        from model.config import load_config
-        from model.plumbing import speech
+        from model.plumbing import environment, speech
         from model.plumbing.leases import carried
         from model.plumbing.tracking import open_pipeline_run
 
-        resolved = load_config(preset, overrides.split("\n") if overrides else [])
+        resolved = resolve(pipeline, preset, data, workers, gpus_per_worker, overrides, experiment_name, yaml)
+        environment.check_services()
         for line in preflight(resolved):
             speech.say("prepare", line)
         end_given_up_runs("prepare")
-        Path(config).write_text(resolved.model_dump_json())
+        Path(config.path).write_text(resolved.model_dump_json(indent=2))
         name = f"{resolved.name}-{job}"
         with carried("prepare", name):
             open_pipeline_run(resolved.experiment, name, resolved.model_dump(mode="json"))
         Path(run).write_text(name)
-    return "transformer" if resolved.transformer else "tokenizer"

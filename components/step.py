@@ -14,7 +14,7 @@ from model.errors import UserError
 from model.plumbing import environment, leases, outcome, speech
 from model.plumbing.outcome import EXIT_CODES
 
-IMAGE = environment.IMAGE.get()  # of every step; by digest on a cluster
+IMAGE = environment.IMAGE.default  # of every step, until `pipelines.compile` puts in the real one
 MESSAGE = 1000  # characters of a reason that MLflow keeps as a tag
 
 

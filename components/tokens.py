@@ -7,14 +7,18 @@ from components.step import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def tokens(
-    config: str,
+    config: dsl.Input[dsl.Artifact],
     run: str,
     images: dsl.Input[dsl.Dataset],
     tokenizer: dsl.Input[dsl.Model],
     text: dsl.Input[dsl.Model],
     tokens: dsl.Output[dsl.Dataset],
 ) -> None:
-    """Write token shards that the trainer reads without touching a picture again."""
+    """Write token shards that the trainer reads without touching a picture again.
+
+    Returns:
+        tokens: Codes of the pictures and ids of their captions, in shards.
+    """
     from components.artifacts import make, write
     from components.step import step
 

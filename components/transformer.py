@@ -7,14 +7,18 @@ from components.step import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def transformer(
-    config: str,
+    config: dsl.Input[dsl.Artifact],
     run: str,
     tokens: dsl.Input[dsl.Dataset],
     text: dsl.Input[dsl.Model],
     tokenizer: dsl.Input[dsl.Model],
     transformer: dsl.Output[dsl.Model],
 ) -> None:
-    """Train as a job of as many processes as the config asks for."""
+    """Train as a job of as many processes as the config asks for.
+
+    Returns:
+        transformer: The net that predicts codes from a prompt.
+    """
     from components.artifacts import make, write
     from components.step import step
 

@@ -370,6 +370,8 @@ class RunConfig(Section):
     name: str  # of the preset
     model_name: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")] = ""  # of the registered
     # model, one per task: what is compared has the same one; empty is latent-gpt-<name>
+    # Of MLflow, for all that the run logs; empty is that of its phase.
+    experiment_name: Annotated[str, Field(exclude_if=lambda name: not name)] = ""
     seed: int = 0
     data: DataConfig
     clip: CLIP
@@ -423,7 +425,9 @@ class RunConfig(Section):
 
     @property
     def experiment(self) -> str:
-        """The MLflow experiment of the run's phase."""
+        """The MLflow experiment of the run: its own, or that of its phase."""
+        if self.experiment_name:
+            return self.experiment_name
         if self.tokenizer.kind == "pretrained":
             return "latent-gpt-pretrained-vqvae"
         return "latent-gpt-custom-vqvae" if self.transformer else VQVAE_EXPERIMENT
@@ -437,25 +441,45 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def load_config(preset: str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """Read a shipped preset or a YAML file, apply `a.b=value` overrides (values are YAML), validate.
+def load_config(
+    preset: str,
+    overrides: list[str] | tuple[str, ...] = (),
+    data: dict[str, Any] | None = None,
+    text: str = "",
+) -> RunConfig:
+    """Read a config, put another source into it, apply `a.b=value` overrides (values are YAML), validate.
+
+    Args:
+        preset: name of a shipped one, or a YAML file.
+        overrides: settings that win over all else.
+        data: another `data.source`, as `model.data.sources.recognise` gives it.
+        text: the YAML of a whole config, which wins over the preset.
 
     Raises:
         UserError: naming the field, what is wrong and what would be right.
     """
+    where, content = ("the config", text.encode()) if text else _read(preset)
+    if len(content) > LARGEST_PRESET:
+        raise UserError(f"{where} has more than {LARGEST_PRESET} bytes; no config is that long")
+    values = _yaml(content, where)
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: a config is a mapping of sections, not {type(values).__name__}")
+    if data is not None:
+        _put(values, ["data", "source"], data, "the data")
+    for override in overrides:
+        _override(values, override)
+    return parse_config(values, where=where if not overrides else f"{where} with {' '.join(overrides)}")
+
+
+def _read(preset: str) -> tuple[str, bytes]:
+    """Where a preset lies, and its content: of a file that is too large only so much that this shows."""
     path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
     if not path.is_file():
         raise UserError(
             f"preset '{preset}' does not exist; choose one of {', '.join(preset_names())}, or a .yaml file"
         )
-    if path.stat().st_size > LARGEST_PRESET:
-        raise UserError(f"{path} has {path.stat().st_size} bytes; a config has {LARGEST_PRESET} at most")
-    values = _yaml(path.read_bytes(), str(path))
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: a config is a mapping of sections, not {type(values).__name__}")
-    for override in overrides:
-        _override(values, override)
-    return parse_config(values, where=str(path) if not overrides else f"{path} with {' '.join(overrides)}")
+    with path.open("rb") as file:
+        return str(path), file.read(LARGEST_PRESET + 1)
 
 
 def parse_config(values: dict[str, Any] | str, where: str = "config") -> RunConfig:
@@ -488,14 +512,18 @@ def _override(values: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise UserError(f"override '{override}' must read section.field=value")
-    *parents, leaf = path.split(".")
+    _put(values, path.split("."), _yaml(text, f"override '{_short(override)}'"), f"override '{override}'")
+
+
+def _put(values: dict[str, Any], path: list[str], value: Any, what: str) -> None:
+    *parents, leaf = path
     node = values
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise UserError(f"override '{override}': {parent} is a value, not a section")
+            raise UserError(f"{what}: {parent} is a value, not a section")
         node = child
-    node[leaf] = _yaml(text, f"override '{_short(override)}'")
+    node[leaf] = value
 
 
 def _yaml(text: str | bytes, where: str) -> Any:

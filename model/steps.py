@@ -125,7 +125,7 @@ def job(kind: Kind, config: RunConfig, run: str, inputs: Mapping[str, Manifest])
     """The job that makes an asset of this kind within the pipeline's run `run`. Raises as `settings`."""
     step, output = STEPS[kind], writer(kind, config, inputs)
     trains_vqvae = kind == "tokenizer" and config.tokenizer.kind == "vqvae"
-    experiment = VQVAE_EXPERIMENT if trains_vqvae else config.experiment
+    experiment = VQVAE_EXPERIMENT if trains_vqvae and not config.experiment_name else config.experiment
     alone = {"workers": 1, "processes_per_worker": 1} if step.one_process else {}
     return JobSpec(
         kind=kind,

@@ -24,25 +24,29 @@ Overrides = Annotated[
 ]
 
 
-def run(preset: Preset = "openmoji-tiny", overrides: Overrides = None) -> None:
+def run(
+    preset: Preset = "openmoji-tiny",
+    data: Annotated[
+        str, typer.Option(help="Your captioned pictures: a folder, tar shards or parquet; s3:// too.")
+    ] = "",
+    overrides: Overrides = None,
+) -> None:
     """Run the whole pipeline on this machine."""
     from pipelines.run import run
 
-    run(preset, tuple(overrides or ()))
+    run(preset, tuple(overrides or ()), data)
 
 
 def compile_(
+    pipeline: Annotated[
+        str, typer.Option(help="latent-gpt-text-to-image, or latent-gpt-vqvae for the tokenizer alone.")
+    ] = "latent-gpt-text-to-image",
     out: Annotated[Path, typer.Option(help="Where the pipeline's YAML goes.")] = Path("latent-gpt.yaml"),
 ) -> None:
-    """Compile the pipeline for a KFP cluster."""
-    from kfp import compiler
+    """Compile a pipeline for a KFP cluster."""
+    from pipelines.compile import compile
 
-    from pipelines.dag import text_to_image
-
-    if out.suffix not in (".yaml", ".yml", ".json"):
-        raise UserError(f"--out {out} must end in .yaml")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    compiler.Compiler().compile(text_to_image, str(out))
+    compile(pipeline, out)
     print(f"wrote {out}")
 
 

@@ -1,4 +1,4 @@
-"""The pipeline, defined once: it compiles for a cluster and runs on a laptop."""
+"""The two pipelines, each defined once: they compile for a cluster and run on a laptop."""
 
 from typing import Any
 
@@ -7,6 +7,8 @@ from kfp import dsl
 from components.clip import judge, text
 from components.evaluation import evaluation
 from components.images import images
+from components.parameters import TEXT_TO_IMAGE, VQVAE
+from components.parameters import pipeline_of as of
 from components.prepare import prepare
 from components.register import register
 from components.tokenizer import tokenizer
@@ -14,11 +16,17 @@ from components.tokens import tokens
 from components.transformer import transformer
 from model.plumbing.assets import Kind
 from model.steps import STEPS
+from pipelines.pod import on_cluster
+
+__all__ = ["PIPELINES", "of", "text_to_image", "vqvae"]
 
 
 def _named(task: dsl.PipelineTask, title: str = "") -> dsl.PipelineTask:
-    """Give a task its name for people; KFP's own cache is off: an asset knows better whether it is there."""
-    return task.set_display_name(title or STEPS[task.name].title).set_caching_options(False)
+    """Give a task its name for people, and what its pod needs.
+
+    KFP's own cache is off: an asset knows better whether it is there.
+    """
+    return on_cluster(task).set_display_name(title or STEPS[task.name].title).set_caching_options(False)
 
 
 def _of(made: dict[str, Any], kind: Kind) -> dict[str, Any]:
@@ -26,26 +34,91 @@ def _of(made: dict[str, Any], kind: Kind) -> dict[str, Any]:
     return {name: made[name] for name in STEPS[kind].needs}
 
 
-@dsl.pipeline(name="text-to-image", description="Captioned pictures in, a registered model out.")
-def text_to_image(preset: str = "openmoji-tiny", overrides: str = "") -> None:
-    """The whole system, in order.
+def _begun(pipeline: str, **parameters: Any) -> dict[str, Any]:
+    """The first step, which checks everything; returns what all others get of it."""
+    job = dsl.PIPELINE_JOB_ID_PLACEHOLDER
+    start = _named(prepare(pipeline=pipeline, job=job, **parameters), "Check and prepare")
+    return {"config": start.outputs["config"], "run": start.outputs["run"]}
+
+
+@dsl.pipeline(name=TEXT_TO_IMAGE)
+def text_to_image(
+    preset: str = "openmoji-tiny",
+    data: str = "",
+    workers: int = 0,
+    gpus_per_worker: int = -1,
+    overrides: str = "",
+    experiment_name: str = "",
+    config: str = "",
+) -> None:
+    """Captioned pictures in, a registered model that draws them out.
 
     Args:
-        preset: Name of a shipped preset.
-        overrides: Settings to change, one `section.field=value` per line.
+        preset: What is trained, and how large: the settings of a run.
+        data: Your captioned pictures: s3://bucket/{000..099}.tar (WebDataset shards), s3://bucket/folder with
+            parquet files, or a folder that the steps' pods can see. Empty: those of the preset.
+        workers: Pods of a training job. 0: as many as the preset says.
+        gpus_per_worker: GPUs of such a pod, and its processes. -1: as many as the preset says.
+        overrides: Settings that win over all others, one a line, e.g. transformer.depth=6; model/config.py
+            describes them.
+        experiment_name: In MLflow. Empty: that of the phase, latent-gpt-custom-vqvae or
+            latent-gpt-pretrained-vqvae.
+        config: The YAML of a whole config, used instead of the preset. Empty: none.
     """
-    start = _named(
-        prepare(preset=preset, overrides=overrides, job=dsl.PIPELINE_JOB_ID_PLACEHOLDER), "Check and prepare"
+    of = _begun(
+        TEXT_TO_IMAGE,
+        preset=preset,
+        data=data,
+        workers=workers,
+        gpus_per_worker=gpus_per_worker,
+        overrides=overrides,
+        experiment_name=experiment_name,
+        yaml=config,
     )
-    of = {"config": start.outputs["config"], "run": start.outputs["run"]}
-    made = {"images": _named(images(**of)).output}
-    made["tokenizer"] = _named(tokenizer(**of, images=made["images"])).output
+    made = {"images": _named(images(**of)).outputs["images"]}
+    for kind, step in (("tokenizer", tokenizer), ("text", text), ("judge", judge)):  # side by side
+        made[kind] = _named(step(**of, images=made["images"])).outputs[kind]
+    made["tokens"] = _named(tokens(**of, **_of(made, "tokens"))).outputs["tokens"]
+    made["transformer"] = _named(transformer(**of, **_of(made, "transformer"))).outputs["transformer"]
+    parts = {"images": made["images"], **_of(made, "model")}
+    made["evaluation"] = _named(evaluation(**of, **parts)).outputs["evaluation"]
+    _named(register(**of, evaluation=made["evaluation"]), "Register")
 
-    with dsl.If(start.outputs["Output"] == "transformer", name="transformer"):
-        made["text"] = _named(text(**of, images=made["images"])).output
-        made["judge"] = _named(judge(**of, images=made["images"])).output
-        made["tokens"] = _named(tokens(**of, **_of(made, "tokens"))).output
-        made["transformer"] = _named(transformer(**of, **_of(made, "transformer"))).output
-        parts = {"images": made["images"], **_of(made, "model")}
-        judged = _named(evaluation(**of, **parts)).outputs["evaluation"]
-        _named(register(**of, evaluation=judged), "Register")
+
+@dsl.pipeline(name=VQVAE)
+def vqvae(
+    preset: str = "openmoji-tiny",
+    data: str = "",
+    workers: int = 0,
+    gpus_per_worker: int = -1,
+    overrides: str = "",
+    experiment_name: str = "",
+    config: str = "",
+) -> None:
+    """Pictures in, a VQ-VAE out that turns them into tokens: the tokenizer of a preset, and no more.
+
+    Args:
+        preset: Whose VQ-VAE is trained. The other pipeline finds it made, with the same preset and data.
+        data: Your captioned pictures: s3://bucket/{000..099}.tar (WebDataset shards), s3://bucket/folder with
+            parquet files, or a folder that the steps' pods can see. Empty: those of the preset.
+        workers: Pods of a training job. 0: as many as the preset says.
+        gpus_per_worker: GPUs of such a pod, and its processes. -1: as many as the preset says.
+        overrides: Settings that win over all others, one a line, e.g. tokenizer.codebook_size=512;
+            model/config.py describes them.
+        experiment_name: In MLflow. Empty: vqvae-training.
+        config: The YAML of a whole config, used instead of the preset. Empty: none.
+    """
+    of = _begun(
+        VQVAE,
+        preset=preset,
+        data=data,
+        workers=workers,
+        gpus_per_worker=gpus_per_worker,
+        overrides=overrides,
+        experiment_name=experiment_name,
+        yaml=config,
+    )
+    _named(tokenizer(**of, images=_named(images(**of)).outputs["images"]))
+
+
+PIPELINES = {TEXT_TO_IMAGE: text_to_image, VQVAE: vqvae}

@@ -19,8 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from components.parameters import pipeline_of
 from model import steps
 from model.config import load_config
+from model.data.sources import recognise
 from model.errors import UserError
 from model.plumbing import environment, outcome
 from model.plumbing.processes import session, stopping_on_sigterm, tie_to_parent
@@ -37,13 +39,18 @@ def state_folder() -> Path:
     return base / ".latent-gpt"
 
 
-def run(preset: str, overrides: tuple[str, ...]) -> None:
-    """Run the pipeline to its end on this machine, and say what came of it.
+def run(preset: str, overrides: tuple[str, ...], data: str = "") -> None:
+    """Run the pipeline of a config to its end on this machine, and say what came of it.
+
+    Args:
+        preset: name of a shipped one, or a YAML file.
+        overrides: settings that win over it.
+        data: other pictures, as `model.data.sources.recognise` takes them.
 
     Raises:
         UserError: what is wrong with the input, from here or from any step.
     """
-    config = load_config(preset, overrides)
+    config = load_config(preset, overrides, recognise(data))
     if preset.endswith((".yaml", ".yml")):
         preset = str(Path(preset).resolve())
     from components.preflight import check_state
@@ -62,7 +69,9 @@ def run(preset: str, overrides: tuple[str, ...]) -> None:
             "PYTHONUNBUFFERED": "1",
             "TMPDIR": str(_made(folder / "tmp")),  # kfp leaves a folder behind for every step
         }
-        command = [sys.executable, "-m", "pipelines.run", str(folder), preset, json.dumps(overrides)]
+        parameters = {"preset": preset, "data": data, "overrides": "\n".join(overrides)}
+        command = [sys.executable, "-m", "pipelines.run", str(folder), pipeline_of(config)]
+        command.append(json.dumps(parameters))
         with (
             (folder / "log.txt").open("w") as log,
             session(command, environment.of_a_child(found, told)) as child,
@@ -115,13 +124,13 @@ def _registered(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _run_dag(folder: Path, preset: str, overrides: list[str]) -> None:
-    """The child: run the pipeline with kfp.local."""
+def _run_dag(folder: Path, pipeline: str, parameters: dict[str, str]) -> None:
+    """The child: run a pipeline with kfp.local."""
     signal.signal(signal.SIGUSR1, lambda *_: os.killpg(0, signal.SIGTERM))
     tie_to_parent(signal.SIGUSR1)  # and take along the step that runs
     from kfp import local
 
-    from pipelines.dag import text_to_image
+    from pipelines.dag import PIPELINES
 
     sys.executable = shlex.quote(sys.executable)  # kfp.local puts it into shell scripts as it is
     # kfp.local deletes the workspace after the run: it gets a folder of its own.
@@ -131,7 +140,7 @@ def _run_dag(folder: Path, preset: str, overrides: list[str]) -> None:
         workspace_root=str(folder / "workspace"),
     )
     try:
-        text_to_image(preset=preset, overrides="\n".join(overrides))
+        PIPELINES[pipeline](**parameters)
     except RuntimeError as error:  # a failed step, which has said why
         print(error)
         sys.exit(1)

@@ -425,7 +425,7 @@ def test_a_preset_that_is_no_mapping_is_refused(text: str, tmp_path: Path) -> No
         (b"name: caf\xe9\n", r"not UTF-8 \(byte 9\); save it as UTF-8"),
         (b"name: " + b"[" * 10**5, "nested too deep"),
         (b"seed: " + b"9" * 5000, "not valid YAML: Exceeds the limit"),
-        (b"#" * (2**20 + 1), "has 1048577 bytes; a config has 1048576 at most"),
+        (b"#" * (2**20 + 1), "has more than 1048576 bytes; no config is that long"),
     ],
     ids=["Latin-1", "brackets", "digits", "size"],
 )
@@ -455,6 +455,27 @@ def test_a_file_of_ones_own_is_a_preset(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(load_config("smoke").model_dump_json())
     assert load_config(str(path)) == load_config("smoke")
+
+
+def test_other_data_replaces_the_presets_source_and_an_override_wins_over_it() -> None:
+    data = {"kind": "folder", "path": "/pictures"}
+    assert load_config("smoke", data=data).data.source.model_dump() == data
+    config = load_config("smoke", ["data.source.path=/others"], data)
+    assert config.data.source.model_dump() == data | {"path": "/others"}
+    with pytest.raises(UserError, match=r"^the data: data is a value, not a section"):
+        load_config("", data=data, text="data: 3")
+
+
+def test_a_config_that_is_given_as_text_is_read_like_a_file() -> None:
+    text = load_config("smoke").model_dump_json()
+    assert load_config("openmoji", ["seed=3"], text=text) == load_config("smoke", ["seed=3"])
+    with pytest.raises(UserError, match=r"^the config with seed=x: seed: "):
+        load_config("openmoji", ["seed=x"], text=text)
+
+
+def test_an_experiment_of_ones_own_is_used_and_none_leaves_no_trace() -> None:
+    assert load_config("smoke", ["experiment_name=mine"]).experiment == "mine"
+    assert "experiment_name" not in load_config("smoke").model_dump()
 
 
 @pytest.mark.parametrize("preset", preset_names())

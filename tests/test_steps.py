@@ -28,6 +28,7 @@ from model.steps import STEPS, job, settings
 DECIDES: dict[str, set[str]] = {
     "name": set(),  # of the preset: for people
     "model_name": set(),  # under which it is registered
+    "experiment_name": set(),  # of MLflow
     "seed": {"tokenizer", "text", "judge", "tokens", "transformer"},
     "data": {"images"},
     "data.max_bad_share": set(),  # whether ingest goes on, not what it makes

@@ -163,12 +163,27 @@ FOR_PEOPLE = (
 ON_CLUSTER = "latent-gpt"
 IN_CONFIG_MAP = (
     *(LAUNCHER, STORE, S3_ENDPOINT_URL, AWS_DEFAULT_REGION, MLFLOW_TRACKING_URI, MLFLOW_REGISTRY_URI),
-    *(MLFLOW_UI, CACHE_GIB, S3_PATIENCE),
+    *(MLFLOW_UI, CACHE_GIB, S3_PATIENCE, AWS_CA_BUNDLE, MLFLOW_TRACKING_SERVER_CERT_PATH),
 )
 IN_SECRET = (
     *(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN),
     *(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN),
 )
+
+
+def check_services() -> None:
+    """Check that this machine is told where assets and runs go.
+
+    Raises:
+        UserError: naming all that is missing, and where it belongs.
+    """
+    on_cluster = "KUBERNETES_SERVICE_HOST" in os.environ
+    needed, kind, made = [STORE, MLFLOW_TRACKING_URI], "ConfigMap", "make deploy"
+    if on_cluster and S3_ENDPOINT_URL.get() and STORE.get() and MLFLOW_TRACKING_URI.get():
+        needed, kind, made = [AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY], "Secret", "make secrets"
+    if missing := [one.name for one in needed if not one.get()]:
+        where = f"; on a cluster the {kind} '{ON_CLUSTER}' of this namespace says so, and `{made}` makes that"
+        raise UserError(f"not set: {', '.join(missing)}{where if on_cluster else ''}")
 
 
 def put(values: Mapping[str, str]) -> None:

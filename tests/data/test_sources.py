@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import itertools
 import random
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from model.config import OpenMojiSource, ShapesSource
-from model.data.sources import fingerprint, iterate, openmoji, shapes
+from model.data.sources import fingerprint, iterate, openmoji, recognise, shapes
 from model.errors import UserError
+from tests.instances import config
 
 
 def picture(data: bytes) -> np.ndarray:
@@ -151,3 +153,59 @@ def test_openmoji_renders_colour_on_transparent(monkeypatch):
     assert alpha == 255
     assert red > 2 * max(green, blue)
     assert "openmoji-17" in fingerprint(OpenMojiSource())
+
+
+# ── what people name as their data ──────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("uri", "values"),
+    [
+        ("", None),
+        (" openmoji ", {"kind": "openmoji"}),
+        ("shapes", {"kind": "shapes"}),
+        ("s3://b/p/{000..099}.tar", {"kind": "webdataset", "urls": "s3://b/p/{000..099}.tar"}),
+        ("one.tar", {"kind": "webdataset", "urls": "one.tar"}),
+        ("s3://b/p.parquet", {"kind": "parquet", "path": "s3://b/p.parquet"}),
+        ("s3://b/folder", {"kind": "parquet", "path": "s3://b/folder"}),
+        ("folder/*.parquet", {"kind": "parquet", "path": "folder/*.parquet"}),
+    ],
+)
+def test_data_is_recognised_by_its_name(uri, values):
+    assert recognise(uri) == values
+    if values:
+        config(data={"source": values})
+
+
+@pytest.mark.parametrize(
+    ("files", "kind"),
+    [
+        (["a/b.PNG", "c.csv"], "folder"),
+        (["a.gif", "a.txt"], "folder"),
+        (["deep/er/x.parquet"], "parquet"),
+        (["x.parquet", "y.jpg"], "folder"),
+    ],
+)
+def test_a_folder_is_recognised_by_what_it_holds(files, kind, tmp_path):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert recognise(str(tmp_path)) == {"kind": kind, "path": str(tmp_path)}
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("{}/nowhere", "data: there is no folder {}/nowhere here; data is that, tar shards"),
+        ("{}/empty", "data: {}/empty holds no pictures; data is a folder of them, tar shards"),
+        ("{}/tars", "data: {}/tars is a folder of tar shards; name them, e.g. {}/tars/{{000..999}}.tar"),
+        ("https://example.org/x", "data: https://example.org/x: only s3://bucket/key and local paths"),
+        ("\0", "data: "),
+    ],
+)
+def test_what_is_no_data_is_refused(uri, said, tmp_path):
+    for name in ("empty/.hidden.png", "tars/0.tar"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=re.escape(said.format(tmp_path, tmp_path))):
+        recognise(uri.format(tmp_path))

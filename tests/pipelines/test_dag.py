@@ -1,54 +1,94 @@
-"""The DAG compiles for a cluster, and says there what it says here."""
+"""The pipelines are flat, in the order of the work, and have names that people can read."""
 
-from pathlib import Path
+from __future__ import annotations
+
 from typing import Any
 
 import pytest
-import yaml
+from google.protobuf.json_format import MessageToDict
 
 from model.config import load_config
 from model.steps import names as names_of
+from pipelines.dag import PIPELINES, of
+
+LONGEST = 22  # letters of a name that a box of KFP's graph shows
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    from kfp import compiler
-
-    from pipelines.dag import text_to_image
-
-    path: Path = tmp_path_factory.mktemp("dag") / "pipeline.yaml"
-    compiler.Compiler().compile(text_to_image, str(path))
-    return next(yaml.safe_load_all(path.read_text()))
+@pytest.fixture(scope="module", params=PIPELINES)
+def pipeline(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """A pipeline's specification, as kfp has it."""
+    spec: dict[str, Any] = MessageToDict(PIPELINES[request.param].pipeline_spec)
+    return spec
 
 
-def tasks(dag: dict[str, Any]) -> dict[str, Any]:
-    return dag["dag"]["tasks"]
+def tasks(pipeline: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = pipeline["root"]["dag"]["tasks"]
+    return found
 
 
-def test_every_step_is_there(compiled: dict[str, Any]) -> None:
-    names = {name.removeprefix("comp-") for name in compiled["components"]}
-    assert {name for name in names if not name.startswith("condition")} == set(names_of(load_config("smoke")))
+def test_a_config_names_its_pipeline_which_has_its_steps() -> None:
+    for config in (load_config("smoke"), load_config("smoke", ["transformer=null"])):
+        spec = MessageToDict(PIPELINES[of(config)].pipeline_spec)
+        assert spec["pipelineInfo"]["name"] == of(config)
+        assert set(tasks(spec)) == set(names_of(config))
 
 
-def test_the_person_chooses_preset_and_overrides(compiled: dict[str, Any]) -> None:
-    assert set(compiled["root"]["inputDefinitions"]["parameters"]) == {"preset", "overrides"}
+def test_no_step_hides_in_a_box(pipeline: dict[str, Any]) -> None:
+    for name, component in pipeline["components"].items():
+        assert "executorLabel" in component, name
+    for name, task in tasks(pipeline).items():
+        assert "triggerPolicy" not in task, name
 
 
-def test_no_step_installs_anything_when_it_starts(compiled: dict[str, Any]) -> None:
-    for name, executor in compiled["deploymentSpec"]["executors"].items():
+def test_a_box_shows_the_whole_name_of_its_step(pipeline: dict[str, Any]) -> None:
+    for name, task in tasks(pipeline).items():
+        assert 0 < len(task["taskInfo"]["name"]) <= LONGEST, name
+
+
+def test_both_clips_need_no_tokenizer() -> None:
+    needs = {
+        name: set(task.get("dependentTasks", []))
+        for name, task in tasks(MessageToDict(PIPELINES["latent-gpt-text-to-image"].pipeline_spec)).items()
+    }
+    assert needs["prepare"] == set()
+    assert needs["tokenizer"] == needs["text"] == needs["judge"] == {"prepare", "images"}
+    assert needs["register"] == {"prepare", "evaluation"}
+
+
+def test_no_step_is_cached_by_kfp(pipeline: dict[str, Any]) -> None:
+    """KFP's cache knows nothing of our code or of whether an asset is still there; assets do."""
+    for name, task in tasks(pipeline).items():
+        assert not task["cachingOptions"].get("enableCache"), name
+
+
+def test_no_step_installs_anything_when_it_starts(pipeline: dict[str, Any]) -> None:
+    for name, executor in pipeline["deploymentSpec"]["executors"].items():
         assert "pip install" not in " ".join(executor["container"]["command"]), name
 
 
-def test_no_step_is_cached_by_kfp(compiled: dict[str, Any]) -> None:
-    """KFP's cache knows nothing of our code or of whether an asset is still there; assets do."""
-    conditional = compiled["components"]["comp-condition-1"]
-    for name, task in {**tasks(compiled["root"]), **tasks(conditional)}.items():
-        if not name.startswith("condition"):
-            assert not task["cachingOptions"].get("enableCache"), name
+def test_the_config_is_no_parameter_that_every_step_repeats(pipeline: dict[str, Any]) -> None:
+    for name, task in tasks(pipeline).items():
+        if name != "prepare":
+            assert "config" in task["inputs"]["artifacts"], name
+            assert set(task["inputs"]["parameters"]) == {"run"}, name
 
 
-def test_the_transformer_is_reached_only_where_the_goal_says_so(compiled: dict[str, Any]) -> None:
-    (condition,) = (task for name, task in tasks(compiled["root"]).items() if name.startswith("condition"))
-    assert condition["triggerPolicy"]["condition"].endswith("== 'transformer'")
-    # kfp.local resolves only a task's unnamed output in a condition, and skips the branch silently otherwise
-    assert "'pipelinechannel--prepare-Output'" in condition["triggerPolicy"]["condition"]
+def test_all_that_a_person_fills_in_works_as_it_is_and_is_described(pipeline: dict[str, Any]) -> None:
+    given = pipeline["root"]["inputDefinitions"]["parameters"]
+    assert set(given) == {
+        *("preset", "data", "workers", "gpus_per_worker", "overrides", "experiment_name", "config"),
+    }
+    for name, parameter in given.items():
+        assert "defaultValue" in parameter, name
+        assert "\n" not in str(parameter["defaultValue"]), "kfp could not read its own package"
+        assert parameter["description"], name
+    assert pipeline["pipelineInfo"]["description"]
+
+
+def test_all_that_a_step_makes_or_takes_from_a_person_is_described(pipeline: dict[str, Any]) -> None:
+    for name, component in pipeline["components"].items():
+        made = component.get("outputDefinitions", {})
+        for what, one in {**made.get("artifacts", {}), **made.get("parameters", {})}.items():
+            assert one.get("description"), f"{name}: {what}"
+    for what, one in pipeline["components"]["comp-prepare"]["inputDefinitions"]["parameters"].items():
+        assert one.get("description"), what

@@ -33,6 +33,42 @@ def test_a_number_is_a_number_above_0(monkeypatch: pytest.MonkeyPatch) -> None:
             CACHE_GIB.get()
 
 
+SERVICES = {"LATENT_GPT_STORE": "s3://b", "MLFLOW_TRACKING_URI": "http://m"}
+IN_A_POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+OF_S3 = {"S3_ENDPOINT_URL": "http://s3", "AWS_ACCESS_KEY_ID": "a"}
+THERE = "on a cluster the {} 'latent-gpt' of this namespace says so, and `make {}` makes that"
+
+
+@pytest.mark.parametrize(
+    ("said", "missing"),
+    [
+        ({}, "not set: LATENT_GPT_STORE, MLFLOW_TRACKING_URI"),
+        ({"LATENT_GPT_STORE": "/data"}, "not set: MLFLOW_TRACKING_URI"),
+        (
+            {**IN_A_POD, **OF_S3, "MLFLOW_TRACKING_URI": "http://m"},
+            f"not set: LATENT_GPT_STORE; {THERE.format('ConfigMap', 'deploy')}",
+        ),
+        (
+            {**IN_A_POD, **OF_S3, **SERVICES},
+            f"not set: AWS_SECRET_ACCESS_KEY; {THERE.format('Secret', 'secrets')}",
+        ),
+        ({**OF_S3, **SERVICES}, ""),
+        ({**IN_A_POD, **SERVICES}, ""),
+    ],
+    ids=["all", "one", "on a cluster", "a secret", "a file of boto3's", "AWS's own"],
+)
+def test_services_that_nobody_named_are_missed_at_once(said: dict[str, str], missing: str) -> None:
+    needed = ("LATENT_GPT_STORE", "MLFLOW_TRACKING_URI", "S3_ENDPOINT_URL", "KUBERNETES_SERVICE_HOST")
+    unset = dict.fromkeys([*needed, "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+    with environment.within({**unset, **said}):
+        if not missing:
+            environment.check_services()
+            return
+        with pytest.raises(UserError) as refused:
+            environment.check_services()
+        assert str(refused.value) == missing
+
+
 def test_variables_are_back_after_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LATENT_GPT_STORE", "/before")
     monkeypatch.delenv("LATENT_GPT_CACHE", raising=False)

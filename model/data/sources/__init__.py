@@ -14,14 +14,18 @@ regular files are opened, and sizes are looked at before anything is read.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import PurePosixPath
 from types import ModuleType
+from typing import Any
 
 from model.config import Source
+from model.errors import UserError
+from model.plumbing import storage
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of picture files
 # Of files that are pictures where they have a caption; what is in them decides whether they can be read.
@@ -29,7 +33,9 @@ OTHER_SUFFIXES = (
     *(".apng", ".arw", ".avif", ".bmp", ".cr2", ".dng", ".gif", ".heic", ".heif", ".ico", ".jfif", ".jp2"),
     *(".jpe", ".jxl", ".nef", ".pbm", ".pgm", ".pnm", ".ppm", ".psd", ".svg", ".tga", ".tif", ".tiff"),
 )
+DRAWN = ("openmoji", "shapes")  # kinds that bring their own pictures
 LARGEST_PICTURE = 128 << 20  # bytes of a picture's file; larger ones are quarantined and not read
+KNOWN = "tar shards (s3://bucket/{000..999}.tar), parquet files, `openmoji` or `shapes`"
 KINDS = 50  # of other files that are told apart
 
 
@@ -71,6 +77,46 @@ def count(config: Source) -> int:
     """How many records a source has; 0 where only reading them would tell."""
     known = getattr(_module(config), "count", None)
     return known(config) if known else 0
+
+
+def recognise(uri: str) -> dict[str, Any] | None:
+    """The values of `data.source` for what a person names as their data; None for nothing.
+
+    Args:
+        uri: a folder of pictures; tar shards, with a {000..999} range where there are several; a parquet
+            file, or a folder or glob of such; the word `openmoji` or `shapes`. Tars and parquet may be in S3.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    uri = uri.strip()
+    if not uri:
+        return None
+    if uri in DRAWN:
+        return {"kind": uri}
+    if suffix(uri) == ".tar":
+        return {"kind": "webdataset", "urls": uri}
+    if suffix(uri) == ".parquet" or _in_s3(uri):  # a folder in S3 can only be one of parquet files
+        return {"kind": "parquet", "path": uri}
+    path, found = os.path.expanduser(uri), Counter[str]()
+    if not os.path.isdir(path):
+        raise UserError(f"data: there is no folder {uri} here; data is that, {KNOWN}")
+    for _, _, names in os.walk(path):
+        found.update(suffix(name) for name in names if not name.startswith("."))
+        if any(found[known] for known in SUFFIXES + OTHER_SUFFIXES):
+            return {"kind": "folder", "path": uri}
+    if found[".parquet"]:
+        return {"kind": "parquet", "path": uri}
+    if found[".tar"]:
+        raise UserError(f"data: {uri} is a folder of tar shards; name them, e.g. {uri}/{{000..999}}.tar")
+    raise UserError(f"data: {uri} holds no pictures; data is a folder of them, {KNOWN}")
+
+
+def _in_s3(uri: str) -> bool:
+    try:
+        return storage.is_s3(uri)
+    except UserError as error:
+        raise UserError(f"data: {error}") from None
 
 
 def suffix(name: str) -> str:

@@ -1,0 +1,56 @@
+"""A pipeline as KFP takes it: what kfp's own compiler makes of it, and what that cannot say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from components.parameters import presets_of
+from model.errors import UserError
+from model.plumbing import environment
+
+
+def compile(name: str, path: Path) -> None:
+    """Write the pipeline of this name, for the image that LATENT_GPT_IMAGE names.
+
+    Args:
+        name: of a pipeline.
+        path: of the YAML file.
+
+    Raises:
+        UserError: there is no such pipeline, or the file cannot be written.
+    """
+    from kfp import compiler
+
+    from pipelines.dag import PIPELINES
+
+    if name not in PIPELINES:
+        raise UserError(f"there is no pipeline '{name}'; there is {' and '.join(PIPELINES)}")
+    if path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{path} must end in .yaml")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        compiler.Compiler().compile(PIPELINES[name], str(path))
+        text = path.read_text()
+        pipeline, platform = yaml.safe_load_all(text)
+        _complete(pipeline, presets_of(name))
+        header = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
+        path.write_text(header + yaml.safe_dump_all([pipeline, platform], sort_keys=True))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def _complete(pipeline: dict[str, Any], presets: list[str]) -> None:
+    """Put in what kfp does not write: the choice of presets, and what is said to steps on a cluster alone."""
+    from pipelines.pod import FIXED
+
+    parameters = pipeline["root"]["inputDefinitions"]["parameters"]
+    parameters["preset"]["literals"] = presets
+    for parameter in parameters.values():  # which kfp takes from a docstring as its lines are
+        parameter["description"] = " ".join(parameter["description"].split())
+    for executor in pipeline["deploymentSpec"]["executors"].values():
+        container = executor["container"]
+        container["image"] = environment.IMAGE.get()
+        container["env"] = [{"name": name, "value": value} for name, value in FIXED.items()]
