@@ -19,12 +19,17 @@ class Follower:
 
     steps: list[str]
     out: TextIO = sys.stdout
-    running: str = ""  # the step
     seconds: dict[str, float] = field(default_factory=dict)  # of the steps that have ended well
     reused: set[str] = field(default_factory=set)
     last: str = ""  # the last line of a step, whoever printed it; KFP indents them, and not its own
-    _started: int = 0
+    _started: list[str] = field(default_factory=list)  # steps, each once
+    _under_way: list[str] = field(default_factory=list)  # those that have not ended
     _open: bool = False  # a progress line stands on the terminal that the next one replaces
+
+    @property
+    def running(self) -> str:
+        """The step that started last, of those that have not ended."""
+        return self._under_way[-1] if self._under_way else ""
 
     def line(self, text: str) -> None:
         """Take one line of output."""
@@ -32,16 +37,24 @@ class Follower:
             self.last = text.strip()
         said = speech.read(text, self.steps)
         if said and said.started:
-            self.running = said.name
-            self._started += 1
-            self._print(f"[{self._started}/{len(self.steps)}] {said.name}")
-        elif said and said.name == self.running:
+            for known in (self._started, self._under_way):  # a step that is tried again is one
+                if said.name not in known:
+                    known.append(said.name)
+            number = self._started.index(said.name) + 1
+            self._print(f"[{number}/{len(self.steps)}] {said.name}")
+        elif said and said.name in self._under_way:
+            who = f"{said.name} | " if len(self._under_way) > 1 else ""  # some run side by side on a cluster
             if said.seconds is not None:
                 self.seconds[said.name] = said.seconds
-                self.running = ""
+                self._under_way.remove(said.name)
             if said.reused:
                 self.reused.add(said.name)
-            self._print(f"      {said.text}", replaceable=bool(said.count and said.count.total))
+            self._print(f"      {who}{said.text}", replaceable=bool(said.count and said.count.total))
+
+    def notes(self, texts: list[str]) -> None:
+        """Print what somebody else has to say."""
+        for text in texts:
+            self._print(f"      {text}")
 
     def _print(self, text: str, replaceable: bool = False) -> None:
         tty = self.out.isatty()

@@ -60,6 +60,37 @@ def test_what_a_library_prints_is_no_progress(line: str) -> None:
     assert follower.running == "tokenizer"
 
 
+def test_steps_that_run_side_by_side_are_told_apart_while_they_do() -> None:
+    both = ["text | started", "judge | started", "text | step 1/2  50%", "judge | reused x"]
+    rest = ["text | done in 1.0 s", "judge | warning: odd", "judge | done in 2.0 s"]
+    out = io.StringIO()
+    follower = Follower(["text", "judge"], out=out)
+    for line in both + rest:
+        follower.line(line)
+    assert out.getvalue().splitlines() == [
+        "[1/2] text",
+        "[2/2] judge",
+        "      text | step 1/2  50%",
+        "      judge | reused x",
+        "      text | done in 1.0 s",
+        "      warning: odd",
+        "      done in 2.0 s",
+    ]
+    assert (follower.seconds, follower.running) == ({"text": 1.0, "judge": 2.0}, "")
+
+
+def test_a_step_that_is_tried_again_keeps_its_number() -> None:
+    _, shown = follow(
+        ["prepare | started", "prepare | done in 0.1 s", "tokenizer | started"] + 2 * ["prepare | started"]
+    )
+    assert [line for line in shown.splitlines() if line.startswith("[")] == [
+        "[1/3] prepare",
+        "[2/3] tokenizer",
+        "[1/3] prepare",
+        "[1/3] prepare",
+    ]
+
+
 def test_a_step_that_has_ended_says_nothing_more() -> None:
     _, shown = follow(["prepare | started", "prepare | done in 0.1 s", "prepare | late"])
     assert "late" not in shown
