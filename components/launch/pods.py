@@ -25,6 +25,7 @@ HOPELESS = {  # what no waiting mends
 }
 IMAGE = ("ImagePullBackOff", "ErrImagePull", "RegistryUnavailable", *HOPELESS)
 SILENT = ("", "ContainerCreating", "PodInitializing")  # of a container that waits: on its way
+STARTING = "is being started"  # what is said of it
 CAUSES = ("lost", "unmet", "stopped")  # kinds of outcome whose cause is elsewhere
 
 
@@ -106,7 +107,7 @@ def _waits(status: Mapping[str, Any], state: Mapping[str, Any], image: str) -> t
         hint = HOPELESS.get(reason, "check its name, the registry and jobs.image_pull_secrets")
         return f"{_sentence(f'cannot pull its image {image}: {reason}', waiting)}; {hint}", reason in HOPELESS
     if reason in SILENT:
-        return "is being started", False
+        return STARTING, False
     return _sentence(f"cannot be started: {reason}", waiting), False
 
 
