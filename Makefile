@@ -7,10 +7,25 @@ PROMPT ?= red apple
 OUT ?= out.png
 ARGS ?=
 PART ?= jobs
+# What `cluster.env` says of a cluster, unless the command line or the environment does.
+ifneq ($(wildcard cluster.env),)
+-include build/cluster.mk
+build/cluster.mk: cluster.env
+	@mkdir -p build
+	@sed -n 's/\$$/$$$$/g; s/#/\\#/g; s/^\([A-Z][A-Z0-9_]*\)=/\1 ?= /p' $< >$@
+endif
+ifdef NAMESPACE
+export LATENT_GPT_NAMESPACE := $(NAMESPACE)
+endif
 # As they were typed: a prompt's dollar signs are no variables of make's.
 override PROMPT := $(value PROMPT)
 override OUT := $(value OUT)
 export PROMPT OUT REGISTRY BASE TORCH_INDEX CA BUILDER BUILD_FLAGS PUSH_FLAGS
+# What `make cluster-addons` installs, and `make cluster` starts.
+KFP_VERSION := 2.17.0
+OPERATOR_VERSION := v1.9.4
+KUEUE_VERSION := v0.17.0
+NODE_VERSION := v1.34.0
 # A user's own pip settings must not lead an installation out of .venv.
 export PIP_USER := 0
 unexport PIP_TARGET PIP_PREFIX PIP_ROOT
@@ -22,7 +37,8 @@ COMPILE := $(UV) pip compile --universal --python-version 3.11 --generate-hashes
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help run generate mlflow-ui build push test test-fast test-cluster mutants lint lock bench bench-gpu clean
+.PHONY: help run generate mlflow-ui build-and-deploy build push deploy upload submit undeploy cluster \
+	cluster-addons test test-fast test-cluster mutants lint lock bench bench-gpu clean
 
 ##@ Use
 
@@ -37,11 +53,38 @@ mlflow-ui: .venv/run.stamp ## Open MLflow on what the runs left
 
 ##@ On a cluster
 
+build-and-deploy: .venv/run.stamp ## All of the next five, as far as there is something to do (REGISTRY=… KFP_ENDPOINT=…)
+	@$(MAKE) --no-print-directory -j1 build push secrets deploy upload
+
 build: ## Build both images (REGISTRY=ghcr.io/me; docker/image.sh says what else)
 	@docker/image.sh build
 
 push: ## Push them, and keep their digests in build/
 	@docker/image.sh push
+
+deploy: .venv/run.stamp ## Put S3, MLflow and what steps need on the cluster (OVERLAY=local, or production)
+	@$(BIN)/latent-gpt deploy
+
+upload: .venv/run.stamp ## The pipelines into KFP
+	@$(BIN)/latent-gpt upload
+
+submit: .venv/run.stamp ## Run one there (PRESET=openmoji-tiny ARGS="--follow --set a.b=c")
+	@$(BIN)/latent-gpt submit --preset $(PRESET) $(ARGS)
+
+undeploy: .venv/run.stamp ## Take all of it away, but for the data
+	@$(BIN)/latent-gpt undeploy
+
+cluster: ## A cluster on this machine, by kind and Docker (not tried by us)
+	@kind create cluster --name latent-gpt --image kindest/node:$(NODE_VERSION)
+
+cluster-addons: ## KFP, the training operator and Kueue into the cluster of KUBECONFIG (not tried by us)
+	@kubectl apply -k "github.com/kubeflow/pipelines/manifests/kustomize/cluster-scoped-resources?ref=$(KFP_VERSION)"
+	@kubectl wait --for condition=established --timeout=60s crd/applications.app.k8s.io
+	@kubectl apply -k "github.com/kubeflow/pipelines/manifests/kustomize/env/platform-agnostic?ref=$(KFP_VERSION)"
+	@kubectl apply --server-side -k \
+		"github.com/kubeflow/training-operator/manifests/overlays/standalone?ref=$(OPERATOR_VERSION)"
+	@kubectl apply --server-side -f \
+		"https://github.com/kubernetes-sigs/kueue/releases/download/$(KUEUE_VERSION)/manifests.yaml"
 
 ##@ Develop
 
@@ -111,4 +154,4 @@ $(UV): requirements-uv.lock
 
 help:
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
-		/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+		/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

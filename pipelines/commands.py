@@ -182,6 +182,117 @@ def presets() -> None:
         print(f"{name:20} {header.lstrip('# ')}")
 
 
+# ── on a cluster ────────────────────────────────────────────────────────────────────────────────────────
+
+AnyRun = Annotated[
+    str,
+    typer.Argument(help="Its name, its id, or the id's beginning; left out, the newest.", show_default=False),
+]
+TheRun = Annotated[str, typer.Argument(help="Its name, its id, or the id's beginning.")]
+
+
+def deploy(
+    overlay: Annotated[
+        str, typer.Option(help="One of k8s/overlays, or a folder; left out, that of OVERLAY, or local.")
+    ] = "",
+) -> None:
+    """Put our services on a cluster, with the images that were pushed, and say where they are."""
+    namespace = _cluster()
+    from model.plumbing import environment
+    from pipelines.cluster.deploy import deploy
+
+    deploy(overlay or environment.OVERLAY.get(), namespace)
+
+
+def undeploy() -> None:
+    """Take all of ours but the data from a cluster: services, pipelines, jobs."""
+    namespace = _cluster()
+    from model.plumbing import environment
+    from pipelines.cluster.deploy import undeploy
+    from pipelines.cluster.kfp import connected
+    from pipelines.cluster.runs import remove
+
+    if environment.KFP_ENDPOINT.get():
+        remove(connected())
+    else:
+        print("KFP_ENDPOINT is not set: what was uploaded to KFP stays there")
+    undeploy(namespace)
+
+
+def upload() -> None:
+    """Make the pipelines of this clone the newest versions in KFP."""
+    _cluster()
+    from pipelines.cluster.runs import upload
+
+    upload()
+
+
+def submit(
+    preset: Preset = "openmoji-tiny",
+    data: Annotated[str, typer.Option(help="Your captioned pictures, s3://…; left out, the preset's.")] = "",
+    workers: Annotated[int, typer.Option(min=0, help="Pods of a training job; 0: the preset's.")] = 0,
+    gpus_per_worker: Annotated[int, typer.Option(min=-1, help="GPUs of such a pod; -1: the preset's.")] = -1,
+    experiment_name: Annotated[str, typer.Option(help="In MLflow; left out, the phase's.")] = "",
+    name: Annotated[str, typer.Option(help="Of the run; left out, preset and time.")] = "",
+    follow: Annotated[bool, typer.Option("--follow", help="Show how it goes, to its end.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Run a pipeline on a cluster."""
+    _cluster()
+    from pipelines.cluster.runs import submit
+
+    run = submit(preset, tuple(overrides or ()), data, workers, gpus_per_worker, experiment_name, name)
+    if follow:
+        status(run, follow=True)
+
+
+def runs() -> None:
+    """List the newest runs on a cluster."""
+    _cluster()
+    from pipelines.cluster.runs import runs
+
+    runs()
+
+
+def status(
+    run: AnyRun = "",
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Go on until it ends, or Ctrl-C; status 1 where it ends badly.")
+    ] = False,
+) -> None:
+    """Say how a run on a cluster goes."""
+    _cluster()
+    from pipelines.cluster.runs import status
+
+    if not status(run, follow) and follow:
+        raise typer.Exit(1)
+
+
+def cancel(run: TheRun) -> None:
+    """End a run on a cluster, with its jobs; checkpoints are kept."""
+    _cluster()
+    from pipelines.cluster.runs import cancel
+
+    cancel(run)
+
+
+def retry(run: TheRun) -> None:
+    """Have a run on a cluster go on that failed or was cancelled."""
+    _cluster()
+    from pipelines.cluster.runs import retry
+
+    retry(run)
+
+
+def _cluster() -> str:
+    """Have the environment say what `cluster.env` says; returns the namespace."""
+    from model.plumbing import environment
+    from pipelines.cluster import settings
+
+    settings.read()
+    return environment.NAMESPACE.get()
+
+
 def _shared() -> bool:
     """Whether the environment names the MLflow server, which then is not this state folder's alone."""
     from model.plumbing import environment

@@ -88,6 +88,7 @@ class KfpServer:
             ("POST", "pipelines", self._make_pipeline),
             ("GET", "pipelines/([^/]+)/versions", self._list_versions),
             ("POST", "pipelines/upload_version", self._upload),
+            ("GET", "pipelines/([^/]+)/versions/([^/]+)", self._version),
             ("DELETE", "pipelines/([^/]+)/versions/([^/]+)", self._remove_version),
             ("DELETE", "pipelines/([^/]+)", self._remove_pipeline),
             ("GET", "experiments", self._list_experiments),
@@ -136,6 +137,12 @@ class KfpServer:
         uploaded.append(made)
         return made
 
+    def _version(self, pipeline: str, version: str, query: Object, body: Any) -> Object:
+        for one in self.uploads.get(pipeline, []):
+            if one["pipeline_version_id"] == version:
+                return one
+        raise Refused(404, 5, f"Failed to get pipeline version: ResourceNotFoundError: {version} not found")
+
     def _remove_version(self, pipeline: str, version: str, query: Object, body: Any) -> Object:
         kept = [one for one in self.uploads[pipeline] if one["pipeline_version_id"] != version]
         self.uploads[pipeline] = kept
@@ -167,10 +174,13 @@ class KfpServer:
         wanted = version["pipeline_spec"]["root"].get("inputDefinitions", {}).get("parameters", {})
         for name, value in body["runtime_config"]["parameters"].items():
             if name not in wanted:
-                raise Refused(400, 3, f"parameter {name} is not in the pipeline")
+                raise Refused(400, 3, f"parameter(s) provided are not required by pipeline: {name}")
             allowed = wanted[name].get("literals")
             if allowed and value not in allowed:
-                raise Refused(400, 3, f"parameter {name}: '{value}' is not one of {allowed}")
+                choice = " ".join(f'string_value:"{one}"' for one in allowed)
+                why = f'value string_value:"{value}" does not match any of the allowed literal values'
+                said = f'Failed to create a new run: Invalid input error: input parameter "{name}" {why}'
+                raise Refused(400, 3, f"{said}: [{choice}]")
         made = {**body, "run_id": str(uuid.uuid4()), "created_at": self._now(), "state_history": []}
         self.runs[made["run_id"]] = made
         self.state(made["run_id"], "PENDING")

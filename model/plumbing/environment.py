@@ -122,13 +122,14 @@ IMAGE = Variable(
 NAMESPACE = Variable(
     "LATENT_GPT_NAMESPACE",
     "namespace of training jobs on a cluster",
-    "that of this pod, or of the kubeconfig",
+    "that of this pod, or of the kubeconfig; `kubeflow` for what is deployed and submitted",
 )
 KUBECONFIG = Variable("KUBECONFIG", "file that names the cluster of training jobs", "the one this pod is in")
 KFP_ENDPOINT = Variable(
     "KFP_ENDPOINT", "address of the KFP API, e.g. `http://localhost:8888`", "nothing is uploaded or submitted"
 )
 KFP_TOKEN = Variable("KFP_TOKEN", "token for a KFP with a login", "none")
+OVERLAY = Variable("OVERLAY", "what `make deploy` applies of `k8s/overlays`", "`local`", default="local")
 DEBUG = Variable("LATENT_GPT_DEBUG", "anything: every error comes with its stack trace", "defects alone do")
 
 # What one of our processes says to another that it starts:
@@ -156,7 +157,7 @@ FOR_PEOPLE = (
     *(MLFLOW_TRACKING_SERVER_CERT_PATH, MLFLOW_TRACKING_CLIENT_CERT_PATH, MLFLOW_TRACKING_INSECURE_TLS),
     *(MLFLOW_REGISTRY_URI, MLFLOW_UI),
     *(STATE, CACHE, CACHE_GIB, S3_PATIENCE, LAUNCHER, IMAGE, NAMESPACE, KUBECONFIG, KFP_ENDPOINT, KFP_TOKEN),
-    DEBUG,
+    *(OVERLAY, DEBUG),
 )
 
 # What steps and training workers of a cluster are told, by a ConfigMap and a Secret of this name:

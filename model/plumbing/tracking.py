@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -492,10 +493,54 @@ def assets_noted(run: str) -> tuple[bool, dict[str, str]]:
             f"MLflow at {environment.MLFLOW_TRACKING_URI.get()} knows no pipeline run '{run}'; give its name"
             " or its id, as MLflow shows them"
         )
-    noted = {
-        tag.removeprefix(ASSET_TAG): uri for tag, uri in found.data.tags.items() if tag.startswith(ASSET_TAG)
-    }
-    return found.info.status == "RUNNING", noted
+    return found.info.status == "RUNNING", _noted(found.data.tags)
+
+
+@dataclass(frozen=True)
+class StepRun:
+    """What is known of a step's run."""
+
+    step: str
+    seconds: float  # from its start to its end, if it ended well; else 0
+
+
+@dataclass(frozen=True)
+class PipelineRun:
+    """What is known of a pipeline's run."""
+
+    steps: list[StepRun]  # in the order in which they began
+    assets: dict[str, str]  # URIs of what they make, by step
+    failure: str  # why it failed; "": it did not
+
+
+def pipeline_run(job: str) -> PipelineRun:
+    """What MLflow knows of the run with this id in KFP, by which its name ends.
+
+    Raises:
+        UserError: MLflow cannot be reached, or knows no such run.
+    """
+    client = mlflow_client()
+    query = f"tags.`{RUN_TAG}` LIKE '%-{_quoted(job)}'"
+    with explained():
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        found = client.search_runs(experiments, query, order_by=["attributes.start_time ASC"])
+    if not found:
+        raise UserError(f"MLflow at {environment.MLFLOW_TRACKING_URI.get()} knows no run of {job}")
+    steps, assets, failure = [], {}, ""
+    for one in found:
+        step, tags = one.data.tags[STEP_TAG], one.data.tags
+        if step == PIPELINE:
+            failure = tags.get(FAILURE_TAG, "")
+            assets = _noted(tags)
+        else:
+            well = one.info.status == "FINISHED"
+            seconds = (one.info.end_time - one.info.start_time) / 1000 if well else 0.0
+            steps.append(StepRun(step, seconds))
+    return PipelineRun(steps, assets, failure)
+
+
+def _noted(tags: dict[str, str]) -> dict[str, str]:
+    return {tag.removeprefix(ASSET_TAG): uri for tag, uri in tags.items() if tag.startswith(ASSET_TAG)}
 
 
 def _open(client: MlflowClient, experiment: str, run: str, step: str, parent: str) -> tuple[str, bool]:

@@ -7,6 +7,7 @@ runs in its own namespace; one with several wants a namespace with each question
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -34,6 +35,7 @@ class Run:
     began: float  # it was submitted, in seconds since 1970
     ended: float  # 0: it has not
     pipeline: str = ""  # id
+    version: str = ""  # id
     parameters: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -174,6 +176,16 @@ class Kfp:
         """
         return _run(self._ask("GET", f"runs/{identity}"))
 
+    def tasks(self, run: Run) -> list[str]:
+        """Names of the steps of a run; none where its version is gone."""
+        try:
+            found = self._ask("GET", f"pipelines/{run.pipeline}/versions/{run.version}")
+        except _NotFound:
+            return []
+        spec = found.get("pipeline_spec") or {}
+        dag = spec.get("pipeline_spec", spec).get("root", {}).get("dag", {})
+        return list(dag.get("tasks", {}))
+
     def terminate(self, identity: str) -> None:
         """Have a run end; its steps are told."""
         self._ask("POST", f"runs/{identity}:terminate")
@@ -292,6 +304,7 @@ def _run(found: dict[str, Any]) -> Run:
         began=_seconds(found.get("created_at")),
         ended=_seconds(found.get("finished_at")),
         pipeline=reference.get("pipeline_id", ""),
+        version=reference.get("pipeline_version_id", ""),
         parameters=(found.get("runtime_config") or {}).get("parameters") or {},
     )
 
@@ -323,7 +336,8 @@ def _said(answer: requests.Response) -> str:
         said = told.get("message") or told.get("error_message") or told.get("error") or answer.text
     except (ValueError, AttributeError):
         said = answer.reason or answer.text
-    return " ".join(str(said).split())[:600]
+    plain = re.sub(r'(?:string|number|bool)_value:("[^"]*"|\S+)', r"\1", " ".join(str(said).split()))
+    return re.split(r"[Ee]rror: ", plain)[-1][:600]  # of "Failed to …: BadRequestError: why"
 
 
 def _plain(error: BaseException) -> str:

@@ -80,10 +80,21 @@ def test_a_run_is_of_the_newest_version(kfp: Kfp, server: KfpServer, package: Pa
 
 def test_what_kfp_says_against_a_preset_is_passed_on(kfp: Kfp, package: Path) -> None:
     uploaded = kfp.upload("ours", package, "")
-    with pytest.raises(
-        UserError, match=r"^KFP refuses: .*'smoka' is not one of \['smoke', 'openmoji-tiny'\]"
-    ):
+    with pytest.raises(UserError) as refused:
         kfp.submit(uploaded.pipeline, "x", {"preset": "smoka"})
+    said = str(refused.value)
+    assert said == (
+        'KFP refuses: input parameter "preset" value "smoka" does not match any of the allowed literal'
+        ' values: ["smoke" "openmoji-tiny"]'
+    )
+
+
+def test_the_steps_of_a_run_are_those_of_its_version(kfp: Kfp, package: Path) -> None:
+    package.write_text(PACKAGE.replace("root: {", "root: {dag: {tasks: {prepare: {}, images: {}}}, "))
+    run = kfp.run(kfp.submit(kfp.upload("ours", package, "").pipeline, "x", {}))
+    assert kfp.tasks(run) == ["prepare", "images"]
+    kfp.remove("ours")
+    assert kfp.tasks(run) == []
 
 
 def test_runs_are_ours_the_newest_first_and_so_many_at_most(kfp: Kfp, package: Path) -> None:
