@@ -37,7 +37,7 @@ COMPILE := $(UV) pip compile --universal --python-version 3.11 --generate-hashes
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help run generate mlflow-ui build-and-deploy build push deploy upload submit undeploy cluster \
+.PHONY: help run generate mlflow-ui build-and-deploy build push secrets deploy upload submit undeploy cluster \
 	cluster-addons test test-fast test-cluster mutants lint lock bench bench-gpu clean
 
 ##@ Use
@@ -61,6 +61,9 @@ build: ## Build both images (REGISTRY=ghcr.io/me; docker/image.sh says what else
 
 push: ## Push them, and keep their digests in build/
 	@docker/image.sh push
+
+secrets: .venv/run.stamp ## Make the cluster's Secrets, or take yours from the environment; what is there is kept
+	@$(BIN)/latent-gpt secrets $(ARGS)
 
 deploy: .venv/run.stamp ## Put S3, MLflow and what steps need on the cluster (OVERLAY=local, or production)
 	@$(BIN)/latent-gpt deploy

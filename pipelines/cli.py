@@ -32,6 +32,7 @@ app = typer.Typer(
 )
 app.command()(commands.run)
 app.command("compile")(commands.compile_)
+app.command()(commands.secrets)
 app.command()(commands.generate)
 app.command()(commands.logs)
 app.command()(commands.mlflow_ui)

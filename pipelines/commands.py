@@ -191,6 +191,19 @@ AnyRun = Annotated[
 TheRun = Annotated[str, typer.Argument(help="Its name, its id, or the id's beginning.")]
 
 
+def secrets(
+    replace: Annotated[
+        bool, typer.Option("--replace", help="What the environment says wins over what is there.")
+    ] = False,
+) -> None:
+    """Make the cluster's Secrets, of the environment's values and of chance; what is there is kept."""
+    _cluster()
+    from components.launch.cluster import here
+    from pipelines.cluster.secrets import keep
+
+    print("\n".join(keep(here(), replace)))
+
+
 def deploy(
     overlay: Annotated[
         str, typer.Option(help="One of k8s/overlays, or a folder; left out, that of OVERLAY, or local.")

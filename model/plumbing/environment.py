@@ -98,6 +98,14 @@ MLFLOW_TRACKING_INSECURE_TLS = Variable(
 MLFLOW_REGISTRY_URI = Variable(
     "MLFLOW_REGISTRY_URI", "another server for registered models", "the same server"
 )
+MLFLOW_BACKEND_STORE_URI = Variable(
+    "MLFLOW_BACKEND_STORE_URI",
+    "database of a cluster's MLflow, e.g. `postgresql://…`, for `latent-gpt secrets`",
+    "SQLite, where the overlay says so",
+)
+MLFLOW_FLASK_SERVER_SECRET_KEY = Variable(
+    "MLFLOW_FLASK_SERVER_SECRET_KEY", "by which that MLflow knows its own pages, likewise", "one is drawn"
+)
 MLFLOW_UI = Variable(
     "LATENT_GPT_MLFLOW_UI", "address at which people open MLflow", "the server's address above"
 )
@@ -155,7 +163,7 @@ FOR_PEOPLE = (
     *(AWS_CA_BUNDLE, STORE, MLFLOW_TRACKING_URI),
     *(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN),
     *(MLFLOW_TRACKING_SERVER_CERT_PATH, MLFLOW_TRACKING_CLIENT_CERT_PATH, MLFLOW_TRACKING_INSECURE_TLS),
-    *(MLFLOW_REGISTRY_URI, MLFLOW_UI),
+    *(MLFLOW_REGISTRY_URI, MLFLOW_UI, MLFLOW_BACKEND_STORE_URI, MLFLOW_FLASK_SERVER_SECRET_KEY),
     *(STATE, CACHE, CACHE_GIB, S3_PATIENCE, LAUNCHER, IMAGE, NAMESPACE, KUBECONFIG, KFP_ENDPOINT, KFP_TOKEN),
     *(OVERLAY, DEBUG),
 )

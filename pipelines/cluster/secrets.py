@@ -1,0 +1,121 @@
+"""The Secrets of an installation: made once, kept, and never shown.
+
+`latent-gpt` is the environment of steps and workers, `latent-gpt-mlflow` that of MLflow's server alone. A
+value goes from the environment, or from chance, to the API server: no file, command line or output has it.
+"""
+
+from __future__ import annotations
+
+import base64
+import secrets
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from kubernetes import client  # type: ignore[import-untyped]
+from kubernetes.client.exceptions import ApiException  # type: ignore[import-untyped]
+
+from components.launch.cluster import NETWORK, PATIENCE, Cluster, plain, told
+from components.launch.pytorchjob import PART_OF
+from model.errors import Unavailable, UserError
+from model.plumbing import environment
+from model.plumbing.environment import ON_CLUSTER
+
+SERVER = "latent-gpt-mlflow"
+USER = "latent-gpt"  # MLflow's administrator, unless the environment names one
+SHORTEST = 12  # letters of a password that MLflow takes
+T = TypeVar("T")
+Drawn = Mapping[str, Callable[[], str]]
+
+
+def keep(cluster: Cluster, replace: bool = False) -> list[str]:
+    """See to it that both Secrets are there, with all that can be given or drawn.
+
+    Args:
+        cluster: where; its namespace has to be there.
+        replace: the environment wins over what the cluster has; without this, what is there is kept.
+
+    Returns:
+        One line on each Secret: which keys were drawn, taken or kept. Values are in none.
+
+    Raises:
+        UserError: a password is too short, or the cluster does not let us.
+        Unavailable: it does not answer.
+    """
+    given = {one.name: one.get() for one in environment.IN_SECRET if one.get()}
+    user, password = environment.MLFLOW_TRACKING_USERNAME, environment.MLFLOW_TRACKING_PASSWORD
+    if len(given.get(password.name, password.name)) < SHORTEST:
+        raise UserError(f"{password.name} has fewer than {SHORTEST} letters, which MLflow does not take")
+    drawn: Drawn = {}
+    if environment.MLFLOW_TRACKING_TOKEN.name not in given:
+        drawn = {user.name: lambda: USER, password.name: _drawn}
+    keys = {one.name: _drawn for one in (environment.AWS_ACCESS_KEY_ID, environment.AWS_SECRET_ACCESS_KEY)}
+    server = (environment.MLFLOW_BACKEND_STORE_URI, environment.MLFLOW_FLASK_SERVER_SECRET_KEY)
+    of_server = {one.name: one.get() for one in server if one.get()}
+    return [
+        _keep(cluster, ON_CLUSTER, given, drawn, keys, replace),
+        _keep(cluster, SERVER, of_server, {server[1].name: _drawn}, {}, replace),
+    ]
+
+
+# ── below ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _keep(
+    cluster: Cluster, name: str, given: Mapping[str, str], draw: Drawn, at_first: Drawn, replace: bool
+) -> str:
+    """One Secret; `draw` where neither it nor `given` has a key, `at_first` only where there is none yet.
+
+    Keys of S3 that an old one has not got may be missing on purpose: pods may get theirs by their account.
+    """
+    found = _asked(cluster, name, lambda: _read(cluster, name))
+    had = found or {}
+    if found is None and not at_first.keys() & given.keys():
+        draw = {**at_first, **draw}
+    differ = {key for key, value in given.items() if had.get(key, value) != value}
+    values = {key: value for key, value in given.items() if key not in had or (replace and key in differ)}
+    values |= {key: make() for key, make in draw.items() if key not in had and key not in given}
+    if values:
+        meta = client.V1ObjectMeta(name=name, labels=PART_OF)
+        data = {key: base64.b64encode(value.encode()).decode() for key, value in values.items()}
+        body = client.V1Secret(metadata=meta, data=data)
+        where, how = cluster.namespace, {"_request_timeout": PATIENCE}
+        if found is None:
+            _asked(cluster, name, lambda: cluster.core.create_namespaced_secret(where, body, **how))
+        else:
+            _asked(cluster, name, lambda: cluster.core.patch_namespaced_secret(name, where, body, **how))
+    said = {
+        "from the environment": values.keys() & given.keys(),
+        "drawn": values.keys() - given.keys(),
+        "kept": had.keys() - values.keys() - differ,
+        "kept, though the environment says otherwise (--replace takes that)": differ - values.keys(),
+    }
+    parts = [f"{', '.join(sorted(keys))} {how}" for how, keys in said.items() if keys]
+    return f"Secret {name} in {cluster.namespace}: {'; '.join(parts)}"
+
+
+def _read(cluster: Cluster, name: str) -> dict[str, str] | None:
+    try:
+        found = cluster.core.read_namespaced_secret(name, cluster.namespace, _request_timeout=PATIENCE)
+    except ApiException as error:
+        if error.status == 404:
+            return None
+        raise
+    return {key: base64.b64decode(value).decode() for key, value in (found.data or {}).items()}
+
+
+def _asked(cluster: Cluster, name: str, ask: Callable[[], T]) -> T:
+    """The answer; a refusal in one line."""
+    try:
+        return ask()
+    except ApiException as error:
+        raise UserError(
+            f"the cluster does not take Secret {name} in namespace {cluster.namespace}: {told(error)}"
+        ) from None
+    except NETWORK as error:
+        raise Unavailable(
+            f"the cluster at {cluster.configuration.host} does not answer: {plain(error)}"
+        ) from None
+
+
+def _drawn() -> str:
+    return secrets.token_hex(20)

@@ -1,0 +1,130 @@
+"""Secrets are made once, kept, and shown to nobody."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+
+import pytest
+from kubernetes import client  # type: ignore[import-untyped]
+
+from components.launch.cluster import Cluster
+from model.errors import Unavailable, UserError
+from model.plumbing import environment
+from pipelines.cluster.secrets import keep
+from tests.apiserver import ApiServer
+
+AWS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+MLFLOW = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+
+
+@pytest.fixture(autouse=True)
+def nothing_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = (environment.MLFLOW_BACKEND_STORE_URI, environment.MLFLOW_FLASK_SERVER_SECRET_KEY)
+    for one in (*environment.IN_SECRET, *own):
+        monkeypatch.delenv(one.name, raising=False)
+
+
+@pytest.fixture
+def server() -> Iterator[ApiServer]:
+    with ApiServer() as one:
+        yield one
+
+
+@pytest.fixture
+def cluster(server: ApiServer) -> Cluster:
+    configuration = client.Configuration()
+    configuration.host = server.url
+    return Cluster(server.namespace, configuration, print)
+
+
+def values(server: ApiServer, name: str = "latent-gpt") -> dict[str, str]:
+    data = server.get("secrets", name)["data"]
+    return {key: base64.b64decode(value).decode() for key, value in data.items()}
+
+
+def test_what_nobody_gives_is_drawn_and_kept_from_then_on(server: ApiServer, cluster: Cluster) -> None:
+    said = keep(cluster)
+    first, own = values(server), values(server, "latent-gpt-mlflow")
+    assert set(first) == {*AWS, *MLFLOW}
+    assert set(own) == {"MLFLOW_FLASK_SERVER_SECRET_KEY"}
+    assert first["MLFLOW_TRACKING_USERNAME"] == "latent-gpt"
+    drawn = [value for key, value in (first | own).items() if key != "MLFLOW_TRACKING_USERNAME"]
+    assert len(set(drawn)) == 4
+    assert min(map(len, drawn)) >= 40
+    assert not [value for value in drawn if value in "\n".join(said)]
+    assert server.get("secrets", "latent-gpt")["metadata"]["labels"] == {
+        "app.kubernetes.io/part-of": "latent-gpt"
+    }
+    changes = [one for one in server.requests if one.method != "GET"]
+    again = keep(cluster)
+    assert values(server) == first
+    assert [one for one in server.requests if one.method != "GET"] == changes, "it asked, and changed nothing"
+    assert "kept" in again[0]
+    assert "drawn" not in again[0]
+
+
+def test_what_the_environment_gives_is_taken(
+    server: ApiServer, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {
+        AWS[0]: "mine",
+        AWS[1]: "my own secret",
+        "MLFLOW_BACKEND_STORE_URI": "postgresql://me:pw@db/mlflow",
+    }
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    said = "\n".join(keep(cluster))
+    assert {name: values(server)[name] for name in AWS} == {name: given[name] for name in AWS}
+    assert values(server, "latent-gpt-mlflow")["MLFLOW_BACKEND_STORE_URI"] == "postgresql://me:pw@db/mlflow"
+    assert "from the environment" in said
+    assert not [value for value in given.values() if value in said.replace("mine", "")]
+
+
+def test_what_is_there_goes_before_the_environment_unless_told(
+    server: ApiServer, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(cluster)
+    before = values(server)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "another password")
+    assert "--replace" in keep(cluster)[0]
+    assert values(server) == before
+    keep(cluster, replace=True)
+    assert values(server) == before | {"MLFLOW_TRACKING_PASSWORD": "another password"}
+
+
+def test_an_older_secret_gets_what_it_has_not_got(server: ApiServer, cluster: Cluster) -> None:
+    server.add("secrets", "latent-gpt", data={AWS[0]: base64.b64encode(b"old").decode()})
+    keep(cluster)
+    assert set(values(server)) == {AWS[0], *MLFLOW}, "a key of S3 may be missing on purpose"
+    assert values(server)[AWS[0]] == "old"
+
+
+def test_who_has_a_token_needs_no_password(
+    server: ApiServer, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "a token")
+    keep(cluster)
+    assert set(values(server)) == {*AWS, "MLFLOW_TRACKING_TOKEN"}
+
+
+def test_what_cannot_be_is_said_without_the_value(
+    server: ApiServer, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "tooshort")
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_PASSWORD has fewer than 12 letters") as refused:
+        keep(cluster)
+    assert "tooshort" not in str(refused.value)
+    monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
+    server.denied.add(("create", "secrets"))
+    with pytest.raises(
+        UserError, match=r"does not take Secret latent-gpt in namespace kubeflow: .*forbidden"
+    ):
+        keep(cluster)
+
+
+def test_a_cluster_that_is_away_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    configuration = client.Configuration()
+    configuration.host = "http://127.0.0.1:9"
+    with pytest.raises(Unavailable, match=r"http://127\.0\.0\.1:9 does not answer"):
+        keep(Cluster("kubeflow", configuration, print))
