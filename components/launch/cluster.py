@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import random
-import socket
 import threading
 import time
 import traceback
@@ -241,7 +240,7 @@ class Cluster:
         """The image of workers: the environment's if it names one; else that of this very pod."""
         named = environment.IMAGE.get()
         if named == environment.IMAGE.default and in_pod():
-            name = environment.POD.get() or socket.gethostname()
+            name = environment.pod()
             with suppress(ApiException):
                 pod = self.patiently(
                     lambda: self.core.read_namespaced_pod(name, self.namespace, _request_timeout=PATIENCE)

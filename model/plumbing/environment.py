@@ -9,6 +9,7 @@ from __future__ import annotations
 import locale
 import math
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,6 +147,7 @@ OUTCOMES = Variable("LATENT_GPT_OUTCOMES", "where a process leaves how it ended;
 MEETING = Variable("LATENT_GPT_MEETING", "file in which the processes of a job find each other", "a port")
 LEASES = Variable("LATENT_GPT_LEASES", "URI of the leases of those who want what a job makes", "nobody need")
 POD = Variable("LATENT_GPT_POD", "name of this pod")
+KFP_POD = Variable("KFP_POD_NAME", "the same, as KFP says it to a step")
 POD_UID = Variable("LATENT_GPT_POD_UID", "what tells it from another pod of that name")
 WORKER = Variable("LATENT_GPT_WORKER", "number of this pod among those of its job", default="0")
 
@@ -243,6 +245,11 @@ def imports_as_we_do() -> dict[str, str]:
     if not (home / "pyproject.toml").is_file():  # installed: ahead of Python's own library it would hide that
         return {"PYTHONSAFEPATH": "1"}
     return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, [str(home), others]))}
+
+
+def pod() -> str:
+    """Name of this pod. The host's is no more than its first 63 letters, and KFP's pods have longer ones."""
+    return POD.get() or KFP_POD.get() or socket.gethostname()
 
 
 def rank() -> int:

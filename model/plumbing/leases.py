@@ -88,8 +88,7 @@ class Lease:
         self.uri, self.name = uri, name
         self._kin = f"{hashlib.sha256(run.encode()).hexdigest()[:8]}-" if run else ""
         self.holder = f"{self._kin}{os.urandom(6).hex()}.json"
-        pod = environment.POD.get() or socket.gethostname()
-        self._content = json.dumps({"run": run, "pod": pod}).encode()
+        self._content = json.dumps({"run": run, "pod": environment.pod()}).encode()
         self._ages: dict[str, float] = {}
         self._seen = -LIVE  # when `_ages` were those
         self._renewal = _Renewal(name, "the lease of its job", self._write)

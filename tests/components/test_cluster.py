@@ -176,10 +176,11 @@ def test_workers_run_the_image_of_the_step_unless_another_is_named(
     (tmp_path / "namespace").write_text("kubeflow\n")
     monkeypatch.setattr(cluster, "ACCOUNT", tmp_path)
     monkeypatch.delenv("KUBECONFIG")
-    monkeypatch.setenv("LATENT_GPT_POD", "step-1")
+    monkeypatch.delenv("LATENT_GPT_POD", raising=False)
+    monkeypatch.setenv("KFP_POD_NAME", long := f"step-{'1' * 80}")
     containers = [{"name": "wait", "image": "argo"}, {"name": "main", "image": "registry/own@sha256:2"}]
-    api_server.add(PODS, "step-1", spec={"containers": containers})
-    assert there.image() == "registry/own@sha256:2"
+    api_server.add(PODS, long, spec={"containers": containers})
+    assert there.image() == "registry/own@sha256:2", "the host's name would have been cut off"
     api_server.denied.add(("get", PODS))
     monkeypatch.setattr(cluster, "TRIED_IN_VAIN", 0.2)
     with pytest.raises(UserError, match=r"cannot get resource .*apply k8s/base/rbac.yaml"):

@@ -95,6 +95,7 @@ def test_every_variable_of_ours_is_for_people_or_between_processes() -> None:
         "LATENT_GPT_LEASES",
         "LATENT_GPT_LOGS",
         "LATENT_GPT_OUTCOMES",
+        "KFP_POD_NAME",
         "LATENT_GPT_POD",
         "LATENT_GPT_POD_UID",
         "LATENT_GPT_WORKER",
