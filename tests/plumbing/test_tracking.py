@@ -85,6 +85,25 @@ def test_a_dead_proxy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_on_a_cluster_is_found_by_its_id_there(services: dict[str, str]) -> None:
+    job = str(uuid.uuid4())
+    run = f"smoke-{job}"
+    tracking.open_pipeline_run("vqvae-training", run)
+    tracking.note_asset(run, "tokenizer", "s3://bucket/tokenizer/1")
+    for step, status in (("tokenizer", "FINISHED"), ("text", "FAILED")):
+        Tracker(TrackingIds(experiment="vqvae-training", run=run, step=step)).finish(status)
+    tracking.finish_pipeline_run(run, "FAILED", {tracking.FAILURE_TAG: "text: too large"})
+    found = tracking.pipeline_run(job)
+    assert [one.step for one in found.steps] == ["tokenizer", "text"]
+    assert found.steps[0].seconds > 0
+    assert found.steps[1].seconds == 0
+    assert found.assets == {"tokenizer": "s3://bucket/tokenizer/1"}
+    assert found.failure == "text: too large"
+    with pytest.raises(UserError, match="knows no run of nobody"):
+        tracking.pipeline_run("nobody")
+
+
+@pytest.mark.slow
 def test_a_certificate_of_an_own_authority_needs_its_file(
     services: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,84 +13,7 @@ from pipelines.cluster import deploy as deploying
 from pipelines.cluster import settings
 from pipelines.cluster.deploy import Kubectl, apply, prune, undeploy, wait, why_not_ready
 from tests import ROOT
-
-OURS = {"app.kubernetes.io/part-of": "latent-gpt"}
-KINDS = {  # as api-resources names them
-    "Deployment": "deployments.apps",
-    "Service": "services",
-    "ConfigMap": "configmaps",
-    "Secret": "secrets",
-    "Pod": "pods",
-    "PersistentVolumeClaim": "persistentvolumeclaims",
-    "PyTorchJob": "pytorchjobs.kubeflow.org",
-    "PriorityClass": "priorityclasses.scheduling.k8s.io",
-    "Namespace": "namespaces",
-}
-Object = dict[str, Any]
-
-
-def made(kind: str, name: str, labels: Object = OURS, **content: Any) -> Object:
-    group = KINDS[kind].partition(".")[2]
-    version = f"{group}/v1" if group else "v1"
-    meta = {"name": name, "labels": labels, "namespace": "ours"}
-    return {"apiVersion": version, "kind": kind, "metadata": meta, **content}
-
-
-class FakeKubectl(Kubectl):
-    """Keeps objects; says what kubectl says."""
-
-    def __init__(self) -> None:
-        super().__init__("ours")
-        object.__setattr__(self, "there", {})
-        object.__setattr__(self, "calls", [])
-        object.__setattr__(self, "logs", {})
-
-    there: dict[tuple[str, str], Object]
-    calls: list[tuple[str, ...]]
-    logs: dict[tuple[str, str], str]
-
-    def add(self, *objects: Object) -> None:
-        for one in objects:
-            kept = copy.deepcopy(one)
-            kept["metadata"] |= {"resourceVersion": str(len(self.calls)), "uid": f"uid-{len(self.there)}"}
-            self.there[one["kind"], one["metadata"]["name"]] = kept
-
-    def names(self) -> set[str]:
-        return {f"{kind} {name}" for kind, name in self.there}
-
-    def __call__(self, *arguments: str, stdin: str = "") -> str:
-        self.calls.append(arguments)
-        if arguments[0] == "api-resources":
-            return "\n".join(KINDS.values())
-        if arguments[0] == "logs":
-            return self.logs.get((arguments[1], arguments[3]), "")
-        given = json.loads(stdin)["items"] if stdin else []
-        if arguments[0] == "apply":
-            for one in given:
-                before = self.there.get((one["kind"], one["metadata"]["name"]), {"metadata": {}})
-                now = {**before, **copy.deepcopy(one)}
-                now["metadata"] = {**before["metadata"], **one["metadata"]}
-                self.there[one["kind"], one["metadata"]["name"]] = now
-        if arguments[0] == "delete":
-            for one in self._asked(arguments[1:]):
-                del self.there[one["kind"], one["metadata"]["name"]]
-            return ""
-        if "-f" in arguments:
-            keys = [(one["kind"], one["metadata"]["name"]) for one in given]
-            return json.dumps({"items": [self.there[key] for key in keys if key in self.there]})
-        assert arguments[0] == "get", arguments
-        return json.dumps({"items": self._asked(arguments[1:])})
-
-    def _asked(self, arguments: tuple[str, ...]) -> list[Object]:
-        kinds = {one.partition(".")[0].removesuffix("s") for one in arguments[0].split(",")}
-        found = [
-            one
-            for one in self.there.values()
-            if KINDS[one["kind"]].partition(".")[0].removesuffix("s") in kinds
-        ]
-        if "-l" in arguments:
-            return [one for one in found if one["metadata"]["labels"].items() >= OURS.items()]
-        return [one for one in found if one["metadata"]["name"] == arguments[1]]
+from tests.kubectl import OURS, FakeKubectl, Object, made
 
 
 @pytest.fixture

@@ -1,0 +1,91 @@
+"""A kubectl that keeps objects in memory, and says what kubectl says."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+from pipelines.cluster.kubectl import Kubectl
+
+OURS = {"app.kubernetes.io/part-of": "latent-gpt"}
+KINDS = {  # as api-resources names them
+    "Deployment": "deployments.apps",
+    "Service": "services",
+    "ConfigMap": "configmaps",
+    "Secret": "secrets",
+    "Pod": "pods",
+    "PersistentVolumeClaim": "persistentvolumeclaims",
+    "PyTorchJob": "pytorchjobs.kubeflow.org",
+    "PriorityClass": "priorityclasses.scheduling.k8s.io",
+    "Namespace": "namespaces",
+}
+Object = dict[str, Any]
+
+
+def made(kind: str, name: str, labels: Object = OURS, **content: Any) -> Object:
+    """An object as a manifest has it."""
+    group = KINDS[kind].partition(".")[2]
+    version = f"{group}/v1" if group else "v1"
+    meta = {"name": name, "labels": labels, "namespace": "ours"}
+    return {"apiVersion": version, "kind": kind, "metadata": meta, **content}
+
+
+class FakeKubectl(Kubectl):
+    """Of one namespace, `ours`; it runs nothing."""
+
+    def __init__(self) -> None:
+        super().__init__("ours")
+        object.__setattr__(self, "there", {})
+        object.__setattr__(self, "calls", [])
+        object.__setattr__(self, "logs", {})
+
+    there: dict[tuple[str, str], Object]
+    calls: list[tuple[str, ...]]
+    logs: dict[tuple[str, str], str]
+
+    def add(self, *objects: Object) -> None:
+        """Make objects, or put them in the place of those of their names."""
+        for one in objects:
+            kept = copy.deepcopy(one)
+            kept["metadata"] |= {"resourceVersion": str(len(self.calls)), "uid": f"uid-{len(self.there)}"}
+            self.there[one["kind"], one["metadata"]["name"]] = kept
+
+    def names(self) -> set[str]:
+        """Kinds and names of all there are."""
+        return {f"{kind} {name}" for kind, name in self.there}
+
+    def __call__(self, *arguments: str, stdin: str = "") -> str:
+        self.calls.append(arguments)
+        if arguments[0] == "api-resources":
+            return "\n".join(KINDS.values())
+        if arguments[0] == "logs":
+            return self.logs.get((arguments[1], arguments[3]), "")
+        given = json.loads(stdin)["items"] if stdin else []
+        if arguments[0] == "apply":
+            for one in given:
+                before = self.there.get((one["kind"], one["metadata"]["name"]), {"metadata": {}})
+                now = {**before, **copy.deepcopy(one)}
+                now["metadata"] = {**before["metadata"], **one["metadata"]}
+                self.there[one["kind"], one["metadata"]["name"]] = now
+        if arguments[0] == "delete":
+            for one in self._asked(arguments[1:]):
+                del self.there[one["kind"], one["metadata"]["name"]]
+            return ""
+        if "-f" in arguments:
+            keys = [(one["kind"], one["metadata"]["name"]) for one in given]
+            return json.dumps({"items": [self.there[key] for key in keys if key in self.there]})
+        assert arguments[0] == "get", arguments
+        return json.dumps({"items": self._asked(arguments[1:])})
+
+    def _asked(self, arguments: tuple[str, ...]) -> list[Object]:
+        kinds = {one.partition(".")[0].removesuffix("s") for one in arguments[0].split(",")}
+        found = [
+            one
+            for one in self.there.values()
+            if KINDS[one["kind"]].partition(".")[0].removesuffix("s") in kinds
+        ]
+        if "-l" in arguments:
+            wanted = dict([arguments[arguments.index("-l") + 1].split("=")])
+            return [one for one in found if one["metadata"]["labels"].items() >= wanted.items()]
+        return [one for one in found if one["metadata"]["name"] == arguments[1]]
