@@ -37,8 +37,8 @@ COMPILE := $(UV) pip compile --universal --python-version 3.11 --generate-hashes
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help run generate mlflow-ui build-and-deploy build push secrets deploy upload submit undeploy cluster \
-	cluster-addons test test-fast test-cluster mutants lint lock bench bench-gpu clean
+.PHONY: help run generate mlflow-ui preflight build-and-deploy build push secrets deploy upload submit undeploy \
+	cluster cluster-addons test test-fast test-cluster mutants lint lock bench bench-gpu clean
 
 ##@ Use
 
@@ -52,6 +52,9 @@ mlflow-ui: .venv/run.stamp ## Open MLflow on what the runs left
 	@$(BIN)/latent-gpt mlflow-ui
 
 ##@ On a cluster
+
+preflight: .venv/run.stamp ## Find out what would stop a run, here or (NAMESPACE=kubeflow) on the cluster of KUBECONFIG
+	@$(BIN)/latent-gpt preflight --preset $(PRESET) $(if $(NAMESPACE),--cluster) $(ARGS)
 
 build-and-deploy: .venv/run.stamp ## All of the next five, as far as there is something to do (REGISTRY=… KFP_ENDPOINT=…)
 	@$(MAKE) --no-print-directory -j1 build push secrets deploy upload

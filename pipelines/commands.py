@@ -136,17 +136,31 @@ def mlflow_ui() -> None:
             signal.pause()
 
 
-def preflight(preset: Preset = "openmoji-tiny", overrides: Overrides = None) -> None:
-    """Check config, source, storage, tracking and disk without running anything."""
+def preflight(
+    preset: Preset = "openmoji-tiny",
+    overrides: Overrides = None,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="Look from a pod, as the steps' account, instead of from here.")
+    ] = False,
+) -> None:
+    """Check config, source, storage, tracking, disk or cluster without running anything."""
     from model.config import load_config
 
     config = load_config(preset, overrides or [])
-    from components.preflight import check_state, preflight
+    from components.preflight import PROBES, check_state, findings
     from pipelines.run import state_folder
 
+    if cluster:
+        from pipelines.cluster.preflight import look
+
+        look(config)
+        return
     check_state(state_folder())
     with _services():
-        print("\n".join(preflight(config)))
+        found = findings(config, PROBES)
+    print(*found, sep="\n")
+    if errors := [one.error for one in found if one.error]:
+        raise UserError(f"{len(errors)} of these would stop a run" if len(errors) > 1 else str(errors[0]))
 
 
 def plan(

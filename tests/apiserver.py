@@ -32,6 +32,9 @@ KINDS = {  # what is there, by the name in its paths
     "configmaps": ("v1", "ConfigMap"),
     "secrets": ("v1", "Secret"),
     "resourcequotas": ("v1", "ResourceQuota"),
+    "deployments": ("apps/v1", "Deployment"),
+    "workflows": ("argoproj.io/v1alpha1", "Workflow"),
+    "nodes": ("v1", "Node"),  # of no namespace, but of the same table here
 }
 REASONS = {
     400: "BadRequest",
@@ -47,6 +50,7 @@ REASONS = {
     504: "Timeout",
 }
 LABELS = "training.kubeflow.org"
+USER = "system:serviceaccount:kubeflow:pipeline-runner"
 
 
 class Refused(Exception):
@@ -99,6 +103,8 @@ class ApiServer:
         self.requests: list[Request] = []
         self.denied: set[tuple[str, str]] = set()  # (verb, resource, e.g. "pods/log") that are forbidden
         self.token = ""  # that clients must show; "" is none
+        self.refuses = ""  # why no pod is made
+        self.warns = ""  # of a pod that is made
         self.lingers = 0.2  # seconds between the deletion of a job or pod and its end
         self.on_create: Callable[[Object], None] | None = None  # the operator sees a new job
         self._objects: dict[tuple[str, str], Object] = {}
@@ -408,13 +414,24 @@ class ApiServer:
             resource = "/".join(filter(None, [asked.get("resource"), asked.get("subresource")]))
             allowed = (asked.get("verb"), resource) not in self.denied
             return 201, request.body | {"status": {"allowed": allowed}}
-        plural, name, below = self.place(path)
+        if path == "/apis/authentication.k8s.io/v1/selfsubjectreviews":
+            return 201, request.body | {"status": {"userInfo": {"username": USER}}}
+        if match := re.fullmatch(r"/apis/([\w.-]+/v\w+)", path):
+            resources = [{"name": one} for one, (version, _) in self.kinds.items() if version == match[1]]
+            if not resources:
+                raise Refused(404, "the server could not find the requested resource")
+            return 200, {"kind": "APIResourceList", "groupVersion": match[1], "resources": resources}
+        plural, name, below = self.place(path.replace("/v1/nodes", f"/v1/namespaces/{self.namespace}/nodes"))
         verb = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}.get(
             request.method, "get" if name else "list"
         )
         self.allow(verb, plural + (f"/{below}" if below else ""), name)
         with self._changed:
             if request.method == "POST":
+                if plural == PODS and self.refuses:
+                    raise Refused(403, f'pods "latent-gpt-" is forbidden: {self.refuses}')
+                if query.get("dryRun"):
+                    return 201, request.body
                 return 201, self._create(plural, request.body)
             if not name:
                 return 200, self._list(plural, query)
@@ -455,11 +472,10 @@ class ApiServer:
     def allow(self, verb: str, resource: str, name: str = "") -> None:
         """Refuse what is denied."""
         if (verb, resource) in self.denied:
-            who = "system:serviceaccount:kubeflow:pipeline-runner"
             named = f' "{name}"' if name else ""
             raise Refused(
                 403,
-                f'{resource}{named} is forbidden: User "{who}" cannot {verb} resource "{resource}" in API'
+                f'{resource}{named} is forbidden: User "{USER}" cannot {verb} resource "{resource}" in API'
                 f' group "" in the namespace "{self.namespace}"',
             )
 
@@ -667,6 +683,7 @@ class _Server(http.server.ThreadingHTTPServer):
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     server: _Server
 
     def log_message(self, *_: object) -> None:
@@ -692,7 +709,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             status, found = api.answer(request, query)
             if fault:
                 raise Refused(fault.status, "provoked, but done")
-            self.reply(status, found)
+            self.reply(status, found, {"Warning": f'299 - "{api.warns}"'} if api.warns else {})
         except Refused as refusal:
             if not refusal.code:
                 self.close_connection = True

@@ -47,6 +47,13 @@ class Kind(NamedTuple):
     plural: str
 
 
+class Answer(NamedTuple):
+    """What a server says."""
+
+    found: Object
+    headers: Mapping[str, str]
+
+
 @dataclass
 class Cluster:
     """One namespace of a cluster."""
@@ -184,57 +191,49 @@ class Cluster:
                     found.append((when, f"{one.get('reason', '')}: {text}"))
         return [text[:300] for _, text in sorted(found)]
 
-    def lacks(self, kind: Kind) -> list[str]:
-        """What we are not allowed of what following a job needs, each as verb and resource."""
+    def lacks(self, kind: Kind) -> dict[str, list[str]]:
+        """What we are not allowed of what following a job needs: verbs, by resource and its group."""
         core = Kind("", "v1", "pods")
         wanted = [(kind, "", verb) for verb in ("get", "list", "watch", "create", "delete")]
         wanted += [(core, "", verb) for verb in ("list", "watch")] + [(core, "log", "get")]
         wanted += [(Kind("", "v1", "events"), "", "list")]
-        return [
-            f"{verb} {'/'.join(filter(None, [one.plural, below]))}"
-            for one, below, verb in wanted
-            if not self._may(one, below, verb)
-        ]
+        found: dict[str, list[str]] = {}
+        for one, below, verb in wanted:
+            if not self._may(one, below, verb):
+                resource = "/".join(filter(None, [one.plural, below]))
+                found.setdefault(".".join(filter(None, [resource, one.group])), []).append(verb)
+        return found
 
     def _may(self, kind: Kind, below: str, verb: str) -> bool:
-        asked = client.V1ResourceAttributes(
-            namespace=self.namespace, group=kind.group, resource=kind.plural, subresource=below, verb=verb
-        )
-        review = client.V1SelfSubjectAccessReview(
-            spec=client.V1SelfSubjectAccessReviewSpec(resource_attributes=asked)
-        )
-        answer = client.AuthorizationV1Api(self.api).create_self_subject_access_review(
-            review, _request_timeout=HASTE
-        )
-        return bool(answer.status.allowed)
+        asked = {"namespace": self.namespace, "group": kind.group, "resource": kind.plural}
+        review = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectAccessReview",
+            "spec": {"resourceAttributes": {**asked, "subresource": below, "verb": verb}},
+        }
+        answer = self.ask("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", review)
+        return bool(answer.found["status"]["allowed"])
 
-    def has(self, plural: str, name: str) -> bool | None:
-        """Whether there is a ConfigMap or Secret of this name; None if we may not look."""
-        ask = {
-            "configmaps": self.core.read_namespaced_config_map,
-            "secrets": self.core.read_namespaced_secret,
-        }[plural]
-        try:
-            ask(name, self.namespace, _request_timeout=HASTE)
-        except ApiException as error:
-            if error.status == 404:
-                return False
-            if error.status == 403:
-                return None
-            raise
-        return True
+    def ask(self, path: str, body: Any = None, **query: str) -> Answer:
+        """What the server answers at a path, once and in haste: to a GET, or to a POST where there is a body.
 
-    def installed(self, kind: Kind) -> bool:
-        """Whether the API has objects of this kind."""
-        try:
-            self.objects.list_namespaced_custom_object(
-                kind.group, kind.version, self.namespace, kind.plural, limit=1, _request_timeout=HASTE
-            )
-        except ApiException as error:
-            if error.status == 404:
-                return False
-            raise
-        return True
+        Raises:
+            ApiException: it refuses.
+            One of `NETWORK`: it does not answer.
+        """
+        answer = self.api.call_api(
+            path,
+            "GET" if body is None else "POST",
+            {},
+            list(query.items()),
+            {"Content-Type": "application/json"},
+            body=body,
+            auth_settings=["BearerToken"],
+            _preload_content=False,
+            _return_http_data_only=True,
+            _request_timeout=HASTE,
+        )
+        return Answer(json.loads(answer.data), answer.headers)
 
     def image(self) -> str:
         """The image of workers: the environment's if it names one; else that of this very pod."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 RESOURCE = Kind("kubeflow.org", "v1", "pytorchjobs")
 CONTAINER = "pytorch"  # the operator looks for a container of this name
 ENTRY = "components.launch.entry"
-ACCESS = "latent-gpt"  # the ConfigMap and the Secret that name the services, for steps and workers
+ACCESS = environment.ON_CLUSTER  # the ConfigMap and the Secret that name the services, for steps and workers
 AUTHORITIES, AUTHORITIES_AT = "latent-gpt-ca", "/etc/latent-gpt/ca"  # a Secret, for services with their own
 QUEUE = "kueue.x-k8s.io/queue-name"
 RUN, STEP, SPEC = "latent-gpt/run", "latent-gpt/step", "latent-gpt/spec"
@@ -86,7 +86,7 @@ def job(
     replicas = models.KubeflowOrgV1ReplicaSpec(
         replicas=jobs.workers,
         restart_policy="ExitCode",
-        template=_template(jobs, spec_uri, image, labels),
+        template=template(jobs, spec_uri, image, labels, storage.store_root()),
     )
     return models.KubeflowOrgV1PyTorchJob(
         api_version=f"{RESOURCE.group}/{RESOURCE.version}",
@@ -114,7 +114,10 @@ def job(
     )
 
 
-def _template(jobs: JobConfig, spec_uri: str, image: str, labels: Mapping[str, str]) -> V1PodTemplateSpec:
+def template(
+    jobs: JobConfig, spec_uri: str, image: str, labels: Mapping[str, str], store: str
+) -> V1PodTemplateSpec:
+    """The pod of a worker; see `job`. `store` is the step's, where the spec lies."""
     from kubernetes import client
 
     mounts = {"tmp": "/tmp", "cache": "/cache", "shm": "/dev/shm", "ca": AUTHORITIES_AT}
@@ -122,7 +125,7 @@ def _template(jobs: JobConfig, spec_uri: str, image: str, labels: Mapping[str, s
         name=CONTAINER,
         image=image,
         command=["python", "-m", ENTRY, spec_uri],
-        env=_environment(),
+        env=_environment(store),
         env_from=[
             client.V1EnvFromSource(config_map_ref=client.V1ConfigMapEnvSource(name=ACCESS)),
             client.V1EnvFromSource(secret_ref=client.V1SecretEnvSource(name=ACCESS)),
@@ -188,11 +191,11 @@ def _resources(jobs: JobConfig) -> Any:
     return client.V1ResourceRequirements(requests={"cpu": jobs.cpu, "memory": jobs.memory}, limits=limits)
 
 
-def _environment() -> list[Any]:
+def _environment(store: str) -> list[Any]:
     from kubernetes import client
 
     said = {
-        environment.STORE.name: storage.store_root(),  # the step's, where the spec lies
+        environment.STORE.name: store,
         environment.CACHE.name: "/cache",
         "HOME": "/tmp",
         "PYTHONUNBUFFERED": "1",

@@ -133,6 +133,12 @@ NAMESPACE = Variable(
     "namespace of training jobs on a cluster",
     "that of this pod, or of the kubeconfig; `kubeflow` for what is deployed and submitted",
 )
+ACCOUNT = Variable(
+    "LATENT_GPT_ACCOUNT",
+    "service account of steps on a cluster, as whom `preflight --cluster` looks",
+    "`pipeline-runner`",
+    default="pipeline-runner",
+)
 KUBECONFIG = Variable("KUBECONFIG", "file that names the cluster of training jobs", "the one this pod is in")
 KFP_ENDPOINT = Variable(
     "KFP_ENDPOINT", "address of the KFP API, e.g. `http://localhost:8888`", "nothing is uploaded or submitted"
@@ -166,8 +172,8 @@ FOR_PEOPLE = (
     *(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN),
     *(MLFLOW_TRACKING_SERVER_CERT_PATH, MLFLOW_TRACKING_CLIENT_CERT_PATH, MLFLOW_TRACKING_INSECURE_TLS),
     *(MLFLOW_REGISTRY_URI, MLFLOW_UI, MLFLOW_BACKEND_STORE_URI, MLFLOW_FLASK_SERVER_SECRET_KEY),
-    *(STATE, CACHE, CACHE_GIB, S3_PATIENCE, LAUNCHER, IMAGE, NAMESPACE, KUBECONFIG, KFP_ENDPOINT, KFP_TOKEN),
-    *(OVERLAY, DEBUG),
+    *(STATE, CACHE, CACHE_GIB, S3_PATIENCE, LAUNCHER, IMAGE, NAMESPACE, ACCOUNT),
+    *(KUBECONFIG, KFP_ENDPOINT, KFP_TOKEN, OVERLAY, DEBUG),
 )
 
 # What steps and training workers of a cluster are told, by a ConfigMap and a Secret of this name:

@@ -14,6 +14,7 @@ import re
 import tempfile
 import threading
 import time
+import urllib.parse
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -85,8 +86,30 @@ def check_server(patience: float = 10.0) -> None:
     _ask("experiments/search", patience, max_results=1)
 
 
-def _ask(what: str, patience: float, method: str = "POST", **question: Any) -> dict[str, Any]:
-    """Put a question to the server with the settings that MLflow's client has, and none of its patience."""
+def refused_hosts(patience: float) -> list[str]:
+    """Of the server's name with and without its port those by which it does not take questions."""
+    address = urllib.parse.urlsplit(environment.MLFLOW_TRACKING_URI.get())
+    port = address.port or {"https": 443}.get(address.scheme, 80)
+    refused = []
+    for host in (f"{address.hostname}", f"{address.hostname}:{port}"):
+        try:
+            _ask("experiments/search", patience, host=host, max_results=1)
+        except UserError as error:
+            if "Invalid Host header" in str(error):
+                refused.append(host)
+    return refused
+
+
+def _ask(what: str, patience: float, method: str = "POST", host: str = "", **question: Any) -> dict[str, Any]:
+    """Put a question to the server with the settings that MLflow's client has, and none of its patience.
+
+    Args:
+        what: the path, below that of the API.
+        patience: seconds to wait.
+        method: GET or POST.
+        host: what to call the server; empty: as the address does.
+        question: its fields.
+    """
     import requests
 
     uri = environment.MLFLOW_TRACKING_URI.get()
@@ -100,7 +123,7 @@ def _ask(what: str, patience: float, method: str = "POST", **question: Any) -> d
             method,
             f"{uri.rstrip('/')}/api/2.0/mlflow/{what}",
             **{"json" if method == "POST" else "params": question},
-            headers=_authorization(),
+            headers=_authorization() | ({"Host": host} if host else {}),
             timeout=patience,
             verify=False if anything else environment.MLFLOW_TRACKING_SERVER_CERT_PATH.get() or True,
             cert=environment.MLFLOW_TRACKING_CLIENT_CERT_PATH.get() or None,
@@ -124,22 +147,22 @@ def _ask(what: str, patience: float, method: str = "POST", **question: Any) -> d
         raise UserError(f"{uri} does not answer as MLflow does; check MLFLOW_TRACKING_URI") from None
     except requests.exceptions.SSLError as error:
         raise UserError(
-            f"MLflow at {uri}: {_reason(error)}; if its certificate is signed by an authority of yours, set"
+            f"MLflow at {uri}: {reason(error)}; if its certificate is signed by an authority of yours, set"
             " MLFLOW_TRACKING_SERVER_CERT_PATH to that one's file"
         ) from None
     except requests.exceptions.ProxyError as error:
         raise UserError(
             f"MLflow at {uri} cannot be reached through the proxy that HTTP_PROXY or HTTPS_PROXY names"
-            f" ({_reason(error)}); mend that, or name the host in NO_PROXY"
+            f" ({reason(error)}); mend that, or name the host in NO_PROXY"
         ) from None
     except OSError as error:  # as all that requests raises is
         raise Unavailable(
-            f"MLflow at {uri} cannot be reached ({_reason(error)}); check that it runs, and"
+            f"MLflow at {uri} cannot be reached ({reason(error)}); check that it runs, and"
             " MLFLOW_TRACKING_URI"
         ) from None
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The failure that requests and urllib3 have wrapped."""
     below = error.__context__
     while below:

@@ -45,6 +45,35 @@ def test_an_unreachable_server_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
         Tracker(TrackingIds(experiment="e", run="r", step="s"))
 
 
+class Named(http.server.BaseHTTPRequestHandler):
+    """An MLflow that takes questions by its name without a port alone."""
+
+    def do_POST(self) -> None:
+        known = ":" not in self.headers["Host"]
+        body = (
+            b'{"experiments": []}'
+            if known
+            else b"Invalid Host header - possible DNS rebinding attack detected"
+        )
+        self.send_response(200 if known else 403)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_name_that_the_server_refuses_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = http.server.HTTPServer(("127.0.0.1", 0), Named)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://localhost:{server.server_port}")
+    refused = tracking.refused_hosts(2)
+    server.shutdown()
+    server.server_close()
+    assert refused == [f"localhost:{server.server_port}"]
+
+
 @pytest.mark.parametrize(
     ("status", "body", "right"),
     [
