@@ -122,7 +122,7 @@ def logs(
         if found := local_logs(state_folder() / "runs", run):
             print_logs(found, step, rank, follow)
             return
-        with _services():
+        with _services_of_runs():
             print_logs(stored_logs(run), step, rank, follow)
 
 
@@ -325,6 +325,24 @@ def _shared() -> bool:
     from model.plumbing import environment
 
     return bool(environment.MLFLOW_TRACKING_URI.get())
+
+
+@contextlib.contextmanager
+def _services_of_runs() -> Iterator[None]:
+    """S3 and MLflow of the cluster, where KFP_ENDPOINT says that there is one; else those of runs here."""
+    from model.plumbing import environment
+    from pipelines.cluster import settings
+
+    settings.read()
+    if not environment.KFP_ENDPOINT.get():
+        with _services():
+            yield
+        return
+    from pipelines.cluster.kubectl import Kubectl
+    from pipelines.cluster.reach import services
+
+    with services(Kubectl(environment.NAMESPACE.get())):
+        yield
 
 
 @contextlib.contextmanager

@@ -101,6 +101,7 @@ def submit(
     print(f"submitted {name} ({run}) to {pipeline}")
     print(f"{'page':10}{kfp.page(run)}")
     print(f"{'follow':10}latent-gpt status {name} --follow")
+    print(f"{'logs':10}latent-gpt logs {config.name}-{run}, once its jobs have begun")
     return run
 
 
