@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from model.config import RunConfig
     from model.plumbing.assets import Kind, Manifest
+
+MLFLOW = "mlflow"  # metadata of a config and of what is made by it: where people open the run
+
+
+class Made(NamedTuple):
+    """An asset that a step was asked for."""
+
+    manifest: Manifest
+    reused: bool  # it was there before
 
 
 def config_of(artifact: Any) -> RunConfig:
@@ -17,22 +26,51 @@ def config_of(artifact: Any) -> RunConfig:
     return parse_config(Path(artifact.path).read_text())
 
 
-def make(kind: Kind, config: Any, run: str, **inputs: Any) -> Manifest:
+def make(kind: Kind, config: Any, run: str, **inputs: Any) -> Made:
     """Make the asset of a kind from the artifacts of others, by a job; or find it made."""
+    return launched(kind, config_of(config), run, {name: read(one) for name, one in inputs.items()})
+
+
+def launched(kind: Kind, config: RunConfig, run: str, inputs: dict[str, Manifest]) -> Made:
+    """The same from assets."""
     from components.launch import launch
     from model import steps
 
-    found = {name: read(artifact) for name, artifact in inputs.items()}
-    return launch(steps.job(kind, config_of(config), run, found))
+    spec = steps.job(kind, config, run, inputs)
+    reused = is_made(spec.output)
+    return Made(launch(spec), reused)
 
 
-def write(manifest: Manifest, artifact: Any) -> None:
-    """Make an artifact stand for an asset; its metadata is what the UI shows."""
+def is_made(uri: str) -> bool:
+    """Whether the asset at `uri` is complete."""
+    from model.plumbing import assets, storage
+
+    return storage.exists(storage.join(uri, assets.NAME))
+
+
+def write(made: Made, artifact: Any, config: Any, metrics: Any) -> list[str]:
+    """Make an artifact stand for an asset, and log the figures that are named first.
+
+    Args:
+        made: the asset.
+        artifact: stands for it; its metadata is what the UI shows.
+        config: the artifact of the config.
+        metrics: the artifact of the figures.
+
+    Returns:
+        What a page says of the asset.
+    """
+    from components import page
+
+    manifest, run = made.manifest, config.metadata.get(MLFLOW, "")
     Path(artifact.path).write_text(manifest.model_dump_json(indent=2))
-    artifact.metadata["asset"] = manifest.uri
+    artifact.metadata |= {"asset": manifest.uri, "reused": "yes" if made.reused else "no", MLFLOW: run}
     for name, value in manifest.info.items():
         if isinstance(value, int | float | str):
             artifact.metadata[name] = value
+    for name, value in page.headline(manifest).items():
+        metrics.log_metric(name, value)
+    return [page.about(manifest, made.reused), page.link(run)]
 
 
 def read(artifact: Any) -> Manifest:

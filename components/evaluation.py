@@ -17,6 +17,7 @@ def evaluation(
     evaluation: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
+    samples: dsl.Output[dsl.Artifact],
 ) -> None:
     """Metrics on held-out pictures, sample grids, curves and lineage in one self-contained page.
 
@@ -24,24 +25,22 @@ def evaluation(
         evaluation: What was measured, the report and its pictures.
         metrics: The figures that are named first.
         report: A page to read: samples, scores, curves, lineage.
+        samples: What the model draws for captions, beside them; PNG.
     """
-    from components.artifacts import config_of, read, write
+    from pathlib import Path
+
+    from components.artifacts import config_of, launched, read, write
     from components.step import step
 
     with step("evaluation", run):
-        from pathlib import Path
-
-        from components.launch import launch
-        from model import steps
+        from components.page import SAMPLES, left
         from model.inference.bundle import make_bundle
         from model.plumbing import storage
 
         parts = {"tokenizer": tokenizer, "text": text, "judge": judge, "transformer": transformer}
         settings = config_of(config)
         model = make_bundle(settings, {name: read(part) for name, part in parts.items()})
-        made = launch(steps.job("evaluation", settings, run, {"images": read(images), "model": model}))
-        write(made, evaluation)
-        for name, value in made.info.items():
-            if isinstance(value, int | float):
-                metrics.log_metric(name, value)
-        Path(report.path).write_bytes(storage.read_bytes(storage.join(made.uri, "report.html")))
+        made = launched("evaluation", settings, run, {"images": read(images), "model": model})
+        write(made, evaluation, config, metrics)
+        Path(report.path).write_bytes(storage.read_bytes(storage.join(made.manifest.uri, "report.html")))
+        Path(samples.path).write_bytes(next(data for name in SAMPLES if (data := left(made.manifest, name))))

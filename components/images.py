@@ -6,16 +6,29 @@ from components.step import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def images(config: dsl.Input[dsl.Artifact], run: str, images: dsl.Output[dsl.Dataset]) -> None:
+def images(
+    config: dsl.Input[dsl.Artifact],
+    run: str,
+    images: dsl.Output[dsl.Dataset],
+    metrics: dsl.Output[dsl.Metrics],
+    examples: dsl.Output[dsl.HTML],
+    pictures: dsl.Output[dsl.Artifact],
+) -> None:
     """Validate, normalise, split and shard; bad pictures are quarantined with their reasons.
 
     Returns:
         images: Captioned pictures in verified shards.
+        metrics: Pictures per split, duplicates, and those that were quarantined.
+        examples: A page with some of the pictures and their captions.
+        pictures: The same pictures side by side; PNG.
     """
-    from components.artifacts import config_of, write
+    from pathlib import Path
+
+    from components.artifacts import Made, config_of, is_made, write
     from components.step import step
 
     with step("images", run):
+        from components import page
         from model.data.ingest import ingest
         from model.errors import UserError
         from model.plumbing.leases import alone
@@ -24,10 +37,17 @@ def images(config: dsl.Input[dsl.Artifact], run: str, images: dsl.Output[dsl.Dat
         settings = config_of(config)
         output = writer("images", settings, {})
         with alone("images", output.uri):
+            reused = is_made(output.uri)
             made = ingest(settings.data, output)
         if not made.info["validation"]:
             raise UserError(
                 f"data: none of {made.info['train']} pictures ({made.info['duplicates']} duplicates apart) is"
                 f" held out; give more, or raise validation_share (it is {settings.data.validation_share:g})"
             )
-        write(made, images)
+        about = write(Made(made, reused), images, config, metrics)
+        shown = page.examples(made)
+        Path(pictures.path).write_bytes(page.sheet(shown))
+        some = page.gallery(shown)
+        Path(examples.path).write_text(
+            page.page("Pictures and captions", *about, page.figures(made), "<h2>Some of them</h2>", some)
+        )

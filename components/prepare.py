@@ -18,6 +18,7 @@ def prepare(
     job: str,
     config: dsl.Output[dsl.Artifact],
     run: dsl.OutputPath(str),  # type: ignore[valid-type]
+    checks: dsl.Output[dsl.HTML],
 ) -> None:
     """Check what can be checked before anything expensive starts, and open the run in MLflow.
 
@@ -35,25 +36,35 @@ def prepare(
     Returns:
         config: Every setting of the run, as all other steps read them.
         run: Name of the run in MLflow, below which all steps log.
+        checks: A page with what was found, and where the run is in MLflow.
     """
+    from components.artifacts import MLFLOW
     from components.step import end_given_up_runs, step
 
     with step("prepare"):
         from pathlib import Path
 
+        from components import page
         from components.parameters import resolve
         from components.preflight import preflight
         from model.plumbing import environment, speech
         from model.plumbing.leases import carried
-        from model.plumbing.tracking import open_pipeline_run
+        from model.plumbing.tracking import address, open_pipeline_run
 
         resolved = resolve(pipeline, preset, data, workers, gpus_per_worker, overrides, experiment_name, yaml)
         environment.check_services()
-        for line in preflight(resolved):
+        found = preflight(resolved)
+        for line in found:
             speech.say("prepare", line)
         end_given_up_runs("prepare")
         Path(config.path).write_text(resolved.model_dump_json(indent=2))
         name = f"{resolved.name}-{job}"
         with carried("prepare", name):
-            open_pipeline_run(resolved.experiment, name, resolved.model_dump(mode="json"))
+            opened = open_pipeline_run(resolved.experiment, name, resolved.model_dump(mode="json"))
+        config.metadata |= {
+            MLFLOW: address(opened),
+            "preset": resolved.name,
+            "experiment": resolved.experiment,
+        }
+        Path(checks.path).write_text(page.checks(resolved, name, found, config.metadata[MLFLOW]))
         Path(run).write_text(name)

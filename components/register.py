@@ -10,21 +10,28 @@ def register(
     config: dsl.Input[dsl.Artifact],
     run: str,
     evaluation: dsl.Input[dsl.Artifact],
+    model: dsl.Output[dsl.HTML],
 ) -> str:
     """Log the model as a pyfunc that loads without pickle.
 
     Returns:
+        model: A page that says which version it is, whether it is in use, why, and how to draw with it.
         Output: What was registered, as JSON.
     """
-    from components.artifacts import config_of, read
+    from pathlib import Path
+
+    from components.artifacts import MLFLOW, config_of, read
     from components.step import step
 
     with step("register", run):
+        from components import page
         from components.registration import register_model
         from model.plumbing.leases import alone
         from model.plumbing.tracking import finish_pipeline_run
 
+        measured = read(evaluation)
         with alone("register", "register"):
-            registered = register_model(config_of(config), run, read(evaluation))
+            registered = register_model(config_of(config), run, measured)
+        Path(model.path).write_text(page.registered(registered, measured, config.metadata.get(MLFLOW, "")))
         finish_pipeline_run(run)
     return registered.model_dump_json()

@@ -13,14 +13,17 @@ def tokens(
     tokenizer: dsl.Input[dsl.Model],
     text: dsl.Input[dsl.Model],
     tokens: dsl.Output[dsl.Dataset],
+    metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     """Write token shards that the trainer reads without touching a picture again.
 
     Returns:
         tokens: Codes of the pictures and ids of their captions, in shards.
+        metrics: Pictures per split, tokens of a picture, views of each.
     """
     from components.artifacts import make, write
     from components.step import step
 
     with step("tokens", run):
-        write(make("tokens", config, run, images=images, tokenizer=tokenizer, text=text), tokens)
+        made = make("tokens", config, run, images=images, tokenizer=tokenizer, text=text)
+        write(made, tokens, config, metrics)

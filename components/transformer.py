@@ -13,15 +13,23 @@ def transformer(
     text: dsl.Input[dsl.Model],
     tokenizer: dsl.Input[dsl.Model],
     transformer: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+    curves: dsl.Output[dsl.HTML],
 ) -> None:
     """Train as a job of as many processes as the config asks for.
 
     Returns:
         transformer: The net that predicts codes from a prompt.
+        metrics: Nats per token of held-out pictures: with their captions, without, and with others'.
+        curves: A page with the curves of its training.
     """
+    from pathlib import Path
+
     from components.artifacts import make, write
     from components.step import step
 
     with step("transformer", run):
+        from components.page import training
+
         made = make("transformer", config, run, tokens=tokens, text=text, tokenizer=tokenizer)
-        write(made, transformer)
+        Path(curves.path).write_text(training(made.manifest, *write(made, transformer, config, metrics)))

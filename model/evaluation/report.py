@@ -20,6 +20,7 @@ from model.evaluation import sheets
 from model.evaluation.sheets import Curves, Pairs
 from model.nets import metrics
 from model.plumbing.assets import File, Manifest
+from model.plumbing.curves import panels
 from model.plumbing.speech import quantity
 from model.steps import STEPS
 
@@ -136,7 +137,9 @@ def render(page: Page) -> str:
         lineage=_lineage(page.images, page.model),
         copy_distance=metrics.COPY_DISTANCE,
         config=yaml.safe_dump(
-            page.config.model_dump(mode="json", exclude={"jobs"}), sort_keys=False, allow_unicode=True
+            page.config.model_dump(mode="json", exclude={"jobs", "experiment_name"}),
+            sort_keys=False,
+            allow_unicode=True,
         ),
     )
 
@@ -238,7 +241,7 @@ def _charts(page: Page) -> list[tuple[str, Curves]]:
     return [
         (f"{name}: {title}", lines)
         for name, curves in page.histories.items()
-        for title, lines in sheets.panels(curves)
+        for title, lines in panels(curves)
         if title != "learning_rate"
     ]
 

@@ -67,15 +67,6 @@ def sheet(rows: Tensor, captions: Sequence[str] = ()) -> bytes:
     return buffer.getvalue()
 
 
-def panels(curves: Curves) -> list[tuple[str, Curves]]:
-    """Curves by quantity: `train/loss` and `validation/loss` share the panel `loss`."""
-    grouped: dict[str, Curves] = {}
-    for name, points in curves.items():
-        where, _, quantity = name.rpartition("/")
-        grouped.setdefault(quantity, {})[where or quantity] = points
-    return list(grouped.items())
-
-
 def plot(charts: Sequence[tuple[str, Curves]], x_label: str, marked: bool = False) -> bytes:
     """Charts side by side, three a row, as one PNG; `marked` shows each point."""
     from matplotlib.figure import Figure  # without pyplot: no global state, no display

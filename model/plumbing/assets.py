@@ -23,6 +23,8 @@ from model.plumbing import speech, storage
 
 SCHEMA_VERSION = 2
 NAME = "manifest.json"
+PICTURES = "pictures"  # folder of an asset with what is only looked at, and is in no manifest:
+RECONSTRUCTIONS = "reconstructions.png"  # by a tokenizer
 
 Kind = Literal["images", "tokenizer", "text", "judge", "tokens", "transformer", "model", "evaluation"]
 

@@ -9,6 +9,8 @@ from typing import Any
 from model.errors import Diverged
 from model.plumbing.tracking import Tracker
 
+History = dict[str, list[list[float]]]  # name -> [[step, value], …]
+
 HISTORY = "history.json"
 POINTS = 300  # of a curve in the report, at most
 
@@ -18,7 +20,7 @@ class Curves:
 
     def __init__(self, tracker: Tracker) -> None:
         self.tracker = tracker
-        self.points: dict[str, list[list[float]]] = {}
+        self.points: History = {}
 
     def add(self, step: int, group: str, figures: dict[str, float]) -> None:
         """Record figures of an optimiser step, `loss` of the group `train` as `train/loss`.
@@ -53,3 +55,12 @@ class Curves:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue what `state_dict` returned."""
         self.points = state["points"]
+
+
+def panels(curves: History) -> list[tuple[str, History]]:
+    """Curves by quantity: `train/loss` and `validation/loss` share the panel `loss`."""
+    grouped: dict[str, History] = {}
+    for name, points in curves.items():
+        where, _, quantity = name.rpartition("/")
+        grouped.setdefault(quantity, {})[where or quantity] = points
+    return list(grouped.items())

@@ -427,6 +427,18 @@ def open_pipeline_run(experiment: str, run: str, params: dict[str, Any] | None =
     return parent
 
 
+def address(run_id: str) -> str:
+    """Where people open a run.
+
+    Raises:
+        UserError: MLflow cannot be reached.
+    """
+    with explained():
+        experiment = mlflow_client().get_run(run_id).info.experiment_id
+    server = environment.MLFLOW_UI.get() or environment.MLFLOW_TRACKING_URI.get()
+    return f"{server.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+
+
 def finish_pipeline_run(
     run: str, status: str = "FINISHED", tags: dict[str, str] | None = None, step: str = ""
 ) -> None:

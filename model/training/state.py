@@ -7,6 +7,7 @@ where one bad addend spoils the sum, and are looked at only where the loop stops
 
 from __future__ import annotations
 
+import io
 import math
 import resource
 import tempfile
@@ -17,13 +18,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.config import TrainingConfig
 from model.errors import Diverged, UserError
-from model.plumbing import speech
-from model.plumbing.assets import Manifest
+from model.plumbing import speech, storage
+from model.plumbing.assets import PICTURES, Manifest
 from model.plumbing.checkpoints import CONFIG, WEIGHTS, Checkpointer, leaves, save_model
 from model.plumbing.curves import HISTORY, Curves
 from model.plumbing.distributed import Distributed, peak_flops
@@ -272,6 +274,16 @@ def not_finite(state: Mapping[str, Any]) -> str | None:
     flags = [tensor.isfinite().all() for tensor in floats.values()]
     finite = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
     return next((path.replace(":", ".") for path, fine in zip(floats, finite, strict=True) if not fine), None)
+
+
+def show(job: Job, name: str, picture: Image.Image) -> None:
+    """Leave a picture beside the asset, for whoever looks at the step; without one the asset is as good."""
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    try:
+        storage.write_bytes(storage.join(job.output.uri, PICTURES, name), data.getvalue())
+    except UserError as error:
+        speech.warn(job.spec.name, f"{name} is not shown: {error}")
 
 
 def publish(

@@ -23,7 +23,7 @@ from model.data.images import augment, to_pixels, to_tensor
 from model.nets.metrics import codebook_use, psnr
 from model.nets.tokenizers import import_pretrained
 from model.nets.vqvae import VQVAE
-from model.plumbing.assets import Manifest
+from model.plumbing.assets import RECONSTRUCTIONS, Manifest
 from model.plumbing.curves import Curves
 from model.plumbing.distributed import Distributed, derive_seed, seed_all
 from model.plumbing.worker import Job, run_worker
@@ -39,6 +39,7 @@ from model.training.state import (
     explained,
     itstime,
     publish,
+    show,
     synced,
 )
 
@@ -156,6 +157,9 @@ def train(job: Job, config: VQVAEConfig) -> Manifest | None:
         "steps": done,
         "parameters": sum(parameter.numel() for parameter in net.parameters()),
     }
+    if processes.is_main:
+        net.load_state_dict(best.weights)
+        show(job, RECONSTRUCTIONS, _pairs(net, held_out))
     return publish(job, best.weights, config.model_dump(mode="json"), info, curves)
 
 

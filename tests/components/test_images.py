@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from kfp import dsl
+from PIL import Image
 
 from components.images import images
 from model.config import load_config
@@ -17,10 +18,26 @@ def test_pictures_of_which_none_is_held_out_are_refused_when_they_are_read(store
     same = {f"{n}.png": picture(7) for n in range(30)} | {f"{n}.txt": "x" for n in range(30)}
     source = {"kind": "folder", "path": str(write(tmp_path / "pictures", same))}
     config = load_config("smoke", [f"data.source={json.dumps(source)}"])
-    target = SimpleNamespace(path=str(Path(tmp_path, "artifact")), metadata={})
+    target, settings = (dsl.Artifact(uri=str(tmp_path / name)) for name in ("artifact", "config"))
+    Path(settings.path).write_text(config.model_dump_json())
     with pytest.raises(SystemExit):
-        images.python_func(config=config.model_dump_json(), run="", images=target)
+        images.python_func(settings, "", target, target, target, target)
     said = capfd.readouterr()
     assert "none of 1 pictures (29 duplicates apart) is held out; give more, or raise validation_share" in (
         said.out + said.err
     )
+
+
+@pytest.mark.slow  # starts processes
+def test_what_was_read_is_shown(store, tmp_path):
+    made, settings, pictures, examples = (
+        dsl.Artifact(uri=str(tmp_path / name)) for name in ("images", "config", "pictures", "examples")
+    )
+    metrics = dsl.Metrics(uri=str(tmp_path / "metrics"))
+    Path(settings.path).write_text(load_config("smoke").model_dump_json())
+    for reused in ("no", "yes"):
+        images.python_func(settings, "", made, metrics, examples, pictures)
+        assert made.metadata["reused"] == reused
+    assert metrics.metadata["train"] == 43
+    assert Image.open(pictures.path).format == "PNG"
+    assert Path(examples.path).read_text().count("<figure>") == 24

@@ -17,6 +17,7 @@ from model.evaluation import report, sheets
 from model.evaluation.report import Grid, Page
 from model.evaluation.sheets import Pairs
 from model.plumbing.assets import File, Input, Manifest
+from model.plumbing.curves import panels
 from tests.instances import config
 
 FILE = File(name="model.safetensors", size=1_234_567, sha256="1" * 64)
@@ -178,7 +179,7 @@ def test_files_of_the_asset(page: Page) -> None:
 
 
 def test_curves_of_one_quantity_share_a_panel(page: Page) -> None:
-    (panel, rate) = sheets.panels(page.histories["transformer"])
+    (panel, rate) = panels(page.histories["transformer"])
     assert panel == ("nll", {"train": [[1, 3.0], [2, 2.0]], "validation": [[2, 2.5]]})
     assert rate[0] == "learning_rate"
 
