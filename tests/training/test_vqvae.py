@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from components.launch import launch
 from model.config import RunConfig, load_config
@@ -60,6 +61,13 @@ GOLDEN = [1.0033, 0.9160, 0.8863]  # train/loss of `EVERYTHING`, means of four, 
 def test_it_keeps_its_losses(store: str) -> None:
     losses = [value for _, value in history(run_job(spec_of(config(*EVERYTHING))))["train/loss"]]
     assert losses == pytest.approx(GOLDEN, abs=1e-2)
+
+
+def test_it_leaves_reconstructions_to_look_at_which_are_no_part_of_it(store: str) -> None:
+    made = run_job(spec_of(config()))
+    shown = Path(made.uri, assets.PICTURES, assets.RECONSTRUCTIONS)
+    assert Image.open(shown).size[0] > 100
+    assert sorted(file.name for file in made.files) == ["config.json", "history.json", "model.safetensors"]
 
 
 @pytest.mark.slow
