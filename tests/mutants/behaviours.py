@@ -6,7 +6,7 @@ from tests import ROOT
 from tests.mutants import Mutant
 
 CONFIG = "model/config.py"
-PREFLIGHT = "components/preflight.py"
+PREFLIGHT = "components/preflight/__init__.py"
 RULES = "tests/test_config.py::test_settings_that_contradict_each_other_are_named_with_their_figures"
 
 SETTINGS = "tests/test_steps.py::test_every_setting_moves_the_assets_that_it_decides_and_no_others"
