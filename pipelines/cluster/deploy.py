@@ -30,6 +30,7 @@ from pipelines.run import ROOT
 LABEL = "app.kubernetes.io/part-of=latent-gpt"
 MANAGER = "latent-gpt"  # who owns the fields that we apply
 CONFIG = "latent-gpt/config"  # annotation of servers: which ConfigMap and Secret they were started with
+IMAGES = ("latent-gpt", "latent-gpt-mlflow")  # their names in manifests
 SERVERS = ("Deployment", "StatefulSet")
 LONGEST = 1800.0  # seconds until servers are healthy: the first pull of some GB is among them
 AGAIN = 60.0  # seconds until the same is said again
@@ -115,16 +116,16 @@ def render(kubectl: Kubectl, overlay: str) -> list[Object]:
     if not (folder / "kustomization.yaml").is_file():
         known = sorted(path.parent.name for path in (ROOT / "k8s/overlays").glob("*/kustomization.yaml"))
         raise UserError(f"OVERLAY {overlay}: {folder} has no kustomization.yaml; choose {' or '.join(known)}")
-    images: list[dict[str, str]] = []
+    images = []
+    for name in IMAGES:
+        with suppress(UserError):  # not every overlay needs both
+            where, at, digest = built(name).partition("@")
+            where, _, tag = (where, "", "") if at else where.rpartition(":")
+            images.append({"name": name, "newName": where, **({"digest": digest} if at else {"newTag": tag})})
     found = _kustomize(kubectl, folder, images)
-    for name in sorted(_images(found)):
-        where, at, digest = built(name).partition("@")
-        if at:
-            images.append({"name": name, "newName": where, "digest": digest})
-        else:
-            where, _, tag = where.rpartition(":")
-            images.append({"name": name, "newName": where, "newTag": tag})
-    return _kustomize(kubectl, folder, images) if images else found
+    for name in sorted(_images(found) & set(IMAGES)):
+        built(name)  # says what is missing
+    return found
 
 
 def _kustomize(kubectl: Kubectl, folder: Path, images: list[dict[str, str]]) -> list[Object]:
@@ -144,14 +145,9 @@ def _kustomize(kubectl: Kubectl, folder: Path, images: list[dict[str, str]]) -> 
 
 
 def _images(objects: Iterable[Object]) -> set[str]:
-    """Names of our images that these objects run, as manifests have them."""
-    found: set[str] = set()
-    for one in objects:
-        template = one.get("spec", {}).get("template", {}) if isinstance(one.get("spec"), dict) else {}
-        for container in _containers(template.get("spec", {})):
-            if container.get("image", "").startswith("latent-gpt") and "/" not in container["image"]:
-                found.add(container["image"].partition(":")[0])
-    return found
+    """Names of images that these objects run."""
+    templates = [one["spec"]["template"] for one in objects if one["kind"] in SERVERS]
+    return {container["image"] for one in templates for container in _containers(one["spec"])}
 
 
 def _containers(spec: Object) -> list[Object]:

@@ -271,6 +271,13 @@ def test_an_overlay_comes_with_our_namespace_and_by_digest(monkeypatch: pytest.M
                 assert container["image"].startswith("registry:5000/latent-gpt")
                 assert container["image"].endswith(digest)
     assert not list((ROOT / "k8s").glob(".deploy-*")), "nothing is left behind"
+
+    def not_pushed(name: str) -> str:
+        raise UserError(f"no image {name} was pushed")
+
+    monkeypatch.setattr(deploying, "built", not_pushed)
+    with pytest.raises(UserError, match="no image latent-gpt was pushed"):
+        deploying.render(Kubectl("team"), "local")
     with pytest.raises(UserError, match=r"OVERLAY nowhere: .* choose .*local"):
         deploying.render(Kubectl("team"), "nowhere")
 
