@@ -93,7 +93,7 @@ def deploy(overlay: str, namespace: str, say: Say = print) -> None:
     older = {one["metadata"]["uid"] for one in kubectl.objects("get", "pods", "-l", LABEL)}
     changes = apply(kubectl, wanted)
     changes.removed = prune(kubectl, wanted)
-    for line in changes.lines():
+    for line in [*changes.lines(), *_left_behind(kubectl, wanted)]:
         say(line)
     servers = [one for one in wanted if one["kind"] in SERVERS]
     wait(kubectl, servers, say)
@@ -197,6 +197,19 @@ def prune(kubectl: Kubectl, wanted: list[Object]) -> list[str]:
     for one in rest:
         kubectl("delete", _resource(one), one["metadata"]["name"], "--ignore-not-found")
     return [_title(one) for one in rest]
+
+
+def _left_behind(kubectl: Kubectl, wanted: list[Object]) -> list[str]:
+    """Claims with the data of an earlier set that this one does not use."""
+    used = {_title(one) for one in wanted}
+    found = [one for one in kubectl.objects("get", DATA, "-l", LABEL) if _title(one) not in used]
+    return [f"{_claim(one)} is of an earlier version, and not used any more" for one in found]
+
+
+def _claim(one: Object) -> str:
+    size = one["spec"]["resources"]["requests"]["storage"]
+    volume = one["spec"].get("volumeName") or "no volume yet"
+    return f"claim {one['metadata']['name']} ({size}, {volume})"
 
 
 def _there(kubectl: Kubectl, kinds: Iterable[str]) -> str:
@@ -378,9 +391,7 @@ def undeploy(namespace: str, say: Say = print) -> None:
     say(f"removed {', '.join(removed)}" if removed else f"nothing of ours was in namespace {namespace}")
     claims = kubectl.objects("get", DATA, "-l", LABEL)
     for one in claims:
-        size = one["spec"]["resources"]["requests"]["storage"]
-        volume = one["spec"].get("volumeName") or "no volume yet"
-        say(f"data stays in claim {one['metadata']['name']} ({size}, {volume})")
+        say(f"data stays in {_claim(one)}")
     if claims:
         say(f"to delete it: kubectl -n {namespace} delete {DATA} -l {LABEL}")
     store, server = told.get(environment.STORE.name), told.get(environment.S3_ENDPOINT_URL.name, "")

@@ -51,6 +51,14 @@ def test_what_a_new_set_has_no_more_is_removed_but_no_data_and_nothing_of_others
     assert before - kubectl.names() == {"Service mlflow"}
 
 
+def test_the_data_of_an_earlier_version_is_not_forgotten(kubectl: FakeKubectl) -> None:
+    spec = {"resources": {"requests": {"storage": "5Gi"}}}
+    old, new = (made("PersistentVolumeClaim", name, spec=spec) for name in ("mlflow", "latent-gpt-mlflow"))
+    kubectl.add(old, new)
+    said = deploying._left_behind(kubectl, [new])
+    assert said == ["claim mlflow (5Gi, no volume yet) is of an earlier version, and not used any more"]
+
+
 def test_undeploy_leaves_the_data_and_what_is_not_ours(
     kubectl: FakeKubectl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
