@@ -9,6 +9,7 @@ CONFIG = "model/config.py"
 PREFLIGHT = "components/preflight/__init__.py"
 RULES = "tests/test_config.py::test_settings_that_contradict_each_other_are_named_with_their_figures"
 
+CLUSTER = "tests/pipelines/cluster/"
 SETTINGS = "tests/test_steps.py::test_every_setting_moves_the_assets_that_it_decides_and_no_others"
 
 
@@ -429,5 +430,41 @@ MUTANTS = [
         "self.restarts = 0 if step > self.step else",
         "self.restarts =",
         "tests/components/test_follow.py::test_progress_resets_the_count_of_restarts",
+    ),
+    Mutant(
+        "deploy: what belongs to somebody else's object stays",
+        "pipelines/cluster/deploy.py",
+        ' and not one["metadata"].get("ownerReferences")]\n    for one in rest:',
+        "]\n    for one in rest:",
+        f"{CLUSTER}test_deploy.py::"
+        "test_what_a_new_set_has_no_more_is_removed_but_no_data_and_nothing_of_others",
+    ),
+    Mutant(
+        "deploy: a changed Secret reaches the servers",
+        "pipelines/cluster/deploy.py",
+        '"\\n".join([told, *versions])',
+        "told",
+        f"{CLUSTER}test_deploy.py::test_servers_start_anew_when_what_they_read_is_another_and_only_then",
+    ),
+    Mutant(
+        "kfp: an upload without a change does nothing",
+        "pipelines/cluster/kfp.py",
+        'if before and before[0].partition("-")[0] == content:',
+        "if False:",
+        f"{CLUSTER}test_kfp.py::test_an_upload_without_a_change_does_nothing",
+    ),
+    Mutant(
+        "kfp: a cancelled run is called so",
+        "pipelines/cluster/kfp.py",
+        'if state == "FAILED" and "CANCELING" in history[-2:]:',
+        "if False:",
+        f"{CLUSTER}test_kfp.py::test_a_cancelled_run_is_called_so[states4-cancelled-True]",
+    ),
+    Mutant(
+        "runs: a wrong config is not sent",
+        "pipelines/cluster/runs.py",
+        'resolve(pipeline, **{**asked, "preset": preset})',
+        'dict(pipeline=pipeline, **{**asked, "preset": preset})',
+        f"{CLUSTER}test_runs.py::test_a_wrong_config_is_refused_before_anybody_is_asked[how2-jobs.workers]",
     ),
 ]

@@ -51,6 +51,27 @@ def test_what_a_new_set_has_no_more_is_removed_but_no_data_and_nothing_of_others
     assert before - kubectl.names() == {"Service mlflow"}
 
 
+def test_servers_start_anew_when_what_they_read_is_another_and_only_then(kubectl: FakeKubectl) -> None:
+    def mark(data: str) -> str:
+        template: Object = {"metadata": {"annotations": {"theirs": "x"}}, "spec": {}}
+        wanted = [
+            made("ConfigMap", "latent-gpt", data={"a": data}),
+            made("Deployment", "latent-gpt-s3", spec={"template": template}),
+        ]
+        deploying._stamp(kubectl, wanted)
+        notes = template["metadata"]["annotations"]
+        assert notes["theirs"] == "x"
+        return str(notes[deploying.CONFIG])
+
+    secret = made("Secret", "latent-gpt", data={"KEY": "c2VjcmV0"})
+    kubectl.add(secret)
+    first = mark("1")
+    assert mark("1") == first
+    assert mark("2") != first
+    kubectl.add(secret)  # of another version, as after a change
+    assert mark("1") != first
+
+
 def test_the_data_of_an_earlier_version_is_not_forgotten(kubectl: FakeKubectl) -> None:
     spec = {"resources": {"requests": {"storage": "5Gi"}}}
     old, new = (made("PersistentVolumeClaim", name, spec=spec) for name in ("mlflow", "latent-gpt-mlflow"))
