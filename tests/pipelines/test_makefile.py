@@ -56,3 +56,43 @@ def test_a_users_own_pip_settings_do_not_lead_an_installation_elsewhere(clone: P
     command = ["make", "shown"]
     said = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, check=True)
     assert said.stdout.split() == ["PIP_CERT=/cert", "PIP_USER=0"], "and what leads to packages stays"
+
+
+def shown(clone: Path, *arguments: str, **environment: str) -> dict[str, str]:
+    """What a recipe finds in its environment."""
+    with (clone / "Makefile").open("a") as makefile:
+        makefile.write("\nshown:\n\t@env\n")
+    names = ("REGISTRY", "NAMESPACE", "LATENT_GPT_NAMESPACE", "BUILD_FLAGS", "KFP_TOKEN")
+    outside = {name: value for name, value in os.environ.items() if name not in names} | environment
+    command = ["make", "shown", *arguments]
+    said = subprocess.run(command, cwd=clone, env=outside, capture_output=True, text=True, check=True)
+    return dict(line.partition("=")[::2] for line in said.stdout.splitlines())
+
+
+def test_what_cluster_env_says_reaches_who_builds_unless_somebody_says_otherwise(clone: Path) -> None:
+    text = "# ours\nREGISTRY=ghcr.io/us\nBUILD_FLAGS=--a b --c=#d $x\nNAMESPACE=team\nKFP_TOKEN=secret\n"
+    (clone / "cluster.env").write_text(text)
+    found = shown(clone)
+    assert found["REGISTRY"] == "ghcr.io/us"
+    assert found["BUILD_FLAGS"] == "--a b --c=#d $x"
+    assert found["LATENT_GPT_NAMESPACE"] == "team"
+    assert "KFP_TOKEN" not in found, "`latent-gpt` reads it for itself"
+    assert shown(clone, "REGISTRY=x", NAMESPACE="mine")["REGISTRY"] == "x"
+    assert shown(clone, "REGISTRY=x", NAMESPACE="mine")["LATENT_GPT_NAMESPACE"] == "mine"
+    assert shown(clone, REGISTRY="y")["REGISTRY"] == "y"
+    (clone / "cluster.env").unlink()
+    assert shown(clone)["REGISTRY"] == "", "and what was said once is forgotten"
+
+
+def test_build_and_deploy_is_its_parts_in_order_and_ends_where_one_fails(clone: Path) -> None:
+    (clone / "docker").mkdir()
+    image = clone / "docker" / "image.sh"
+    image.write_text(FAKE)
+    image.chmod(0o755)
+    command = ["make", "-j4", "build-and-deploy"]
+    done = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["build", "push", "secrets", "deploy", "upload"]
+    image.write_text("#!/bin/sh\nexit 3\n")
+    failed = subprocess.run(command, cwd=clone, capture_output=True, text=True)
+    assert failed.returncode
+    assert "deploy" not in failed.stdout
