@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from model.config import RunConfig
     from model.plumbing.assets import Kind, Manifest
 
-MLFLOW = "mlflow"  # metadata of a config and of what is made by it: where people open the run
+MLFLOW = "mlflow"  # metadata of a config: where people open the run
 
 
 class Made(NamedTuple):
@@ -53,7 +53,7 @@ def write(made: Made, artifact: Any, config: Any, metrics: Any) -> list[str]:
 
     Args:
         made: the asset.
-        artifact: stands for it; its metadata is what the UI shows.
+        artifact: stands for it; its metadata is shown beside it.
         config: the artifact of the config.
         metrics: the artifact of the figures.
 
@@ -62,15 +62,13 @@ def write(made: Made, artifact: Any, config: Any, metrics: Any) -> list[str]:
     """
     from components import page
 
-    manifest, run = made.manifest, config.metadata.get(MLFLOW, "")
+    manifest = made.manifest
     Path(artifact.path).write_text(manifest.model_dump_json(indent=2))
-    artifact.metadata |= {"asset": manifest.uri, "reused": "yes" if made.reused else "no", MLFLOW: run}
-    for name, value in manifest.info.items():
-        if isinstance(value, int | float | str):
-            artifact.metadata[name] = value
-    for name, value in page.headline(manifest).items():
+    first = page.headline(manifest)  # no more: KFP repeats metadata for each step that takes an artifact
+    artifact.metadata |= {"asset": manifest.uri, "reused": "yes" if made.reused else "no", **first}
+    for name, value in first.items():
         metrics.log_metric(name, value)
-    return [page.about(manifest, made.reused), page.link(run)]
+    return [page.about(manifest, made.reused), page.link(config.metadata.get(MLFLOW, ""))]
 
 
 def read(artifact: Any) -> Manifest:
