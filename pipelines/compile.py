@@ -44,13 +44,14 @@ def compile(name: str, path: Path) -> None:
 
 def _complete(pipeline: dict[str, Any], presets: list[str]) -> None:
     """Put in what kfp does not write: the choice of presets, and what is said to steps on a cluster alone."""
-    from pipelines.pod import FIXED
+    from pipelines.pod import FIXED, pod_of
 
     parameters = pipeline["root"]["inputDefinitions"]["parameters"]
     parameters["preset"]["literals"] = presets
     for parameter in parameters.values():  # which kfp takes from a docstring as its lines are
         parameter["description"] = " ".join(parameter["description"].split())
-    for executor in pipeline["deploymentSpec"]["executors"].values():
+    for name, executor in pipeline["deploymentSpec"]["executors"].items():
         container = executor["container"]
+        container["resources"] = pod_of(name.removeprefix("exec-")).resources
         container["image"] = environment.IMAGE.get()
-        container["env"] = [{"name": name, "value": value} for name, value in FIXED.items()]
+        container["env"] = [{"name": key, "value": value} for key, value in FIXED.items()]

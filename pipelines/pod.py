@@ -34,6 +34,13 @@ class Pod:
     cpu_limit: str = ""
     hours: float = 30 * 24  # a job has its own deadline, and may wait for room as long as it takes
 
+    @property
+    def resources(self) -> dict[str, str]:
+        """As a compiled pipeline has them."""
+        limit = {"resourceCpuLimit": self.cpu_limit} if self.cpu_limit else {}
+        requests = {"resourceCpuRequest": self.cpu, "resourceMemoryRequest": self.memory}
+        return {**requests, **limit, "resourceMemoryLimit": self.memory_limit}
+
 
 PODS = {
     "prepare": Pod(cpu="100m", memory="256Mi", hours=0.5),
@@ -42,13 +49,18 @@ PODS = {
 }
 
 
+def pod_of(step: str) -> Pod:
+    """What a step needs."""
+    return PODS.get(step, Pod())
+
+
 def on_cluster(task: dsl.PipelineTask) -> dsl.PipelineTask:
-    """Give a task its environment, resources, time, user, labels and folders to write to."""
-    pod = PODS.get(task.name, Pod())
-    task.set_cpu_request(pod.cpu).set_memory_request(pod.memory).set_memory_limit(pod.memory_limit)
-    if pod.cpu_limit:
-        task.set_cpu_limit(pod.cpu_limit)
-    kubernetes.set_timeout(task, round(pod.hours * HOUR))
+    """Give a task its environment, time, user, labels and folders to write to.
+
+    Its resources, and what is said to it without a ConfigMap, `pipelines.compile` puts in: kfp takes half a
+    second for each step to write a quantity down, and would tell a step on a laptop as well.
+    """
+    kubernetes.set_timeout(task, round(pod_of(task.name).hours * HOUR))
     told = {one.name: one.name for one in environment.IN_CONFIG_MAP if one.name not in FIXED}
     secret = {one.name: one.name for one in environment.IN_SECRET}
     kubernetes.use_config_map_as_env(task, environment.ON_CLUSTER, told, optional=True)

@@ -58,6 +58,20 @@ MUTANTS = [
         "tests/test_config.py::test_an_override_that_makes_no_sense_is_refused_by_name[into a value]",
     ),
     Mutant(
+        "pipelines: a config of the other one is refused",
+        "components/parameters.py",
+        "if (right := pipeline_of(resolved)) != pipeline:",
+        "if (right := pipeline_of(resolved)) and False:",
+        "tests/components/test_parameters.py::test_what_is_wrong_is_refused_with_what_would_be_right",
+    ),
+    Mutant(
+        "pipelines: the page offers the presets",
+        "pipelines/compile.py",
+        '    parameters["preset"]["literals"] = presets\n',
+        "",
+        "tests/pipelines/test_compile.py::test_a_person_chooses_among_the_presets_that_the_pipeline_takes",
+    ),
+    Mutant(
         "ingest: a duplicate of a held-out picture is held out",
         "model/data/ingest.py",
         "same.composition |= outcome.composition",
