@@ -45,14 +45,16 @@ def keep(cluster: Cluster, replace: bool = False) -> list[str]:
     user, password = environment.MLFLOW_TRACKING_USERNAME, environment.MLFLOW_TRACKING_PASSWORD
     if len(given.get(password.name, password.name)) < SHORTEST:
         raise UserError(f"{password.name} has fewer than {SHORTEST} letters, which MLflow does not take")
+    keys = (environment.AWS_ACCESS_KEY_ID.name, environment.AWS_SECRET_ACCESS_KEY.name)
+    if len(given.keys() & keys) == 1:
+        raise UserError(f"the environment gives one of {' and '.join(keys)}; S3 wants both, or neither")
     drawn: Drawn = {}
     if environment.MLFLOW_TRACKING_TOKEN.name not in given:
         drawn = {user.name: lambda: USER, password.name: _drawn}
-    keys = {one.name: _drawn for one in (environment.AWS_ACCESS_KEY_ID, environment.AWS_SECRET_ACCESS_KEY)}
     server = (environment.MLFLOW_BACKEND_STORE_URI, environment.MLFLOW_FLASK_SERVER_SECRET_KEY)
     of_server = {one.name: one.get() for one in server if one.get()}
     return [
-        _keep(cluster, ON_CLUSTER, given, drawn, keys, replace),
+        _keep(cluster, ON_CLUSTER, given, drawn, dict.fromkeys(keys, _drawn), replace),
         _keep(cluster, SERVER, of_server, {server[1].name: _drawn}, {}, replace),
     ]
 
@@ -68,18 +70,19 @@ def _keep(
     Keys of S3 that an old one has not got may be missing on purpose: pods may get theirs by their account.
     """
     found = _asked(cluster, name, lambda: _read(cluster, name))
-    had = found or {}
-    if found is None and not at_first.keys() & given.keys():
+    had = {key: base64.b64decode(value).decode() for key, value in ((found and found.data) or {}).items()}
+    if not found and not at_first.keys() & given.keys():
         draw = {**at_first, **draw}
     differ = {key for key, value in given.items() if had.get(key, value) != value}
     values = {key: value for key, value in given.items() if key not in had or (replace and key in differ)}
     values |= {key: make() for key, make in draw.items() if key not in had and key not in given}
-    if values:
+    labels = (found and found.metadata.labels) or {}
+    if values or (found and not PART_OF.items() <= labels.items()):
         meta = client.V1ObjectMeta(name=name, labels=PART_OF)
         data = {key: base64.b64encode(value.encode()).decode() for key, value in values.items()}
         body = client.V1Secret(metadata=meta, data=data)
         where, how = cluster.namespace, {"_request_timeout": PATIENCE}
-        if found is None:
+        if not found:
             _asked(cluster, name, lambda: cluster.core.create_namespaced_secret(where, body, **how))
         else:
             _asked(cluster, name, lambda: cluster.core.patch_namespaced_secret(name, where, body, **how))
@@ -93,14 +96,13 @@ def _keep(
     return f"Secret {name} in {cluster.namespace}: {'; '.join(parts)}"
 
 
-def _read(cluster: Cluster, name: str) -> dict[str, str] | None:
+def _read(cluster: Cluster, name: str) -> client.V1Secret | None:
     try:
-        found = cluster.core.read_namespaced_secret(name, cluster.namespace, _request_timeout=PATIENCE)
+        return cluster.core.read_namespaced_secret(name, cluster.namespace, _request_timeout=PATIENCE)
     except ApiException as error:
         if error.status == 404:
             return None
         raise
-    return {key: base64.b64decode(value).decode() for key, value in (found.data or {}).items()}
 
 
 def _asked(cluster: Cluster, name: str, ask: Callable[[], T]) -> T:

@@ -100,6 +100,26 @@ def test_an_older_secret_gets_what_it_has_not_got(server: ApiServer, cluster: Cl
     assert values(server)[AWS[0]] == "old"
 
 
+def test_one_that_somebody_made_by_hand_becomes_ours(server: ApiServer, cluster: Cluster) -> None:
+    keep(cluster)
+    kept = server.get("secrets", "latent-gpt-mlflow")["data"]
+    server.remove("secrets", "latent-gpt-mlflow")
+    server.add("secrets", "latent-gpt-mlflow", data=kept)
+    keep(cluster)
+    found = server.get("secrets", "latent-gpt-mlflow")
+    assert found["data"] == kept
+    assert found["metadata"]["labels"] == {"app.kubernetes.io/part-of": "latent-gpt"}, "undeploy finds it"
+
+
+def test_half_a_pair_of_keys_is_refused(
+    server: ApiServer, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(AWS[0], "mine")
+    with pytest.raises(UserError, match="S3 wants both, or neither"):
+        keep(cluster)
+    assert not server.names("secrets")
+
+
 def test_who_has_a_token_needs_no_password(
     server: ApiServer, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
