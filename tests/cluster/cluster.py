@@ -14,6 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+from tests.k8s.rendering import overlay
+
 ROOT = Path(__file__).resolve().parents[2]
 IN_POD = (Path(__file__).parent / "in_pod.py").read_text()
 ALL = ("images", "tokenizer", "text", "tokens", "transformer")
@@ -76,30 +78,34 @@ class Cluster:
                 secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}}
                 self.apply({**secret, "stringData": data})
             self.deploy()
-            with self.forwarded(S3, 8333) as s3, self.forwarded(MLFLOW, 5000) as mlflow:
-                yield {
-                    **self.keys,
-                    "S3_ENDPOINT_URL": f"http://127.0.0.1:{s3}",
-                    "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{mlflow}",
-                    "AWS_DEFAULT_REGION": "us-east-1",
-                }
+            with self.reached() as environment:
+                yield environment
         finally:
             self.kubectl("delete", "namespace", self.namespace, "--wait=false")
 
     def deploy(self) -> None:
         """`k8s/base` with both servers, as soon as they are ready; their data ends with their pods."""
-        overlay = {
-            "resources": ["../base"],
-            "components": ["../components/seaweedfs", "../components/mlflow"],
+        content = {
+            "resources": ["../../base"],
+            "components": ["../../components/seaweedfs", "../../components/mlflow"],
             "images": [_pinned("latent-gpt", self.image), _pinned("latent-gpt-mlflow", self.mlflow)],
             "patches": [patch for server in (S3, MLFLOW) for patch in _for_a_while(server)],
-            "transformers": [json.dumps(_into(self.namespace))],
         }
-        with tempfile.TemporaryDirectory(dir=ROOT / "k8s", prefix=".test-") as folder:
-            (Path(folder) / "kustomization.yaml").write_text(json.dumps(overlay))
-            self.kubectl("apply", "-k", folder)
+        with tempfile.TemporaryDirectory() as root:
+            self.kubectl("apply", "-k", str(overlay(Path(root), self.namespace, **content)))
         for name in (S3, MLFLOW):  # the first pull of some GB
             self.kubectl("rollout", "status", f"deployment/{name}", "--timeout=900s")
+
+    @contextmanager
+    def reached(self) -> Iterator[dict[str, str]]:
+        """The environment that reaches both servers from here."""
+        with self.forwarded(S3, 8333) as s3, self.forwarded(MLFLOW, 5000) as mlflow:
+            yield {
+                **self.keys,
+                "S3_ENDPOINT_URL": f"http://127.0.0.1:{s3}",
+                "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{mlflow}",
+                "AWS_DEFAULT_REGION": "us-east-1",
+            }
 
     @contextmanager
     def forwarded(self, service: str, port: int) -> Iterator[int]:
@@ -179,13 +185,6 @@ def _pinned(name: str, image: str) -> dict[str, str]:
     """An image of the manifests, by digest."""
     new, _, digest = image.partition("@")
     return {"name": name, "newName": new, "digest": digest}
-
-
-def _into(namespace: str) -> dict[str, Any]:
-    """As the overlays have it: for KFP's accounts, too."""
-    meta = {"name": "namespace", "namespace": namespace}
-    how = {"setRoleBindingSubjects": "allServiceAccounts"}
-    return {"apiVersion": "builtin", "kind": "NamespaceTransformer", "metadata": meta, **how}
 
 
 def _for_a_while(service: str) -> list[dict[str, Any]]:
