@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,17 @@ def test_a_step_asks_for_what_it_needs_and_two_cores_hold_all_that_run_side_by_s
             assert int(resources["resourceCpuRequest"][:-1]) <= 200, step
             assert resources["resourceMemoryRequest"], step
             assert resources["resourceMemoryLimit"], step
+
+
+def test_a_steps_code_is_whole_and_holds_no_prose(compiled: dict[str, Path]) -> None:
+    """What KFP starts is `<last of command>` as a module, and in it the function of the step's name."""
+    for path in compiled.values():
+        for step, container in read(path)[0].items():
+            module = ast.parse(container["command"][-1])
+            (function,) = (one for one in module.body if isinstance(one, ast.FunctionDef))
+            assert function.name == step == container["args"][-1]
+            assert ast.get_docstring(function) is None
+            assert any(isinstance(one, ast.With) for one in function.body), step
 
 
 def test_nobodys_error_is_tried_again(compiled: dict[str, Path]) -> None:
