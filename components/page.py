@@ -35,7 +35,9 @@ STYLE = """
   h1 { font-size: 18px; margin: 0 0 2px; } h2 { font-size: 14px; margin: 16px 0 4px; }
   p { margin: 0 0 8px; } .soft, small { color: #5b626b; }
   table { border-collapse: collapse; margin-bottom: 8px; font-variant-numeric: tabular-nums; }
-  td { padding: 2px 14px 2px 0; border-bottom: 1px solid #e3e6ea; vertical-align: top; }
+  td { padding: 2px 14px 2px 0; border-bottom: 1px solid #e3e6ea; vertical-align: top;
+       overflow-wrap: anywhere; }
+  td:first-child { min-width: 90px; } svg text { paint-order: stroke; stroke: #fff; stroke-width: 3px; }
   code, pre { font: 12px/1.45 ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
   code { user-select: all; } pre { white-space: pre-wrap; }
   figure { display: inline-block; width: 96px; margin: 0 6px 8px 0; vertical-align: top; }
@@ -226,8 +228,7 @@ def _chart(title: str, lines: History) -> str:
         style = f'fill="{colour}" font-size="10" text-anchor="{anchor}"'
         return f'<text x="{x}" y="{y}" {style}>{escape(text)}</text>'
 
-    drawn = [label(left, 10, title, "#1c2026"), label(right, HEIGHT - 4, f"step {x1:.0f}", anchor="end")]
-    drawn += [label(left, top + 8, figure(y1)), label(left, HEIGHT - 4, figure(y0))]
+    drawn = []
     for number, (name, line) in enumerate(lines.items()):
         colour = COLOURS[number % len(COLOURS)]
         path = " ".join(map(place, line))
@@ -236,6 +237,8 @@ def _chart(title: str, lines: History) -> str:
             x, y = place(line[0]).split(",")
             drawn.append(f'<circle cx="{x}" cy="{y}" r="2.5" fill="{colour}"/>')
         drawn.append(label(right - 62 * (len(lines) - 1 - number), 10, name, colour, "end"))
+    drawn += [label(left, 10, title, "#1c2026"), label(right, HEIGHT - 4, f"step {x1:.0f}", anchor="end")]
+    drawn += [label(left, top + 8, figure(y1)), label(left, HEIGHT - 4, figure(y0))]
     size = f'width="{WIDTH}" height="{HEIGHT}"'
     return f'<svg {size} role="img" aria-label="{escape(title)}">{"".join(drawn)}</svg>'
 

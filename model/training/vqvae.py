@@ -200,7 +200,7 @@ def _pairs(net: VQVAE, held_out: Tensor) -> Image.Image:
     reconstructions = to_pixels(net.reconstruct(to_tensor(originals.to(device)))).cpu()
     net.train()
     tiles = torch.stack([originals, reconstructions], dim=1).flatten(0, 1)
-    grid = make_grid(tiles, nrow=GRID_COLUMNS)
+    grid = make_grid(tiles, nrow=GRID_COLUMNS, pad_value=255)
     return Image.fromarray(grid.permute(1, 2, 0).numpy())
 
 
