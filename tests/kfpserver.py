@@ -38,6 +38,7 @@ class KfpServer:
         self.several_users = False
         self.faults: list[tuple[int, Any]] = []  # status and body of the next answers; a string is no JSON
         self.page = 2  # entries in an answer, at most
+        self.html = ""  # KFP's page, where it is at this address
         self.requests: list[tuple[str, str]] = []  # method and path with its query
         self.pipelines: dict[str, Object] = {}
         self.uploads: dict[str, list[Object]] = {}  # by pipeline, the oldest first
@@ -238,6 +239,9 @@ def _handler(server: KfpServer) -> type[http.server.BaseHTTPRequestHandler]:
             split = urllib.parse.urlsplit(self.path)
             query = dict(urllib.parse.parse_qsl(split.query))
             try:
+                if split.path == "/" and server.html:
+                    self.reply(200, server.html)
+                    return
                 if server.faults:
                     self.reply(*server.faults.pop(0))
                     return
@@ -256,6 +260,7 @@ def _handler(server: KfpServer) -> type[http.server.BaseHTTPRequestHandler]:
             self.send_response(status)
             if 300 <= status < 400:
                 self.send_header("Location", "/login")
+            self.send_header("Content-Type", "text/html" if isinstance(told, str) else "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)

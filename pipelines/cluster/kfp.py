@@ -195,8 +195,13 @@ class Kfp:
         self._ask("POST", f"runs/{identity}:retry")
 
     def page(self, identity: str) -> str:
-        """Where a run is looked at, if KFP's page is at the address of its API."""
-        return f"{self.endpoint}/#/runs/details/{identity}"
+        """Where a run is looked at; "": KFP's page is not at the address of its API, which it passes on."""
+        try:
+            answer = self._session.get(f"{self.endpoint}/", timeout=PATIENCE[0], allow_redirects=False)
+        except OSError:
+            return ""
+        shown = answer.ok and "text/html" in answer.headers.get("Content-Type", "")
+        return f"{self.endpoint}/#/runs/details/{identity}" if shown else ""
 
     # ── asking ──────────────────────────────────────────────────────────────────────────────────────────
 

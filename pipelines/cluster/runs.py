@@ -99,7 +99,8 @@ def submit(
     name = name or f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = kfp.submit(identity, name, parameters)
     print(f"submitted {name} ({run}) to {pipeline}")
-    print(f"{'page':10}{kfp.page(run)}")
+    if page := kfp.page(run):
+        print(f"{'page':10}{page}")
     print(f"{'follow':10}latent-gpt status {name} --follow")
     print(f"{'logs':10}latent-gpt logs {config.name}-{run}, once its jobs have begun")
     return run
@@ -128,7 +129,9 @@ def status(which: str, follow: bool, out: TextIO | None = None) -> bool:
     out = out or sys.stdout
     kfp = connected()
     run = _found(kfp, which)
-    print(f"{run.name} ({run.id}) is {run.state}, {_lasted(run)}; {kfp.page(run.id)}", file=out, flush=True)
+    print(f"{run.name} ({run.id}) is {run.state}, {_lasted(run)}", file=out, flush=True)
+    if page := kfp.page(run.id):
+        print(page, file=out, flush=True)
     names = _steps_of(kfp, run)
     follower = Follower(names, out)
     pods = Steps(Kubectl(environment.NAMESPACE.get()), run.id)

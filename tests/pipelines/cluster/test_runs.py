@@ -192,8 +192,14 @@ def test_a_run_reads_as_one_on_this_machine(kfp: Kfp, server: KfpServer, kubectl
     kubectl.logs["d", "main"] = log("error: none of ours")
     first, *rest = shown("r")
     assert first.startswith(f"r ({run}) is running, ")
-    assert first.endswith(f"{server.url}/#/runs/details/{run}")
     assert rest == ["[1/6] prepare", "      done in 1.0 s", "[2/6] tokenizer", "      step 2/9  22%"]
+
+
+def test_the_page_is_named_where_it_is(kfp: Kfp, server: KfpServer, kubectl: FakeKubectl) -> None:
+    run = runs.submit("smoke", name="r")
+    assert not any("#" in line for line in shown("r"))
+    server.html = "<html>"
+    assert shown("r")[1] == f"{server.url}/#/runs/details/{run}"
 
 
 def test_who_follows_sees_each_line_once_to_the_end(
