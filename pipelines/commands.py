@@ -237,10 +237,11 @@ def undeploy() -> None:
     from model.plumbing import environment
     from pipelines.cluster.deploy import undeploy
     from pipelines.cluster.kfp import connected
+    from pipelines.cluster.kubectl import Kubectl
     from pipelines.cluster.runs import remove
 
     if environment.KFP_ENDPOINT.get():
-        remove(connected())
+        remove(connected(), Kubectl(namespace))
     else:
         print("KFP_ENDPOINT is not set: what was uploaded to KFP stays there")
     undeploy(namespace)

@@ -16,11 +16,12 @@ from model.data.sources import recognise
 from model.errors import Unavailable, UserError
 from model.plumbing import environment, speech
 from model.steps import STEPS
+from pipelines.cluster.deploy import LABEL
 from pipelines.cluster.kfp import Kfp, Run, connected
 from pipelines.cluster.kubectl import Kubectl
 from pipelines.cluster.reach import services
 from pipelines.cluster.settings import built
-from pipelines.cluster.steps import Steps, condensed, remembered
+from pipelines.cluster.steps import RUN, Steps, condensed, remembered
 from pipelines.terminal import Follower
 
 PIPELINES = (TEXT_TO_IMAGE, VQVAE)
@@ -182,15 +183,23 @@ def retry(which: str) -> None:
     print(f"{run.name} ({run.id}) goes on; `latent-gpt status {run.id} --follow`")
 
 
-def remove(kfp: Kfp, limit: float = 180.0) -> None:
+def remove(kfp: Kfp, kubectl: Kubectl, limit: float = 180.0) -> None:
     """End all runs of ours, and take our pipelines out of KFP; its record of runs stays.
 
     Args:
         kfp: that one.
+        kubectl: of the namespace in which their steps run.
         limit: seconds to wait until runs have ended.
     """
-    names = _pipelines(kfp)
-    going = [run for run in kfp.runs(set(names), 1000) if not run.over]
+    found = {run.id: run for run in kfp.runs(set(_pipelines(kfp)), 1000)}
+    for pod in kubectl.objects(
+        "get", "pods", "-l", LABEL
+    ):  # of a pipeline that was not uploaded, but handed over
+        run = pod["metadata"]["labels"].get(RUN, "")
+        if run and run not in found:
+            with suppress(UserError):  # somebody deleted it
+                found[run] = kfp.run(run)
+    going = [run for run in found.values() if not run.over]
     for run in going:
         kfp.terminate(run.id)
         print(f"cancelled {run.name} ({run.id})")

@@ -15,6 +15,7 @@ from model.plumbing import attempts, speech, storage, tracking
 from pipelines.cluster.kubectl import Kubectl, Object
 
 MAIN = "main"  # container of a step's pod that runs ours
+RUN = "pipeline/runid"  # label of a run's pods
 DRIVER = ("pipelines.kubeflow.org/runtime-role", "driver")  # annotation of pods that run KFP's own
 
 
@@ -72,7 +73,7 @@ class Steps:
         return min(failed, default=(0.0, ""))[1]
 
     def _pods(self) -> list[Object]:
-        found = self.kubectl.objects("get", "pods", "-l", f"pipeline/runid={self.run}")
+        found = self.kubectl.objects("get", "pods", "-l", f"{RUN}={self.run}")
         ours = [one for one in found if DRIVER not in (one["metadata"].get("annotations") or {}).items()]
         self.found = self.found or bool(ours)
         return sorted(ours, key=lambda one: one["metadata"]["creationTimestamp"])

@@ -18,7 +18,7 @@ from model.plumbing.tracking import PipelineRun, StepRun
 from pipelines.cluster import runs
 from pipelines.cluster.kfp import Kfp
 from tests.kfpserver import KfpServer
-from tests.kubectl import FakeKubectl, Object, made
+from tests.kubectl import OURS, FakeKubectl, Object, made
 
 PARAMETERS = ["preset", "data", "workers", "gpus_per_worker", "overrides", "experiment_name", "config"]
 TASKS = ("prepare", "images", "tokenizer", "text", "judge", "register")
@@ -133,16 +133,27 @@ def test_only_what_goes_is_cancelled_and_only_what_stopped_is_retried(kfp: Kfp, 
 
 
 def test_who_takes_all_away_ends_runs_first(
-    kfp: Kfp, server: KfpServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kfp: Kfp,
+    server: KfpServer,
+    kubectl: FakeKubectl,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     over, going = runs.submit("smoke", name="over"), runs.submit("smoke", name="going")
     server.state(over, "RUNNING", "SUCCEEDED")
-    monkeypatch.setattr("time.sleep", lambda seconds: server.state(going, "FAILED"))
+    handed = runs.submit("smoke", name="handed over as a package")
+    server.runs[handed]["pipeline_version_reference"] = {}
+    pod = step(handed, "a", 1)
+    pod["metadata"]["labels"] |= OURS
+    kubectl.add(pod)
+    ends = lambda seconds: [server.state(run, "FAILED") for run in (going, handed)]  # noqa: E731
+    monkeypatch.setattr("time.sleep", ends)
     capsys.readouterr()
-    runs.remove(kfp)
+    runs.remove(kfp, kubectl)
     said = capsys.readouterr().out.splitlines()
     assert said == [
         f"cancelled going ({going})",
+        f"cancelled handed over as a package ({handed})",
         f"removed pipeline {TEXT_TO_IMAGE} from KFP",
         f"removed pipeline {VQVAE} from KFP",
     ]
