@@ -27,7 +27,7 @@ from model.steps import STEPS, names
 
 EXAMPLES = 24  # pictures of a data set that are shown
 SIDE, GAP, COLUMNS = 96, 4, 6  # of a sheet of them: pixels, and pictures in a row
-LARGEST = 192  # side of a picture on a page, pixels; larger ones are made smaller
+FRAME, LARGEST = 500, 192  # width of a page, and of a picture in it, pixels; wider ones are made smaller
 WIDTH, HEIGHT = 238, 120  # of a chart, pixels
 COLOURS = ("#1f5fbf", "#d2691e", "#2a8a57", "#8a3fa0")  # of curves, as in the report
 STYLE = """
@@ -189,7 +189,7 @@ def sheet(shown: Sequence[Example]) -> bytes:
 
 def picture(data: bytes, alt: str) -> str:
     """A picture as wide as the page."""
-    return f'<img class="whole" src="{_embedded(data, shrink=False)}" alt="{escape(alt)}">'
+    return f'<img class="whole" src="{_embedded(data, 2 * FRAME)}" alt="{escape(alt)}">'
 
 
 def left(manifest: Manifest, name: str) -> bytes | None:
@@ -249,17 +249,21 @@ def _shown(value: Any) -> str:
     return quantity(value) if isinstance(value, int) and value >= 10_000 else str(value)
 
 
-def _embedded(data: bytes, shrink: bool = True) -> str:
-    if shrink and max(Image.open(io.BytesIO(data)).size) > LARGEST:
-        data = _png(_fitted(data, LARGEST))
+def _embedded(data: bytes, widest: int = LARGEST) -> str:
     kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
+    image = Image.open(io.BytesIO(data))
+    if image.width > widest:
+        size = (widest, round(image.height * widest / image.width))
+        buffer = io.BytesIO()
+        image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=85)
+        kind, data = "jpeg", buffer.getvalue()
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _fitted(data: bytes, side: int = SIDE) -> Image.Image:
+def _fitted(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    way = Image.Resampling.NEAREST if max(image.size) < side else Image.Resampling.LANCZOS
-    return image.resize((side, side), way)
+    way = Image.Resampling.NEAREST if image.width < SIDE else Image.Resampling.LANCZOS
+    return image.resize((SIDE, SIDE), way)
 
 
 def _png(image: Image.Image) -> bytes:

@@ -18,7 +18,9 @@ from torch import Tensor
 from model.data.images import to_pixels
 
 SHOWN_SIDE = 96  # small pictures are enlarged by whole factors to at least this side, pixels
-LOSSLESS_SIDE = 128  # larger pictures are stored as JPEG, or a report would weigh tens of megabytes
+# Of single pictures, some three hundred to a page: a page has to weigh less than 5 MB. Pixels.
+LOSSLESS_SIDE = 64  # larger ones are JPEG
+LARGEST_SIDE = 192  # larger ones are made smaller: twice what is shown
 GAP, LABEL = 6, 200  # between pictures, and width of the captions beside them, pixels
 LETTERS, LINE = 12, 16  # height of captions and of a line of them, pixels
 INK, PAPER = (28, 32, 38), (255, 255, 255)
@@ -35,11 +37,12 @@ class Pairs(NamedTuple):
 
 
 def tile(picture: Tensor) -> tuple[str, bytes]:
-    """A picture (3, H, W) in [-1, 1] as (mime type, file content), in its own size."""
+    """A picture (3, H, W) in [-1, 1] for a page, as (mime type, file content)."""
     image = _image(picture)
     buffer = io.BytesIO()
     if max(image.size) > LOSSLESS_SIDE:
-        image.save(buffer, "JPEG", quality=90)
+        image.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
+        image.save(buffer, "JPEG", quality=80)
         return "image/jpeg", buffer.getvalue()
     image.save(buffer, "PNG", optimize=True)
     return "image/png", buffer.getvalue()

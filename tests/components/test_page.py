@@ -65,7 +65,7 @@ def test_a_page_of_large_pictures_is_small() -> None:
     buffer = io.BytesIO()
     noise.save(buffer, "PNG")
     shown = [Example(buffer.getvalue(), f"<number {number}>") for number in range(page.EXAMPLES)]
-    text = page.page("Large", page.gallery(shown))
+    text = page.page("Large", page.gallery(shown), page.picture(buffer.getvalue(), "a wide one"))
     assert len(text.encode()) < LARGEST_PAGE
     assert "&lt;number 3&gt;" in text
 

@@ -184,11 +184,14 @@ def test_curves_of_one_quantity_share_a_panel(page: Page) -> None:
     assert rate[0] == "learning_rate"
 
 
-def test_large_pictures_are_stored_as_jpeg() -> None:
-    assert sheets.tile(torch.zeros(3, 64, 64))[0] == "image/png"
-    mime, data = sheets.tile(torch.zeros(3, 256, 256))
-    assert mime == "image/jpeg"
-    assert Image.open(io.BytesIO(data)).size == (256, 256)
+@pytest.mark.parametrize("side", [64, 96, 512])
+def test_three_hundred_pictures_fit_a_page_of_five_megabytes(side: int) -> None:
+    coarse = torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    photo = torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic").clamp(-1, 1)[0]
+    mime, data = sheets.tile(photo)
+    assert mime == ("image/png" if side == 64 else "image/jpeg")
+    assert Image.open(io.BytesIO(data)).size == (min(side, 192),) * 2
+    assert 300 * len(data) * 4 / 3 < 5_000_000
 
 
 def test_the_floor_of_a_score_is_what_chance_gives(page: Page) -> None:
