@@ -163,6 +163,36 @@ def preflight(
         raise UserError(f"{len(errors)} of these would stop a run" if len(errors) > 1 else str(errors[0]))
 
 
+def slurm(
+    preset: Preset = "openmoji-tiny",
+    overrides: Overrides = None,
+    nodes: Annotated[
+        int, typer.Option(min=1, help="Nodes of the allocation; each is a worker of a job.")
+    ] = 1,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs of a node, and processes on it.")] = 0,
+    cpus: Annotated[int, typer.Option(min=0, help="Cores of a node; 0: as Slurm gives them.")] = 0,
+    time: Annotated[str, typer.Option(help="Longest turn, e.g. 1-00:00:00; the next one goes on.")] = "",
+    partition: Annotated[str, typer.Option(help="Of Slurm.")] = "",
+    account: Annotated[str, typer.Option(help="Of Slurm.")] = "",
+    env: Annotated[Path, typer.Option(help="File of NAME=value: where store and MLflow are.")] = Path(
+        "slurm.env"
+    ),
+    out: Annotated[Path, typer.Option(help="Folder for scripts and logs; all nodes see it.")] = Path("slurm"),
+    mlflow: Annotated[
+        Path, typer.Option(help="Virtual environment with requirements-mlflow.lock, for MLflow's server.")
+    ] = Path("build/mlflow"),
+) -> None:
+    """Write the scripts that sbatch takes: run.sbatch, and mlflow.sbatch for who has no MLflow."""
+    from pipelines.slurm import scripts
+
+    asked = {"time": time, "partition": partition, "account": account}
+    written = scripts(preset, overrides or [], env, out, mlflow, nodes, gpus, cpus, **asked)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in written.items():
+        (out / name).write_text(text)
+        print(f"wrote {out / name}")
+
+
 def plan(
     preset: Annotated[str, typer.Argument(help="Name of a shipped preset, or a .yaml file.")],
     hardware: Annotated[str, typer.Option(help="cpu, l4, a100, h100 or h200.")] = "a100",

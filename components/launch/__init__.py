@@ -16,7 +16,11 @@ from model.plumbing.assets import Manifest
 from model.plumbing.jobs import JobSpec
 from model.plumbing.outcome import Outcome
 
-MODULES = {"torchrun": "components.launch.torchrun", "pytorchjob": "components.launch.pytorchjob"}
+MODULES = {
+    "torchrun": "components.launch.torchrun",
+    "pytorchjob": "components.launch.pytorchjob",
+    "slurm": "components.launch.slurm",
+}
 
 
 class Backend(Protocol):
@@ -64,6 +68,6 @@ def backend() -> Backend:
     """The backend that this machine is set to use."""
     name = environment.LAUNCHER.get()
     if name not in MODULES:
-        raise UserError(f"{environment.LAUNCHER.name} is '{name}'; there is {' and '.join(MODULES)}")
+        raise UserError(f"{environment.LAUNCHER.name} is '{name}'; there is {', '.join(MODULES)}")
     module: Backend = import_module(MODULES[name])
     return module

@@ -118,7 +118,7 @@ S3_PATIENCE = Number(
 )
 LAUNCHER = Variable(
     "LATENT_GPT_LAUNCHER",
-    "what runs training jobs: `torchrun`, or `pytorchjob` on a cluster",
+    "what runs training jobs: `torchrun`, `pytorchjob` on a cluster, or `slurm`",
     "`torchrun`, processes of this machine",
     default="torchrun",
 )
@@ -165,6 +165,11 @@ MEETING_SETTINGS = Variable(
 )
 WORKERS = Variable("PET_NNODES", "how many there are; or least and most, as 1:2", default="1:1")
 PROCESSES = Variable("PET_NPROC_PER_NODE", "how many each of them starts", "as many as the job's spec says")
+
+# What Slurm says to a batch job:
+SLURM_JOB = Variable("SLURM_JOB_ID", "its number")
+SLURM_NODES = Variable("SLURM_JOB_NUM_NODES", "nodes of its allocation", default="1")
+SLURM_CPUS = Variable("SLURM_CPUS_PER_TASK", "cores of a task, where that was said")
 
 FOR_PEOPLE = (
     *(S3_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_DEFAULT_REGION),

@@ -195,8 +195,8 @@ def test_two_launches_of_the_same_work_side_by_side_do_it_once(store: Path) -> N
 
 
 def test_a_launcher_that_is_not_there_is_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LATENT_GPT_LAUNCHER", "slurm")
+    monkeypatch.setenv("LATENT_GPT_LAUNCHER", "flux")
     with pytest.raises(
-        UserError, match=r"^LATENT_GPT_LAUNCHER is 'slurm'; there is torchrun and pytorchjob$"
+        UserError, match=r"^LATENT_GPT_LAUNCHER is 'flux'; there is torchrun, pytorchjob, slurm$"
     ):
         launch(spec(store, "well"))
