@@ -56,8 +56,7 @@ def _in_pod(config: RunConfig, there: Cluster) -> int:
     try:
         with _pod(there, body(config, environment.IMAGE.get(), environment.ACCOUNT.get())) as name:
             pod = _ended(there, name)
-            for _, line in there.log(name, cluster.STEP_CONTAINER):
-                print(line, flush=True)
+            lines = [line for _, line in there.log(name, cluster.STEP_CONTAINER)]
     except ApiException as error:
         said = cluster.told(error)
         right = ""
@@ -67,10 +66,14 @@ def _in_pod(config: RunConfig, there: Cluster) -> int:
     except NETWORK as error:
         where = there.configuration.host
         raise UserError(f"cluster: {where} does not answer: {cluster.plain(error)}") from None
+    for line in lines:
+        print(line, flush=True)
     ended = pod.ended
     assert ended
     if ended.code not in (0, 2):
         raise UserError(f"cluster: the check has failed: {pods.end_of(pod).reason}")
+    if not lines:
+        raise UserError(f"cluster: the check said nothing; {pod.image} is no image of this version")
     return ended.code
 
 

@@ -65,10 +65,16 @@ def test_what_stops_a_run_there_stops_it_here(cluster: ApiServer, capsys: pytest
 def test_what_only_an_operator_sees_stops_it_too(
     cluster: ApiServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kubelet(cluster, terminated={"exitCode": 0})
+    kubelet(cluster, "storage   s3://latent-gpt", terminated={"exitCode": 0})
     with pytest.raises(UserError, match="STOPS A RUN"):
         preflight.look(load_config("smoke", ["jobs.gpus_per_worker=8"]))
     assert "STOPS A RUN: no node has 8 nvidia.com/gpu" in capsys.readouterr().out
+
+
+def test_an_image_that_knows_no_preflight_is_not_taken_for_all_well(cluster: ApiServer) -> None:
+    kubelet(cluster, terminated={"exitCode": 0})
+    with pytest.raises(UserError, match=r"said nothing; registry/latent-gpt@sha256:1 is no image of this"):
+        preflight.look(CONFIG)
 
 
 @pytest.mark.parametrize(
