@@ -1,0 +1,134 @@
+"""`docker/image.sh` builds and pushes both images, and tags them with the commit that changed them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests import ROOT
+
+# As buildah does it, as far as the script looks: it says what it was told, and leaves a digest.
+BUILDER = """#!/bin/sh
+echo "$@" >>"$SAID"
+while [ $# -gt 0 ]; do
+    [ "$1" = --digestfile ] && echo "sha256:$(basename "$3" | tr -d :)" >"$2"
+    [ "$1" = --file ] && grep '^FROM .* AS train$' "$2" >>"$SAID"
+    shift
+done
+exit 0
+"""
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A repository with all that images are made from, and a builder."""
+    where = tmp_path / "clone"
+    (where / "docker").mkdir(parents=True)
+    for name in (
+        "docker/image.sh",
+        "docker/Dockerfile",
+        "docker/sbom.py",
+        "pyproject.toml",
+        "requirements.lock",
+    ):
+        shutil.copy(ROOT / name, where / name)
+    for name in ("model", "components", "pipelines"):
+        (where / name).mkdir()
+        (where / name / "one.py").touch()
+    for name in ("LICENSE", "README.md"):
+        (where / name).touch()
+    (where / ".gitignore").write_text("/build/\n")
+    builder = tmp_path / "buildah"
+    builder.write_text(BUILDER)
+    builder.chmod(0o755)
+    git(where, "init", "--quiet")
+    commit(where)
+    return where
+
+
+def git(where: Path, *arguments: str) -> str:
+    who = ("-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false")
+    done = subprocess.run(["git", *who, *arguments], cwd=where, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def commit(where: Path) -> str:
+    git(where, "add", "--all")
+    git(where, "commit", "--quiet", "--message", "one")
+    return git(where, "rev-parse", "--short", "HEAD")
+
+
+def image(where: Path, what: str, **environment: str) -> list[str]:
+    """What the builder is told."""
+    said = where.parent / "said"
+    said.write_text("")
+    mine = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    for name in ("BASE", "CA", "TORCH_INDEX", "BUILD_FLAGS", "PUSH_FLAGS"):
+        mine.pop(name, None)
+    mine |= {"REGISTRY": "here", "BUILDER": str(where.parent / "buildah"), "SAID": str(said), **environment}
+    command = ["docker/image.sh", what]
+    done = subprocess.run(command, cwd=where, env=mine, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return said.read_text().splitlines()
+
+
+def test_both_are_built_and_listed_and_pushed_by_digest(clone: Path) -> None:
+    revision = git(clone, "rev-parse", "--short", "HEAD")
+    said = image(clone, "build", BASE="python@sha256:1", BUILD_FLAGS="--layers", CA="/etc/ca.pem")
+    builds = [line for line in said if line.startswith("build ")]
+    assert [line.split("--target ")[1].split()[0] for line in builds] == ["train", "mlflow", "sbom"]
+    for line in builds:
+        assert "--layers" in line
+        assert "BASE=python@sha256:1" in line
+        assert "--secret id=ca,src=/etc/ca.pem" in line
+        assert f"REVISION={revision}" in line
+    assert (clone / "build/tag").read_text() == f"here/latent-gpt:{revision}\n"
+    pushes = image(clone, "push", PUSH_FLAGS="--tls-verify=false")
+    assert [line.split()[-1] for line in pushes] == [
+        f"here/latent-gpt:{revision}",
+        f"here/latent-gpt-mlflow:{revision}",
+    ]
+    assert (clone / "build/image").read_text() == f"here/latent-gpt@sha256:latent-gpt{revision}\n"
+    assert (clone / "build/image-mlflow").read_text() == (
+        f"here/latent-gpt-mlflow@sha256:latent-gpt-mlflow{revision}\n"
+    )
+
+
+def test_the_tag_is_the_commit_that_changed_a_program(clone: Path) -> None:
+    first = git(clone, "rev-parse", "--short", "HEAD")
+    (clone / "README.md").write_text("more words")
+    assert commit(clone) != first
+    image(clone, "build")
+    assert (clone / "build/tag").read_text() == f"here/latent-gpt:{first}\n"
+    (clone / "model/one.py").write_text("1")
+    image(clone, "build")
+    assert (clone / "build/tag").read_text() == f"here/latent-gpt:{first}-dirty\n"
+    second = commit(clone)
+    image(clone, "build")
+    assert (clone / "build/tag").read_text() == f"here/latent-gpt:{second}\n"
+
+
+def test_an_index_with_wheels_for_cpus_takes_the_place_of_cuda(clone: Path) -> None:
+    assert "FROM dependencies AS train" in image(clone, "build")
+    said = image(clone, "build", TORCH_INDEX="https://where.example/cpu")
+    assert "FROM dependencies-cpu AS train" in said
+    assert "FROM dependencies AS train" not in said
+    assert [line for line in said if "TORCH_INDEX=https://where.example/cpu" in line]
+
+
+def test_what_goes_without_cuda_is_told_from_the_rest(tmp_path: Path) -> None:
+    dockerfile = (ROOT / "docker/Dockerfile").read_text()
+    program = dockerfile.split("awk '")[1].split("'")[0]
+    lock = ROOT / "requirements.lock"
+    kept = subprocess.run(["awk", program, str(lock)], capture_output=True, text=True, check=True).stdout
+    names = {line.split("==")[0] for line in lock.read_text().splitlines() if "==" in line}
+    rest = {line.split("==")[0] for line in kept.splitlines() if "==" in line}
+    gone = names - rest
+    assert {"torch", "torchvision", "triton", "nvidia-cublas", "cuda-toolkit"} <= gone
+    assert {one.partition("-")[0] for one in gone} == {"torch", "torchvision", "triton", "nvidia", "cuda"}
+    assert {"nvidia-ml-py", "numpy", "mlflow"} <= rest
+    assert kept.count("--hash=") < lock.read_text().count("--hash="), "their hashes go with them"
