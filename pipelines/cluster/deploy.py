@@ -89,6 +89,7 @@ def deploy(overlay: str, namespace: str, say: Say = print) -> None:
     """
     kubectl = Kubectl(namespace)
     wanted = render(kubectl, overlay)
+    _spare_kfps(kubectl, wanted)
     _stamp(kubectl, wanted)
     older = {one["metadata"]["uid"] for one in kubectl.objects("get", "pods", "-l", LABEL)}
     changes = apply(kubectl, wanted)
@@ -152,6 +153,16 @@ def _images(objects: Iterable[Object]) -> set[str]:
 
 def _containers(spec: Object) -> list[Object]:
     return [*(spec.get("initContainers") or []), *(spec.get("containers") or [])]
+
+
+def _spare_kfps(kubectl: Kubectl, wanted: list[Object]) -> None:
+    """Limits for a namespace of our own are no business of KFP's."""
+    ours = any(one["kind"] == "Namespace" for one in wanted)
+    if ours and kubectl.objects("get", "deployment", "ml-pipeline", "--ignore-not-found"):
+        raise UserError(
+            f"namespace {kubectl.namespace} is KFP's, and the overlay has components/own-namespace, which is"
+            " for one that is ours alone; leave that out, or name another NAMESPACE"
+        )
 
 
 def _stamp(kubectl: Kubectl, wanted: list[Object]) -> None:

@@ -51,6 +51,17 @@ def test_what_a_new_set_has_no_more_is_removed_but_no_data_and_nothing_of_others
     assert before - kubectl.names() == {"Service mlflow"}
 
 
+def test_kfps_own_namespace_gets_no_limits(kubectl: FakeKubectl) -> None:
+    wanted = [made("Namespace", "ours"), made("Service", "latent-gpt-s3")]
+    deploying._spare_kfps(kubectl, wanted)
+    kubectl.add(made("Deployment", "ml-pipeline", labels={}))
+    deploying._spare_kfps(kubectl, wanted[1:])
+    with pytest.raises(
+        UserError, match="namespace ours is KFP's, and the overlay has components/own-namespace"
+    ):
+        deploying._spare_kfps(kubectl, wanted)
+
+
 def test_servers_start_anew_when_what_they_read_is_another_and_only_then(kubectl: FakeKubectl) -> None:
     def mark(data: str) -> str:
         template: Object = {"metadata": {"annotations": {"theirs": "x"}}, "spec": {}}
