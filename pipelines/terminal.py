@@ -19,17 +19,17 @@ class Follower:
 
     steps: list[str]
     out: TextIO = sys.stdout
+    under_way: list[str] = field(default_factory=list)  # steps that have started, and not ended
     seconds: dict[str, float] = field(default_factory=dict)  # of the steps that have ended well
     reused: set[str] = field(default_factory=set)
     last: str = ""  # the last line of a step, whoever printed it; KFP indents them, and not its own
     _started: list[str] = field(default_factory=list)  # steps, each once
-    _under_way: list[str] = field(default_factory=list)  # those that have not ended
     _open: bool = False  # a progress line stands on the terminal that the next one replaces
 
     @property
     def running(self) -> str:
         """The step that started last, of those that have not ended."""
-        return self._under_way[-1] if self._under_way else ""
+        return self.under_way[-1] if self.under_way else ""
 
     def line(self, text: str) -> None:
         """Take one line of output."""
@@ -37,16 +37,16 @@ class Follower:
             self.last = text.strip()
         said = speech.read(text, self.steps)
         if said and said.started:
-            for known in (self._started, self._under_way):  # a step that is tried again is one
+            for known in (self._started, self.under_way):  # a step that is tried again is one
                 if said.name not in known:
                     known.append(said.name)
             number = self._started.index(said.name) + 1
             self._print(f"[{number}/{len(self.steps)}] {said.name}")
-        elif said and said.name in self._under_way:
-            who = f"{said.name} | " if len(self._under_way) > 1 else ""  # some run side by side on a cluster
+        elif said and said.name in self.under_way:
+            who = f"{said.name} | " if len(self.under_way) > 1 else ""  # some run side by side on a cluster
             if said.seconds is not None:
                 self.seconds[said.name] = said.seconds
-                self._under_way.remove(said.name)
+                self.under_way.remove(said.name)
             if said.reused:
                 self.reused.add(said.name)
             self._print(f"      {who}{said.text}", replaceable=bool(said.count and said.count.total))

@@ -48,7 +48,7 @@ def test_a_run_stops_for_the_reason_that_its_step_gives(
         pass
     with pytest.raises(type(error)), outcome.recorded("tokenizer"):
         raise error
-    follower = Follower([], running="tokenizer", last="error: what a library said")
+    follower = Follower([], under_way=["tokenizer"], last="error: what a library said")
     assert _why(follower, tmp_path, 1) == why.format(folder=tmp_path)
 
 
@@ -63,7 +63,9 @@ def test_a_run_stops_for_the_reason_that_its_step_gives(
 def test_where_no_step_says_why_the_last_line_of_the_log_does(
     tmp_path: Path, running: str, last: str, why: str
 ) -> None:
-    assert _why(Follower([], running=running, last=last), tmp_path, 1) == why.format(folder=tmp_path)
+    assert _why(Follower([], under_way=[running] if running else [], last=last), tmp_path, 1) == why.format(
+        folder=tmp_path
+    )
 
 
 @pytest.mark.slow
