@@ -37,8 +37,12 @@ def folder_config(tmp_path: Path, pictures: int, bad: int = 0, captions: bool = 
     if captions:
         for path in folder.glob("*.png"):
             path.with_suffix(".txt").write_text(f"noise {path.stem}\n")
-    source = f"data.source={{kind: folder, path: {folder}}}"
-    return ["run", "--preset", "smoke", "--set", source, "--set", "transformer=null"]
+    return ["run", "--preset", "smoke", "--data", str(folder), "--set", "transformer=null"]
+
+
+def test_data_that_is_not_there(tmp_path: Path) -> None:
+    line = refused(latent_gpt("run", "--preset", "smoke", "--data", f"{tmp_path}/nowhere", state=tmp_path))
+    assert line.startswith(f"error: data: there is no folder {tmp_path}/nowhere here")
 
 
 def test_an_unreachable_s3(tmp_path: Path, nobody: str) -> None:
