@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 DEBIAN = Path("/var/lib/dpkg/status")
+LONGEST = 80  # of a licence's name
 Component = dict[str, object]
 
 
@@ -19,7 +20,9 @@ def of_python() -> Iterator[Component]:
         said = one.metadata
         name = said["Name"].lower().replace("_", "-")
         kinds = [kind.rpartition(":: ")[2] for kind in said.get_all("Classifier", []) if "License ::" in kind]
-        licence = said.get("License-Expression") or " OR ".join(kinds)
+        licence = said.get("License-Expression") or " OR ".join(kinds) or said.get("License", "")
+        if len(licence) > LONGEST:  # a whole text
+            licence = ""
         yield component(name, one.version, f"pkg:pypi/{name}@{one.version}", licence)
 
 
