@@ -31,6 +31,21 @@ revision() {
     echo "${last:-unknown}"
 }
 
+# What both images are made from, in one line.
+inputs() {
+    # shellcheck disable=SC2086
+    files=$(find $sources -type f ! -path '*/__pycache__/*' | sort)
+    # shellcheck disable=SC2086
+    { sha256sum $files; echo "$REGISTRY $revision ${BASE:-} ${TORCH_INDEX:-}"; } | sha256sum
+}
+
+is_here() { # IMAGE
+    case $(basename "$builder") in
+    buildah) "$builder" inspect --type image "$1" ;;
+    *) "$builder" image inspect "$1" ;;
+    esac >/dev/null 2>&1
+}
+
 made() { # TARGET OPTION…
     target=$1
     shift
@@ -60,16 +75,22 @@ case ${1:-} in
 build)
     revision=$(revision)
     version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+    train=$REGISTRY/latent-gpt:$revision mlflow=$REGISTRY/latent-gpt-mlflow:$revision inputs=$(inputs)
+    if [ "$(cat build/inputs 2>/dev/null)" = "$inputs" ] && is_here "$train" && is_here "$mlflow"; then
+        echo "$train and $mlflow are built already"
+        exit
+    fi
     dockerfile=docker/Dockerfile
     if [ -n "${TORCH_INDEX:-}" ]; then # not every builder takes a variable for a stage's name
         dockerfile=build/Dockerfile-cpu
         sed 's/^FROM dependencies AS/FROM dependencies-cpu AS/' docker/Dockerfile >$dockerfile
     fi
-    made train --tag "$REGISTRY/latent-gpt:$revision"
-    made mlflow --tag "$REGISTRY/latent-gpt-mlflow:$revision"
+    made train --tag "$train"
+    made mlflow --tag "$mlflow"
     made sbom --output type=local,dest=build
-    echo "$REGISTRY/latent-gpt:$revision" >build/tag
-    echo "$REGISTRY/latent-gpt-mlflow:$revision" >build/tag-mlflow
+    echo "$train" >build/tag
+    echo "$mlflow" >build/tag-mlflow
+    echo "$inputs" >build/inputs
     ;;
 push)
     pushed ""

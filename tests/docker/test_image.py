@@ -14,6 +14,7 @@ from tests import ROOT
 # As buildah does it, as far as the script looks: it says what it was told, and leaves a digest.
 BUILDER = """#!/bin/sh
 echo "$@" >>"$SAID"
+[ "$1" != inspect ] || exit "${FORGOT:-0}"
 while [ $# -gt 0 ]; do
     [ "$1" = --digestfile ] && echo "sha256:$(basename "$3" | tr -d :)" >"$2"
     [ "$1" = --file ] && grep '^FROM .* AS train$' "$2" >>"$SAID"
@@ -96,6 +97,22 @@ def test_both_are_built_and_listed_and_pushed_by_digest(clone: Path) -> None:
     assert (clone / "build/image-mlflow").read_text() == (
         f"here/latent-gpt-mlflow@sha256:latent-gpt-mlflow{revision}\n"
     )
+
+
+def test_what_is_built_is_not_built_again(clone: Path) -> None:
+    def builds(**environment: str) -> int:
+        return sum(line.startswith("build ") for line in image(clone, "build", **environment))
+
+    assert builds() == 3
+    assert builds() == 0
+    assert builds(BASE="another") == 3
+    assert builds(BASE="another", FORGOT="1") == 3, "its images are gone"
+    (clone / "model/one.py").write_text("1")
+    assert builds(BASE="another") == 3
+    (clone / "model/one.py").write_text("2")
+    assert builds(BASE="another") == 3, "the same tag, -dirty, and another program"
+    (clone / "README.md").write_text("more words")
+    assert builds(BASE="another") == 0
 
 
 def test_the_tag_is_the_commit_that_changed_a_program(clone: Path) -> None:
