@@ -35,7 +35,8 @@ class Run:
     began: float  # it was submitted, in seconds since 1970
     ended: float  # 0: it has not
     pipeline: str = ""  # id
-    version: str = ""  # id
+    version: str = ""  # id; "": the pipeline was handed over with the run
+    tasks: tuple[str, ...] = ()  # its steps, if it was
     parameters: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -178,13 +179,13 @@ class Kfp:
 
     def tasks(self, run: Run) -> list[str]:
         """Names of the steps of a run; none where its version is gone."""
+        if run.tasks or not run.version:
+            return list(run.tasks)
         try:
             found = self._ask("GET", f"pipelines/{run.pipeline}/versions/{run.version}")
         except _NotFound:
             return []
-        spec = found.get("pipeline_spec") or {}
-        dag = spec.get("pipeline_spec", spec).get("root", {}).get("dag", {})
-        return list(dag.get("tasks", {}))
+        return list(_tasks(found))
 
     def terminate(self, identity: str) -> None:
         """Have a run end; its steps are told."""
@@ -310,8 +311,16 @@ def _run(found: dict[str, Any]) -> Run:
         ended=_seconds(found.get("finished_at")),
         pipeline=reference.get("pipeline_id", ""),
         version=reference.get("pipeline_version_id", ""),
+        tasks=_tasks(found),
         parameters=(found.get("runtime_config") or {}).get("parameters") or {},
     )
+
+
+def _tasks(found: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the steps of whatever has a pipeline's spec."""
+    spec = found.get("pipeline_spec") or {}
+    dag = spec.get("pipeline_spec", spec).get("root", {}).get("dag", {})
+    return tuple(dag.get("tasks", {}))
 
 
 def _state(found: dict[str, Any]) -> str:

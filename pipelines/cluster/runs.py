@@ -111,7 +111,10 @@ def runs() -> None:
     """List our newest runs."""
     kfp = connected()
     names = _pipelines(kfp)
-    for run in kfp.runs(set(names), LISTED):
+    found = kfp.runs(set(names), LISTED)
+    if not found:
+        print(f"KFP at {kfp.endpoint} has no run of our pipelines; `make submit` makes one")
+    for run in found:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.began))
         print(f"{run.id}  {when}  {run.state:15}  {_lasted(run):>6}  {run.name}  {names[run.pipeline]}")
 

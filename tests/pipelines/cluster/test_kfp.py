@@ -89,12 +89,18 @@ def test_what_kfp_says_against_a_preset_is_passed_on(kfp: Kfp, package: Path) ->
     )
 
 
-def test_the_steps_of_a_run_are_those_of_its_version(kfp: Kfp, package: Path) -> None:
+def test_the_steps_of_a_run_are_those_of_its_version(kfp: Kfp, server: KfpServer, package: Path) -> None:
     package.write_text(PACKAGE.replace("root: {", "root: {dag: {tasks: {prepare: {}, images: {}}}, "))
     run = kfp.run(kfp.submit(kfp.upload("ours", package, "").pipeline, "x", {}))
     assert kfp.tasks(run) == ["prepare", "images"]
     kfp.remove("ours")
     assert kfp.tasks(run) == []
+    handed = server.runs[run.id]  # over as a package, without a version
+    handed |= {
+        "pipeline_version_reference": {},
+        "pipeline_spec": {"root": {"dag": {"tasks": {"images": {}}}}},
+    }
+    assert kfp.tasks(kfp.run(run.id)) == ["images"]
 
 
 def test_runs_are_ours_the_newest_first_and_so_many_at_most(kfp: Kfp, package: Path) -> None:
