@@ -12,6 +12,8 @@ RULES = "tests/test_config.py::test_settings_that_contradict_each_other_are_name
 CLUSTER = "tests/pipelines/cluster/"
 SETTINGS = "tests/test_steps.py::test_every_setting_moves_the_assets_that_it_decides_and_no_others"
 
+RIGHTS = "test_what_a_step_may_not_do_is_named_with_the_rule_that_is_missing[delete-pytorchjobs-kubeflow.org]"
+
 
 def rule(row: str, condition: str) -> Mutant:
     """A rule of the config that no longer refuses anything."""
@@ -94,6 +96,24 @@ MUTANTS = [
     probe("is read from the middle on", "test_a_store_that_lacks_something_is_refused_by_name[no ranges]"),
     probe("keeps models", "test_an_mlflow_that_lacks_something_is_refused_by_name[models]"),
     probe("keeps artifacts", "test_an_mlflow_that_lacks_something_is_refused_by_name[artifacts]"),
+    probe("answers", "test_a_cluster_that_has_all_a_job_needs_is_named_with_the_image"),
+    probe("has training jobs", "test_a_cluster_without_the_operator_is_refused"),
+    probe("allows what a step does", RIGHTS),
+    probe("tells workers their services", "test_half_a_pair_of_keys_is_named"),
+    probe("has the image", "test_a_pull_secret_that_is_not_there_is_named"),
+    probe("lets workers in", "test_a_used_up_quota_stops_no_run_and_a_warning_is_passed_on"),
+    probe("has a node for them", "test_two_nodes_are_no_one"),
+    probe("has quota left", "test_a_job_beyond_a_quota_is_refused_and_one_beyond_what_is_left_waits"),
+    probe("keeps time", "test_a_clock_that_is_wrong_is_said_to_be"),
+    probe("has drop-downs", "test_a_kfp_that_is_not_there_stops_nothing"),
+    probe("is no Service named mlflow", "test_a_service_named_mlflow_is_warned_of"),
+    Mutant(
+        "slurm: srun is told to end by nobody but us",
+        "components/launch/slurm.py",
+        ", start_new_session=True",
+        "",
+        "tests/components/test_slurm.py::test_a_group_that_is_told_to_end_leaves_srun_its_time",
+    ),
     Mutant(
         "step: a failed run is FAILED in MLflow",
         "components/step.py",
