@@ -29,16 +29,17 @@ def clone(tmp_path: Path) -> Path:
     """A repository with all that images are made from, and a builder."""
     where = tmp_path / "clone"
     (where / "docker").mkdir(parents=True)
+    (where / "pipelines/images").mkdir(parents=True)
     for name in (
         "docker/image.sh",
         "docker/Dockerfile",
-        "docker/sbom.py",
+        "pipelines/images/sbom.py",
         "pyproject.toml",
         "requirements.lock",
     ):
         shutil.copy(ROOT / name, where / name)
     for name in ("model", "components", "pipelines"):
-        (where / name).mkdir()
+        (where / name).mkdir(exist_ok=True)
         (where / name / "one.py").touch()
     for name in ("LICENSE", "README.md"):
         (where / name).touch()

@@ -169,8 +169,8 @@ def test_every_pod_is_restricted(rendered: list[Object]) -> None:
 
 def selects(selector: Object, labels: dict[str, str]) -> bool:
     for one in selector.get("matchExpressions", []):
-        assert one["operator"] == "DoesNotExist"
-        if one["key"] in labels:
+        assert one["operator"] == "NotIn"
+        if labels.get(one["key"]) in one["values"]:
             return False
     return bool(selector.get("matchLabels", {}).items() <= labels.items())
 
@@ -199,8 +199,10 @@ def test_services_and_policies_meet_the_pods_that_they_mean(rendered: list[Objec
         assert [one["podSelector"]["matchLabels"] for one in entry["from"]] == [OURS]
         assert {one["port"] for one in entry["ports"]} <= ports[name]
     worker = {**OURS, pytorchjob.STEP: "transformer"}
+    step = {**OURS, "app.kubernetes.io/name": "transformer"}  # as pipelines/pod.py has it
     stranger = {"app": "ml-pipeline"}
-    assert selects(policies["latent-gpt"]["podSelector"], worker)
+    for one in (worker, step):
+        assert selects(policies["latent-gpt"]["podSelector"], one)
     for name, spec in policies.items():
         ours_alone = "latent-gpt-deny" in policies  # only in a namespace that is ours
         assert name == "latent-gpt-deny" or not selects(spec["podSelector"], stranger)

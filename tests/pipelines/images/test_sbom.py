@@ -23,7 +23,7 @@ Version: 1
 
 def test_it_lists_pythons_packages_once_with_version_and_licence() -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / "docker/sbom.py"], capture_output=True, text=True, check=True
+        [sys.executable, ROOT / "pipelines/images/sbom.py"], capture_output=True, text=True, check=True
     )
     bom = json.loads(done.stdout)
     assert (bom["bomFormat"], bom["specVersion"]) == ("CycloneDX", "1.6")
@@ -36,7 +36,7 @@ def test_it_lists_pythons_packages_once_with_version_and_licence() -> None:
 
 def test_it_lists_what_debian_has_installed() -> None:
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'docker')!r}); import sbom, json;"
+        f"import sys; sys.path.insert(0, {str(ROOT / 'pipelines/images')!r}); import sbom, json;"
         f"print(json.dumps(list(sbom.of_debian({STATUS!r}))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 DEBIAN = Path("/var/lib/dpkg/status")
 LONGEST = 80  # of a licence's name
@@ -17,7 +18,7 @@ Component = dict[str, object]
 def of_python() -> Iterator[Component]:
     """The distributions on this interpreter's path."""
     for one in metadata.distributions():
-        said = one.metadata
+        said: Any = one.metadata  # an email's message, whose types do not say so
         name = said["Name"].lower().replace("_", "-")
         kinds = [kind.rpartition(":: ")[2] for kind in said.get_all("Classifier", []) if "License ::" in kind]
         licence = said.get("License-Expression") or " OR ".join(kinds) or said.get("License", "")

@@ -15,6 +15,8 @@ from tests import ROOT
 
 pytestmark = pytest.mark.slow
 
+PROGRAM = str(ROOT / "pipelines/images/mlflow_databases.py")
+
 # MLflow's authentication imports it for a page on which users sign up. The image has it.
 CSRF = "class CSRFProtect: ...\n"
 PASSWORD = "a password of today"
@@ -43,7 +45,7 @@ def python(folder: Path, *arguments: str, **environment: str) -> subprocess.Comp
 
 
 def start(folder: Path, **environment: str) -> str:
-    done = python(folder, str(ROOT / "docker/mlflow_databases.py"), "basic_auth.ini", **environment)
+    done = python(folder, PROGRAM, "basic_auth.ini", **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -94,7 +96,7 @@ def test_an_older_one_is_copied_and_migrated(folder: Path) -> None:
 
 
 def test_without_a_password_nothing_starts(folder: Path) -> None:
-    done = python(folder, str(ROOT / "docker/mlflow_databases.py"), "ini", MLFLOW_TRACKING_PASSWORD="")
+    done = python(folder, PROGRAM, "ini", MLFLOW_TRACKING_PASSWORD="")
     assert done.returncode
     assert done.stderr.splitlines()[-1] == (
         "error: MLFLOW_TRACKING_PASSWORD not set; MLflow lets nobody in without them"
