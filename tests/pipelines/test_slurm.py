@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from model.errors import UserError
-from model.plumbing import registry
+from model.plumbing.tracking import mlflow_client
 from pipelines.slurm import scripts
 from tests import ROOT
 
@@ -162,7 +163,8 @@ def test_a_whole_run_by_slurm(services: dict[str, str], tmp_path: Path) -> None:
     if why := slurm():
         pytest.skip(why)
     site = tmp_path / "slurm.env"
-    site.write_text("".join(f"{name}={value}\n" for name, value in services.items()))
+    told = {**services, "LATENT_GPT_STATE": str(tmp_path / "state")}
+    site.write_text("".join(f"{name}={value}\n" for name, value in told.items()))
     folder = tmp_path / "out"
     folder.mkdir()
     two = ["jobs.workers=2", "jobs.processes_per_worker=1"]
@@ -172,4 +174,6 @@ def test_a_whole_run_by_slurm(services: dict[str, str], tmp_path: Path) -> None:
     )
     log = "".join(path.read_text() for path in folder.glob("run-*.log"))
     assert done.returncode == 0, done.stderr + log
-    assert registry.version_of(registry.CHAMPION, "latent-gpt-smoke") == "1"
+    registered = re.search(r"latent-gpt-smoke version (\d+)", log)
+    assert registered, log
+    assert mlflow_client().get_model_version("latent-gpt-smoke", registered[1]).status == "READY"
