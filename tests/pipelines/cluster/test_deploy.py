@@ -326,8 +326,7 @@ def test_an_overlay_comes_with_our_namespace_and_by_digest(monkeypatch: pytest.M
 
 
 def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LATENT_GPT_NAMESPACE", "KFP_ENDPOINT", "KFP_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LATENT_GPT_NAMESPACE", "")  # and not deleted: what is set then would stay
     monkeypatch.setenv("KFP_ENDPOINT", "http://mine")
     monkeypatch.setenv("KFP_TOKEN", "")
     text = "# of the team\n\nNAMESPACE=team\nKFP_ENDPOINT=http://theirs\nKFP_TOKEN=a=b # c\n"
