@@ -115,6 +115,7 @@ OTHERS = {  # that may read the environment themselves
     "model/plumbing/environment.py": "the one place",
     "model/plumbing/distributed.py": "what torchrun says",
     "pipelines/embedded": "environments of the servers that it starts",
+    "pipelines/images": "what is said to programs that run alone",
 }
 
 
