@@ -246,12 +246,18 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
 
 
 @pytest.fixture(scope="module")
-def store(here: Installation) -> Iterator[None]:
+def secrets(here: Installation) -> dict[str, str]:
+    """What the installation's Secrets hold."""
+    found = here.get("secrets", "-l", OURS)
+    return {name: base64.b64decode(value).decode() for one in found for name, value in one["data"].items()}
+
+
+@pytest.fixture(scope="module")
+def store(here: Installation, secrets: dict[str, str]) -> Iterator[None]:
     """This process's environment leads to the installation's S3."""
-    found = here.get("secret", "--field-selector", "metadata.name=latent-gpt")[0]["data"]
     with here.forwarded("latent-gpt-s3", 8333) as port, pytest.MonkeyPatch.context() as patch:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, base64.b64decode(found[name]).decode())
+            patch.setenv(name, secrets[name])
         patch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("LATENT_GPT_STORE", "s3://latent-gpt")
@@ -335,6 +341,34 @@ def test_from_the_page_to_a_registered_model_with_pictures(here: Installation, s
     assert all(len(data) < 5_000_000 for data in pages.values())
     said = here.cli("status", run)
     assert "latent-gpt-openmoji-tiny" in said, "the model that was registered"
+
+
+def test_no_secret_is_where_it_may_be_read(here: Installation, secrets: dict[str, str]) -> None:
+    """Of all runs so far: in KFP's records and artifacts, Workflows, jobs, logs, MLflow."""
+    user, names = secrets["MLFLOW_TRACKING_USERNAME"], ("MLFLOW_TRACKING_USERNAME", "AWS_ACCESS_KEY_ID")
+    run = next(one["run_id"] for one in here.runs() if one["display_name"] == "openmoji-tiny")
+    places = {f"artifact {name}": data.decode(errors="replace") for name, data in here.fetched(run).items()}
+    places["KFP's record"] = json.dumps(here.kfp.get(f"runs/{run}"))
+    for kind in ("workflows", "pytorchjobs", "configmaps", "events"):
+        places[kind] = here.kubectl("get", kind, "-o", "json")
+    logs = ("logs", "--all-containers", "--tail=-1", "--ignore-errors", "--max-log-requests=50", "-l")
+    places["logs of steps"] = here.kubectl(*logs, f"pipeline/runid={run}")
+    places["logs of servers"] = here.kubectl(*logs, OURS)
+    with here.forwarded("latent-gpt-mlflow", 5000) as port:
+        api, login = f"http://127.0.0.1:{port}/api/2.0/mlflow", (user, secrets["MLFLOW_TRACKING_PASSWORD"])
+        known = requests.get(f"{api}/experiments/search?max_results=100", auth=login, timeout=30).json()
+        ids = [one["experiment_id"] for one in known["experiments"]]
+        asked = {"experiment_ids": ids, "max_results": 1000}
+        places["MLflow's runs"] = requests.post(f"{api}/runs/search", json=asked, auth=login, timeout=60).text
+        models = f"{api}/registered-models/search"
+        places["MLflow's models"] = requests.get(models, auth=login, timeout=30).text
+    assert "openmoji-tiny" in places["MLflow's runs"]
+    assert "step 650/650" in places["logs of steps"]
+    kept = {name: value for name, value in secrets.items() if name not in names}  # names of users are said
+    for name, value in kept.items():
+        for written in (value, base64.b64encode(value.encode()).decode()):
+            found = [where for where, text in places.items() if written in text]
+            assert not found, f"{name} is in {found}"
 
 
 def test_sets_are_those_of_a_laptop(here: Installation, store: None) -> None:
