@@ -19,9 +19,9 @@ from components.launch.pytorchjob import AUTHORITIES, AUTHORITIES_AT, PART_OF, U
 from model.plumbing import environment
 
 HOUR = 3600
-CACHE, CACHE_GIB = "/cache", 32  # folder of copies of what lies in S3, and how large it may become
+FIXED = environment.OF_A_STEP
+CACHE, CACHE_GIB = FIXED[environment.CACHE.name], int(FIXED[environment.CACHE_GIB.name])
 ROOM_GIB = CACHE_GIB + 8  # of a volume: it is what the node's disk gives, and nothing is set aside
-FIXED = {environment.CACHE.name: CACHE, environment.CACHE_GIB.name: str(CACHE_GIB), "HOME": "/tmp"}
 
 
 @dataclass(frozen=True)

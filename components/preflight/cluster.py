@@ -128,9 +128,8 @@ def _account(there: Cluster) -> str:
 def tells_workers(there: Cluster, config: RunConfig) -> None:
     """ConfigMap and Secret have what this step was told: its workers learn it from there alone."""
     name = environment.ON_CLUSTER
-    map_keys = [
-        one for one in environment.IN_CONFIG_MAP if one not in (environment.LAUNCHER, environment.STORE)
-    ]
+    own = {environment.LAUNCHER.name, environment.STORE.name, *environment.OF_A_STEP}
+    map_keys = [one for one in environment.IN_CONFIG_MAP if one.name not in own]
     config_map = _keys(there, "configmaps", f"ConfigMap '{name}'", map_keys)
     if environment.MLFLOW_TRACKING_URI.name not in config_map:
         raise UserError(

@@ -192,6 +192,9 @@ IN_SECRET = (
     *(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN),
 )
 
+# What a step's pod is told of itself. Its workers have folders of their own, whose size is in the ConfigMap:
+OF_A_STEP = {CACHE.name: "/cache", CACHE_GIB.name: "32", "HOME": "/tmp"}
+
 
 def check_services() -> None:
     """Check that this machine is told where assets and runs go.

@@ -121,11 +121,9 @@ def body(config: RunConfig, image: str, account: str) -> Object:
             ("secretKeyRef", environment.IN_SECRET),
         )
         for one in keys
+        if one.name not in environment.OF_A_STEP
     ]
-    said = [
-        {"name": name, "value": value}
-        for name, value in {"HOME": "/tmp", environment.CACHE.name: "/tmp/cache"}.items()
-    ]
+    said = [{"name": name, "value": value} for name, value in environment.OF_A_STEP.items()]
     container = {
         "name": cluster.STEP_CONTAINER,
         "image": image,
@@ -143,6 +141,7 @@ def body(config: RunConfig, image: str, account: str) -> Object:
         },
         "volumeMounts": [
             {"name": "tmp", "mountPath": "/tmp"},
+            {"name": "cache", "mountPath": environment.OF_A_STEP[environment.CACHE.name]},
             {"name": "ca", "mountPath": AUTHORITIES_AT, "readOnly": True},
         ],
     }
@@ -159,6 +158,7 @@ def body(config: RunConfig, image: str, account: str) -> Object:
             "containers": [container],
             "volumes": [
                 {"name": "tmp", "emptyDir": {}},
+                {"name": "cache", "emptyDir": {}},
                 {"name": "ca", "secret": {"secretName": AUTHORITIES, "optional": True}},
             ],
         },

@@ -25,6 +25,7 @@ from model.errors import UserError
 from model.plumbing import environment, storage
 from model.plumbing.tracking import TRIAL, mlflow_client
 from tests.apiserver import USER, ApiServer
+from tests.k8s.rendering import K8S, OVERLAYS, build, can_build
 from tests.proxies import Answer, Hook, Request, proxy
 
 NOBODY = "http://127.0.0.1:1"  # where nothing listens
@@ -328,6 +329,20 @@ def test_a_key_that_this_step_has_and_workers_would_not_is_named(
 ) -> None:
     monkeypatch.setenv("S3_ENDPOINT_URL", "http://latent-gpt-s3:8333")
     assert "ConfigMap 'latent-gpt' in namespace kubeflow has no S3_ENDPOINT_URL, which this" in stopping()
+
+
+@pytest.mark.skipif(not can_build(), reason="neither kustomize nor kubectl is here")
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_step_of_every_overlay_is_told_nothing_that_workers_would_lack(
+    whole: ApiServer, monkeypatch: pytest.MonkeyPatch, overlay: str
+) -> None:
+    (told,) = [one["data"] for one in build(K8S / "overlays" / overlay) if one["kind"] == "ConfigMap"]
+    whole.remove("configmaps", "latent-gpt")
+    whole.add("configmaps", "latent-gpt", data=told)
+    for name, value in (told | environment.OF_A_STEP).items():
+        monkeypatch.setenv(name, value)
+    (probe,) = (one for one in PROBES if one.name == "tells workers their services")
+    assert probe.check(load_config("smoke")) is None
 
 
 def test_half_a_pair_of_keys_is_named(whole: ApiServer) -> None:

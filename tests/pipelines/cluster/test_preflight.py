@@ -12,6 +12,7 @@ from model.config import load_config
 from model.errors import UserError
 from model.plumbing import environment
 from pipelines.cluster import preflight
+from pipelines.pod import FIXED
 from tests.apiserver import PODS, ApiServer
 from tests.components.conftest import api_server  # noqa: F401 (a fixture)
 
@@ -120,7 +121,14 @@ def test_the_pod_is_told_what_steps_are_told_and_restricted_as_they_are() -> Non
     (container,) = pod["spec"]["containers"]
     assert container["env"][0] == {"name": "LATENT_GPT_LAUNCHER", "value": "pytorchjob"}
     sources = {one["name"]: one["valueFrom"] for one in container["env"] if "valueFrom" in one}
-    assert sources.keys() == {one.name for one in environment.IN_CONFIG_MAP + environment.IN_SECRET}
+    said = {one["name"]: one["value"] for one in container["env"][1:] if "value" in one}
+    assert said == FIXED, "as the pipeline has it"
+    mounts = {one["mountPath"] for one in container["volumeMounts"]}
+    assert {said["HOME"], said["LATENT_GPT_CACHE"]} <= mounts, "nothing else may be written to"
+    assert (
+        sources.keys()
+        == {one.name for one in environment.IN_CONFIG_MAP + environment.IN_SECRET} - FIXED.keys()
+    )
     for source in sources.values():
         (reference,) = source.values()
         assert reference["name"] == "latent-gpt"
