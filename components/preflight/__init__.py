@@ -187,6 +187,6 @@ FROM_OUTSIDE = [
     if probe.check
     in (
         *(cluster.answers, cluster.has_jobs, room.admits, room.has_nodes, room.has_quota),
-        *(kfp.is_restricted, kfp.looks_again),
+        *(kfp.knows_drop_downs, kfp.is_restricted, kfp.looks_again),
     )
 ]

@@ -18,13 +18,21 @@ NON_ROOT = "DEFAULT_SECURITY_CONTEXT_RUN_AS_NON_ROOT"
 
 
 @asked("KFP's version")
-def knows_drop_downs(there: Cluster, config: RunConfig) -> str:
-    """KFP, its version, and whether its page offers presets in a drop-down."""
+def knows_drop_downs(there: Cluster, config: RunConfig) -> str | None:
+    """KFP, its version, and whether its page offers presets in a drop-down.
+
+    A step is told no address of KFP's, and looks where a KFP with one user is; outside we look at the one
+    that is named.
+    """
     import urllib3
 
+    from components.launch import cluster
     from model.plumbing.tracking import reason
 
-    url = environment.KFP_ENDPOINT.get() or f"http://ml-pipeline.{there.namespace}:8888"
+    named = environment.KFP_ENDPOINT.get()
+    if not named and not cluster.in_pod():
+        return None
+    url = named or f"http://ml-pipeline.{there.namespace}:8888"
     token = environment.KFP_TOKEN.get()
     try:
         answer = urllib3.request(
@@ -36,6 +44,8 @@ def knows_drop_downs(there: Cluster, config: RunConfig) -> str:
         )
         version = str(answer.json().get("tag_name", "unknown"))
     except (OSError, urllib3.exceptions.HTTPError, ValueError) as error:
+        if not named:
+            return f"KFP's version is unknown here: none is at {url}"
         return f"{NOTE}no KFP at {url} ({reason(error)}); where it is elsewhere, KFP_ENDPOINT says so"
     if version == "unknown":
         version = _of_launcher(there) or version

@@ -18,7 +18,7 @@ import yaml
 from kubernetes import client
 
 from components.launch.cluster import Cluster
-from components.preflight import PROBES, Finding, check_disk, check_state, findings, preflight
+from components.preflight import FROM_OUTSIDE, PROBES, Finding, check_disk, check_state, findings, preflight
 from components.preflight.kfp import NON_ROOT
 from model.config import load_config
 from model.errors import UserError
@@ -572,6 +572,19 @@ def test_a_kfp_that_is_not_there_stops_nothing(whole: ApiServer, monkeypatch: py
     found = on_cluster(section="KFP")
     assert found[0].said.startswith(f"worth knowing: no KFP at {NOBODY}")
     assert not any(one.error for one in found)
+
+
+def test_kfp_is_looked_at_where_it_is_named_or_around_a_step(
+    whole: ApiServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (probe,) = (one for one in FROM_OUTSIDE if one.name == "has drop-downs")
+    monkeypatch.setenv("KFP_ENDPOINT", "")
+    assert probe.check(load_config("smoke")) is None, "from outside nothing is known of it"
+    there = Cluster("kubeflow", client.Configuration(host=whole.url))
+    monkeypatch.setattr("components.launch.cluster.in_pod", lambda: True)
+    monkeypatch.setattr("components.launch.cluster.here", lambda: there)
+    said = probe.check(load_config("smoke"))
+    assert said == "KFP's version is unknown here: none is at http://ml-pipeline.kubeflow:8888"
 
 
 def deployment(server: ApiServer, name: str, **variables: Any) -> None:
