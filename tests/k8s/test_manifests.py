@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import secrets
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from components.launch import pytorchjob
 from model.plumbing import environment
-from tests.k8s.rendering import FILES, K8S, OVERLAYS, Object, build, can_build, everything, objects
+from tests.k8s.rendering import FILES, K8S, OVERLAYS, Object, build, can_build, everything, objects, overlay
 from tests.k8s.typed import wrong
 
 UNTYPED = ("kustomize.config.k8s.io", "builtin", "kueue.x-k8s.io", "monitoring.coreos.com")
@@ -169,8 +170,10 @@ def test_every_pod_is_restricted(rendered: list[Object]) -> None:
 
 def selects(selector: Object, labels: dict[str, str]) -> bool:
     for one in selector.get("matchExpressions", []):
-        assert one["operator"] == "NotIn"
-        if labels.get(one["key"]) in one["values"]:
+        assert one["operator"] in ("NotIn", "Exists")
+        if one["operator"] == "Exists" and one["key"] not in labels:
+            return False
+        if one["operator"] == "NotIn" and labels.get(one["key"]) in one["values"]:
             return False
     return bool(selector.get("matchLabels", {}).items() <= labels.items())
 
@@ -200,13 +203,39 @@ def test_services_and_policies_meet_the_pods_that_they_mean(rendered: list[Objec
         assert {one["port"] for one in entry["ports"]} <= ports[name]
     worker = {**OURS, pytorchjob.STEP: "transformer"}
     step = {**OURS, "app.kubernetes.io/name": "transformer"}  # as pipelines/pod.py has it
+    driver = {"pipeline/runid": "of KFP"}  # as KFP labels all pods of a run, with ours or without
     stranger = {"app": "ml-pipeline"}
+    if "latent-gpt-deny" in policies:
+        for labelled in (worker, step, driver):
+            calls = [
+                spec["egress"]
+                for name, spec in policies.items()
+                if name != "latent-gpt-deny" and "egress" in spec and selects(spec["podSelector"], labelled)
+            ]
+            assert [{}] in calls, "it may call KFP and the API server"
     for one in (worker, step):
         assert selects(policies["latent-gpt"]["podSelector"], one)
     for name, spec in policies.items():
         ours_alone = "latent-gpt-deny" in policies  # only in a namespace that is ours
         assert name == "latent-gpt-deny" or not selects(spec["podSelector"], stranger)
         assert ours_alone == bool(of(rendered, "Namespace"))
+
+
+@pytest.mark.skipif(not can_build(), reason="neither kustomize nor kubectl is here")
+def test_mlflow_may_call_its_services_wherever_an_overlay_has_them(tmp_path: Path) -> None:
+    def calls(found: list[Object]) -> Any:
+        (policy,) = [
+            one for one in of(found, "NetworkPolicy") if one["metadata"]["name"] == "latent-gpt-mlflow"
+        ]
+        return policy["spec"]["egress"]
+
+    alone = overlay(tmp_path, "team", resources=["../../base"], components=["../../components/mlflow"])
+    assert calls(build(alone)) == [{}], "as README puts one together"
+    s3, names = calls(build(K8S / "overlays" / "local"))
+    assert s3["to"] == [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "latent-gpt-s3"}}}]
+    assert {one["port"] for one in names["ports"]} == {53}
+    (outside,) = calls(build(K8S / "overlays" / "production"))
+    assert {one["port"] for one in outside["ports"]} == {53, 443, 5432}
 
 
 def test_nothing_of_everybodys_is_limited(rendered: list[Object]) -> None:
