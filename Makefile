@@ -7,15 +7,23 @@ PROMPT ?= red apple
 OUT ?= out.png
 ARGS ?=
 PART ?= jobs
-# What `cluster.env` says of a cluster, unless the command line or the environment does.
+# What `cluster.env` says to make, unless the command line or the environment does; `latent-gpt` reads the rest of it.
+TOLD := REGISTRY|BASE|TORCH_INDEX|CA|BUILDER|BUILD_FLAGS|PUSH_FLAGS|NAMESPACE|KUBECONFIG|KFP_ENDPOINT
 ifneq ($(wildcard cluster.env),)
 -include build/cluster.mk
-build/cluster.mk: cluster.env
-	@mkdir -p build
-	@sed -n 's/\$$/$$$$/g; s/#/\\#/g; s/^\([A-Z][A-Z0-9_]*\)=/\1 ?= /p' $< >$@
+build/cluster.mk: cluster.env Makefile
+	@mkdir -p build && rm -f $@
+	@umask 077 && sed -nE 's/[[:space:]]+$$//; s/\$$/$$$$/g; s/#/\\#/g; s/^($(TOLD))=(.*)/ifndef \1\n\1 = \2\nendif/p' $< >$@
 endif
 ifdef NAMESPACE
 export LATENT_GPT_NAMESPACE := $(NAMESPACE)
+test-cluster: export NAMESPACE := $(NAMESPACE)
+endif
+ifdef KUBECONFIG
+cluster cluster-addons test-cluster: export KUBECONFIG := $(KUBECONFIG)
+endif
+ifdef KFP_ENDPOINT
+test-cluster: export KFP_ENDPOINT := $(KFP_ENDPOINT)
 endif
 # As they were typed: a prompt's dollar signs are no variables of make's.
 override PROMPT := $(value PROMPT)

@@ -84,6 +84,56 @@ def test_what_cluster_env_says_reaches_who_builds_unless_somebody_says_otherwise
     assert shown(clone)["REGISTRY"] == "", "and what was said once is forgotten"
 
 
+def test_no_secret_of_cluster_env_is_copied_and_nobody_else_reads_the_copy(clone: Path) -> None:
+    copy = clone / "build" / "cluster.mk"
+    copy.parent.mkdir()
+    copy.write_text("KFP_TOKEN ?= of an earlier release\n")
+    copy.chmod(0o644)
+    text = "REGISTRY=ghcr.io/us\nKFP_TOKEN=secret\nAWS_SECRET_ACCESS_KEY=secret\nMY_REGISTRY=secret\n"
+    (clone / "cluster.env").write_text(text)
+    os.utime(clone / "cluster.env", (0, 0))
+    assert shown(clone)["REGISTRY"] == "ghcr.io/us"
+    assert "ghcr.io/us" in copy.read_text()
+    assert not {"secret", "KFP_TOKEN"} & set(copy.read_text().split())
+    assert copy.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    ("target", "names"),
+    [
+        ("cluster", {"KUBECONFIG"}),
+        ("cluster-addons", {"KUBECONFIG"}),
+        ("test-cluster", {"KUBECONFIG", "KFP_ENDPOINT", "NAMESPACE"}),
+    ],
+)
+def test_programs_that_are_none_of_ours_go_to_the_cluster_of_cluster_env(
+    clone: Path, target: str, names: set[str]
+) -> None:
+    said = {"KUBECONFIG": "/its/config", "KFP_ENDPOINT": "http://its:8888", "NAMESPACE": "its"}
+    programs = clone / ".venv" / "bin"
+    (clone / ".venv" / "dev.stamp").touch()
+    (clone / "requirements-dev.lock").touch()
+    os.utime(clone / "requirements-dev.lock", (0, 0))
+    for program in ("kubectl", "kind", "pytest"):
+        (programs / program).write_text("#!/bin/sh\nenv\n")
+        (programs / program).chmod(0o755)
+    outside = {name: value for name, value in os.environ.items() if name not in said}
+    outside |= {"PATH": f"{programs}:{os.environ['PATH']}"}
+
+    def found(**environment: str) -> dict[str, str]:
+        told = subprocess.run(
+            ["make", target], cwd=clone, env=outside | environment, capture_output=True, text=True, check=True
+        )
+        lines = dict(line.partition("=")[::2] for line in told.stdout.splitlines())
+        return {name: lines[name] for name in names if name in lines}
+
+    assert found() == {}, "and nothing is said to be empty"
+    (clone / "cluster.env").write_text("".join(f"{name}={value} \n" for name, value in said.items()))
+    assert found() == {name: said[name] for name in names}
+    assert found(KUBECONFIG="/mine")["KUBECONFIG"] == "/mine"
+    assert found(KUBECONFIG="")["KUBECONFIG"] == "/its/config", "set to nothing is as good as unset"
+
+
 def test_build_and_deploy_is_its_parts_in_order_and_ends_where_one_fails(clone: Path) -> None:
     (clone / "docker").mkdir()
     image = clone / "docker" / "image.sh"
