@@ -139,23 +139,26 @@ def status(which: str, follow: bool, out: TextIO | None = None) -> bool:
     names = _steps_of(kfp, run)
     follower = Follower(names, out)
     pods = Steps(Kubectl(environment.NAMESPACE.get()), run.id)
-    reason = ""
-    try:
-        over = run.over
-        for line in condensed(pods.look(), names):
-            follower.line(line)
-        while not over or (follow and not run.over):
-            follower.notes(pods.waits())
-            if not follow:
-                break
-            time.sleep(LOOK)
-            run = _again(kfp, run)
-            over = run.over
-            for line in pods.look():  # the last time when it is over
+    reason, first, told = "", True, False
+    while True:
+        over = run.over  # before pods are looked at, so that the last look comes after the end
+        try:
+            lines = pods.look()
+            for line in condensed(lines, names) if first else lines:
                 follower.line(line)
-        reason = pods.reason()
-    except UserError as error:
-        follower.notes([f"its pods cannot be asked: {error}"])
+            first = False
+            if over:
+                reason = pods.reason()
+            else:
+                follower.notes(pods.waits())
+        except UserError as error:  # KFP knows whether the run goes on
+            if not told:
+                follower.notes([f"its pods cannot be asked: {error}"])
+            told = True
+        if over or not follow:
+            break
+        time.sleep(LOOK)
+        run = _again(kfp, run)
     if not pods.found:
         with suppress(_Nothing):
             reason = _from_memory(run, names, follower) or reason

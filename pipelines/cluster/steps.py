@@ -27,7 +27,7 @@ class Steps:
     run: str  # id in KFP
     found: bool = False  # whether there was any pod
     _upto: dict[str, str] = field(default_factory=dict)  # time of the last line known, by the pod's UID
-    _over: set[str] = field(default_factory=set)  # UIDs of pods that say nothing more
+    _over: set[str] = field(default_factory=set)  # UIDs of pods that have ended and whose log was read
     _errors: dict[str, str] = field(default_factory=dict)  # the last line of a pod that names an error
     _waits: dict[str, str] = field(default_factory=dict)
 
@@ -45,9 +45,12 @@ class Steps:
             read = pods.read(pod, MAIN, 0)
             if read.waits and not read.ended:
                 continue
+            lines = self._log(read.name, uid)
+            if lines is None:
+                continue
             if read.ended:
                 self._over.add(uid)
-            new += self._log(read.name, uid)
+            new += lines
         return [text for _, text in sorted(new, key=lambda one: one[0])]
 
     def waits(self) -> list[str]:
@@ -78,13 +81,14 @@ class Steps:
         self.found = self.found or bool(ours)
         return sorted(ours, key=lambda one: one["metadata"]["creationTimestamp"])
 
-    def _log(self, pod: str, uid: str) -> list[tuple[str, str]]:
+    def _log(self, pod: str, uid: str) -> list[tuple[str, str]] | None:
+        """New lines of a pod, each with its time; None: its log cannot be read now."""
         known = self._upto.get(uid, "")
         since = [f"--since-time={known}"] if known else []
         try:
             printed = self.kubectl("logs", pod, "-c", MAIN, "--timestamps", *since)
-        except UserError:  # it is being made, or just gone
-            return []
+        except UserError:  # it is being made, or just gone, or the cluster is away
+            return None
         lines = []
         for line in printed.splitlines():
             when, _, text = line.partition(" ")

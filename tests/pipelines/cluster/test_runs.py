@@ -266,6 +266,77 @@ def test_a_cancelled_run_is_no_failure(kfp: Kfp, server: KfpServer, kubectl: Fak
     assert "told to end" not in shown("r")[-1]
 
 
+def test_who_follows_does_so_to_the_end_whatever_kubectl_says(
+    kfp: Kfp, server: KfpServer, kubectl: FakeKubectl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runs.submit("smoke", name="r")
+    server.state(run, "RUNNING")
+    whole, away = FakeKubectl.objects, {"so": False}
+
+    def objects(self: FakeKubectl, *arguments: str, stdin: str = "") -> list[Object]:
+        if away["so"]:
+            raise UserError("kubectl get: it was refused")
+        return whole(self, *arguments, stdin=stdin)
+
+    monkeypatch.setattr(FakeKubectl, "objects", objects)
+    kubectl.add(step(run, "a", 1, **GOES))
+    kubectl.logs["a", "main"] = log("prepare | started")
+
+    def back_at_its_end() -> None:
+        away["so"] = False
+        kubectl.there["Pod", "a"]["status"] |= BAD
+        kubectl.logs["a", "main"] = log("prepare | started", "error: data: there is none")
+        server.state(run, "FAILED")
+
+    gone = lambda: away.update(so=True)  # noqa: E731
+    turns = iter([gone, lambda: None, back_at_its_end])
+    monkeypatch.setattr("time.sleep", lambda seconds: next(turns)())
+    _, *rest, last = shown("r", follow=True)
+    assert rest == ["[1/6] prepare", "      its pods cannot be asked: kubectl get: it was refused"]
+    assert last.endswith(": data: there is none")
+
+
+def test_who_may_not_look_follows_what_kfp_says(
+    kfp: Kfp, server: KfpServer, kubectl: FakeKubectl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runs.submit("smoke", name="r")
+    server.state(run, "RUNNING")
+
+    def forbidden(*_: Any, **__: Any) -> Any:
+        raise UserError("kubectl get: pods is forbidden")
+
+    monkeypatch.setattr(FakeKubectl, "objects", forbidden)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    turns = iter([lambda: None, lambda: None, lambda: server.state(run, "FAILED")])
+    monkeypatch.setattr("time.sleep", lambda seconds: next(turns)())
+    out = io.StringIO()
+    assert not runs.status("r", True, out), "and it is not well"
+    assert out.getvalue().count("its pods cannot be asked: kubectl get: pods is forbidden") == 1
+    assert out.getvalue().splitlines()[-1].startswith("failed after ")
+
+
+def test_a_log_that_cannot_be_read_when_its_pod_has_ended_is_read_later(
+    kfp: Kfp, server: KfpServer, kubectl: FakeKubectl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runs.submit("smoke", name="r")
+    server.state(run, "RUNNING")
+    kubectl.add(step(run, "a", 1, **DONE))
+    kubectl.logs["a", "main"] = log("prepare | started", "prepare | done in 1.0 s")
+    whole, faults = FakeKubectl.__call__, [UserError("kubectl logs: i/o timeout")]
+
+    def called(self: FakeKubectl, *arguments: str, stdin: str = "") -> str:
+        if arguments[0] == "logs" and faults:
+            raise faults.pop()
+        return whole(self, *arguments, stdin=stdin)
+
+    monkeypatch.setattr(FakeKubectl, "__call__", called)
+    monkeypatch.setattr("time.sleep", lambda seconds: server.state(run, "SUCCEEDED"))
+    _, *rest, _ = shown("r", follow=True)
+    assert rest == ["[1/6] prepare", "      done in 1.0 s"]
+    reads = [one for one in kubectl.calls if one[0] == "logs"]
+    assert len(reads) == 1, "and what was read is not read again"
+
+
 def test_when_pods_are_gone_mlflow_and_the_store_remember(
     kfp: Kfp, server: KfpServer, kubectl: FakeKubectl, monkeypatch: pytest.MonkeyPatch, store: str
 ) -> None:
