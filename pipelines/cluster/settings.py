@@ -21,6 +21,8 @@ def read(root: Path = ROOT) -> None:
     Raises:
         UserError: the file is not one NAME=VALUE a line.
     """
+    for short, name in SHORT.items():
+        _put(name, Variable(short, "").get())
     path = root / FILE
     for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], 1):
         if not line.strip() or line.lstrip().startswith("#"):

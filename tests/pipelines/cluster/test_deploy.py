@@ -326,6 +326,7 @@ def test_an_overlay_comes_with_our_namespace_and_by_digest(monkeypatch: pytest.M
 
 
 def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NAMESPACE", raising=False)
     monkeypatch.setenv("LATENT_GPT_NAMESPACE", "")  # and not deleted: what is set then would stay
     monkeypatch.setenv("KFP_ENDPOINT", "http://mine")
     monkeypatch.setenv("KFP_TOKEN", "")
@@ -338,7 +339,19 @@ def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.
     assert environment.KFP_TOKEN.get() == "a=b # c"
 
 
+@pytest.mark.parametrize(("whole", "found"), [("", "mine"), ("theirs", "theirs")])
+def test_the_short_name_counts_in_the_environment_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: str, found: str
+) -> None:
+    monkeypatch.setenv("LATENT_GPT_NAMESPACE", whole)
+    monkeypatch.setenv("NAMESPACE", "mine")
+    (tmp_path / settings.FILE).write_text("NAMESPACE=team\n")
+    settings.read(tmp_path)
+    assert settings.environment.NAMESPACE.get() == found
+
+
 def test_without_a_file_the_namespace_is_kfps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NAMESPACE", raising=False)
     monkeypatch.setenv("LATENT_GPT_NAMESPACE", "")
     settings.read(tmp_path)
     assert settings.environment.NAMESPACE.get() == "kubeflow"
