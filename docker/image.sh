@@ -59,15 +59,21 @@ made() { # TARGET OPTION…
 pushed() { # SUFFIX
     [ -s "build/tag$1" ] || { echo "error: build/tag$1 is missing, so nothing was built; \`make build\` first" >&2; exit 2; }
     image=$(cat "build/tag$1")
+    name=${image%:*}
     if [ "$(basename "$builder")" = docker ]; then
         # shellcheck disable=SC2086
-        docker push ${PUSH_FLAGS:-} "$image"
-        docker inspect --format '{{index .RepoDigests 0}}' "$image" >"build/image$1"
+        "$builder" push ${PUSH_FLAGS:-} "$image"
+        # Every registry that it was pushed to is listed, docker.io without its name.
+        digest=$("$builder" inspect --format '{{range .RepoDigests}}{{println .}}{{end}}' "$image" |
+            awk -v name="${name#docker.io/}@" 'index($0, name) == 1 { print substr($0, length(name) + 1); exit }')
     else
         # shellcheck disable=SC2086
         "$builder" push ${PUSH_FLAGS:-} --digestfile build/digest "$image"
-        echo "${image%:*}@$(cat build/digest)" >"build/image$1"
+        digest=$(cat build/digest)
     fi
+    [ -n "$digest" ] || { echo "error: $builder does not say by which digest $image was pushed" >&2; exit 2; }
+    echo "$name@$digest" >"build/image$1.new"
+    mv "build/image$1.new" "build/image$1"
     cat "build/image$1"
 }
 

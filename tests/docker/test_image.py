@@ -23,6 +23,14 @@ done
 exit 0
 """
 
+# As docker does it: digests of all registries that an image was ever pushed to, the oldest first.
+DOCKER = """#!/bin/sh
+echo "$@" >>"$SAID"
+case $1 in
+inspect) printf '%s\\n' $DIGESTS ;;
+esac
+"""
+
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
@@ -64,18 +72,22 @@ def commit(where: Path) -> str:
     return git(where, "rev-parse", "--short", "HEAD")
 
 
-def image(where: Path, what: str, **environment: str) -> list[str]:
-    """What the builder is told."""
+def told(where: Path, what: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """How the script ends; what the builder is told is in a file."""
     said = where.parent / "said"
     said.write_text("")
     mine = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     for name in ("BASE", "CA", "TORCH_INDEX", "BUILD_FLAGS", "PUSH_FLAGS"):
         mine.pop(name, None)
     mine |= {"REGISTRY": "here", "BUILDER": str(where.parent / "buildah"), "SAID": str(said), **environment}
-    command = ["docker/image.sh", what]
-    done = subprocess.run(command, cwd=where, env=mine, capture_output=True, text=True)
+    return subprocess.run(["docker/image.sh", what], cwd=where, env=mine, capture_output=True, text=True)
+
+
+def image(where: Path, what: str, **environment: str) -> list[str]:
+    """What the builder is told."""
+    done = told(where, what, **environment)
     assert done.returncode == 0, done.stderr
-    return said.read_text().splitlines()
+    return (where.parent / "said").read_text().splitlines()
 
 
 def test_both_are_built_and_listed_and_pushed_by_digest(clone: Path) -> None:
@@ -98,6 +110,40 @@ def test_both_are_built_and_listed_and_pushed_by_digest(clone: Path) -> None:
     assert (clone / "build/image-mlflow").read_text() == (
         f"here/latent-gpt-mlflow@sha256:latent-gpt-mlflow{revision}\n"
     )
+
+
+@pytest.mark.parametrize("registry", ["here:5000", "docker.io/me"])
+def test_docker_names_the_digest_of_the_registry_that_was_pushed_to(clone: Path, registry: str) -> None:
+    docker = clone.parent / "docker"
+    docker.write_text(DOCKER)
+    docker.chmod(0o755)
+    known = registry.removeprefix("docker.io/")
+    own = [f"{known}/latent-gpt@sha256:{1:064}", f"{known}/latent-gpt-mlflow@sha256:{2:064}"]
+    others = [f"older/latent-gpt@sha256:{3:064}", f"x{known}/latent-gpt@sha256:{4:064}"]
+    how = {"BUILDER": str(docker), "REGISTRY": registry}
+    image(clone, "build", **how)
+    said = image(clone, "push", **how, DIGESTS=" ".join(others + own))
+    assert [line.split()[0] for line in said] == ["push", "inspect"] * 2
+    first = (clone / "build/image").read_text()
+    assert first == f"{registry}/latent-gpt@sha256:{1:064}\n"
+    assert (clone / "build/image-mlflow").read_text() == f"{registry}/latent-gpt-mlflow@sha256:{2:064}\n"
+    none = told(clone, "push", **how, DIGESTS=" ".join(others))
+    assert none.returncode == 2
+    (line,) = none.stderr.splitlines()
+    assert "does not say by which digest" in line
+    assert (clone / "build/image").read_text() == first, "what was pushed before stays"
+    assert not list((clone / "build").glob("*.new"))
+
+
+def test_a_push_that_leaves_no_digest_leaves_what_was_pushed_before(clone: Path) -> None:
+    image(clone, "build")
+    image(clone, "push")
+    before = (clone / "build/image").read_text()
+    silent = clone.parent / "podman"
+    silent.write_text("#!/bin/sh\n: >build/digest\n")
+    silent.chmod(0o755)
+    assert told(clone, "push", BUILDER=str(silent)).returncode == 2
+    assert (clone / "build/image").read_text() == before
 
 
 def test_what_is_built_is_not_built_again(clone: Path) -> None:
