@@ -45,17 +45,26 @@ def bring_up_to_date(engine: Engine) -> None:
     elif (version := utils._get_schema_version(engine)) != newest:
         kept = ""
         if engine.dialect.name == "sqlite":
-            before = Path(f"{engine.url.database}.{version}")
-            with (
-                closing(sqlite3.connect(str(engine.url.database))) as old,
-                closing(sqlite3.connect(before)) as copy,
-            ):
-                old.backup(copy)
+            before = copied(Path(str(engine.url.database)), version)
             kept = f"; as it was it stays in {before}"
         print(f"MLflow's database is migrated from schema {version} to {newest}{kept}")
         utils._upgrade_db(engine)
     else:
         print(f"MLflow's database is at schema {version}")
+
+
+def copied(database: Path, version: str) -> Path:
+    """The copy of a file that is of this version: made whole or not at all, and never a second time.
+
+    A migration that failed half-way left the file at the same version, and is not what is to be kept.
+    """
+    before, unfinished = Path(f"{database}.{version}"), Path(f"{database}.unfinished")
+    if not before.exists():
+        unfinished.unlink(missing_ok=True)
+        with closing(sqlite3.connect(database)) as old, closing(sqlite3.connect(unfinished)) as copy:
+            old.backup(copy)
+        unfinished.rename(before)
+    return before
 
 
 def name_administrator(uri: str, user: str, password: str) -> None:

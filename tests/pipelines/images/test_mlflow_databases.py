@@ -95,6 +95,29 @@ def test_an_older_one_is_copied_and_migrated(folder: Path) -> None:
         assert database.execute("SELECT version_num FROM alembic_version").fetchone() == (newest,)
 
 
+COPIES = """import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import mlflow_databases
+print(mlflow_databases.copied(Path(sys.argv[2]), "v1"))
+"""
+
+
+def test_a_second_try_leaves_the_copy_of_the_first(folder: Path) -> None:
+    database, images = folder / "mlflow.db", str(Path(PROGRAM).parent)
+    (folder / "mlflow.db.unfinished").write_text("of a copy that was cut off")
+    for table in ("whole", "half_migrated"):
+        with closing(sqlite3.connect(database)) as one:
+            one.execute(f"CREATE TABLE {table} (id)")
+            one.commit()
+        done = python(folder, "-c", COPIES, images, str(database))
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{database}.v1"
+    with closing(sqlite3.connect(folder / "mlflow.db.v1")) as copy:
+        assert copy.execute("SELECT name FROM sqlite_master").fetchall() == [("whole",)]
+    assert not (folder / "mlflow.db.unfinished").exists()
+
+
 def test_without_a_password_nothing_starts(folder: Path) -> None:
     done = python(folder, PROGRAM, "ini", MLFLOW_TRACKING_PASSWORD="")
     assert done.returncode
