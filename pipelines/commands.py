@@ -241,11 +241,15 @@ def secrets(
     ] = False,
 ) -> None:
     """Make the cluster's Secrets, of the environment's values and of chance; what is there is kept."""
-    _cluster()
+    namespace = _cluster()
     from components.launch.cluster import here
+    from model.plumbing import environment
+    from pipelines.cluster.deploy import manifests
+    from pipelines.cluster.kubectl import Kubectl
     from pipelines.cluster.secrets import keep
 
-    print("\n".join(keep(here(), replace)))
+    overlay = manifests(Kubectl(namespace), environment.OVERLAY.get())
+    print("\n".join(keep(here(), overlay, replace)))
 
 
 def deploy(

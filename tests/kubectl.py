@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from typing import Any
 
-from pipelines.cluster.kubectl import Kubectl
+from model.errors import UserError
+from pipelines.cluster.kubectl import Forbidden, Kubectl, NoKind
 
 OURS = {"app.kubernetes.io/part-of": "latent-gpt"}
 KINDS = {  # as api-resources names them
@@ -39,10 +41,12 @@ class FakeKubectl(Kubectl):
         object.__setattr__(self, "there", {})
         object.__setattr__(self, "calls", [])
         object.__setattr__(self, "logs", {})
+        object.__setattr__(self, "forbidden", set())
 
     there: dict[tuple[str, str], Object]
     calls: list[tuple[str, ...]]
     logs: dict[tuple[str, str], str]
+    forbidden: set[str]  # kinds, as api-resources names them
 
     def add(self, *objects: Object) -> None:
         """Make objects, or put them in the place of those of their names."""
@@ -58,7 +62,7 @@ class FakeKubectl(Kubectl):
     def __call__(self, *arguments: str, stdin: str = "") -> str:
         self.calls.append(arguments)
         if arguments[0] == "api-resources":
-            return "\n".join(KINDS.values())
+            raise UserError("kubectl api-resources: unable to retrieve the complete list of server APIs")
         if arguments[0] == "logs":
             return self.logs.get((arguments[1], arguments[3]), "")
         given = json.loads(stdin)["items"] if stdin else []
@@ -79,13 +83,21 @@ class FakeKubectl(Kubectl):
         return json.dumps({"items": self._asked(arguments[1:])})
 
     def _asked(self, arguments: tuple[str, ...]) -> list[Object]:
-        kinds = {one.partition(".")[0].removesuffix("s") for one in arguments[0].split(",")}
-        found = [
-            one
-            for one in self.there.values()
-            if KINDS[one["kind"]].partition(".")[0].removesuffix("s") in kinds
-        ]
+        for asked in arguments[0].split(","):
+            if asked in self.forbidden:
+                raise Forbidden(f'kubectl get: {asked} is forbidden: User "me" cannot list')
+            if "." in asked and asked.partition(".")[2] not in {
+                one.partition(".")[2] for one in KINDS.values()
+            }:
+                raise NoKind(f'kubectl get: the server doesn\'t have a resource type "{asked}"')
+        kinds = {_singular(one) for one in arguments[0].split(",")}
+        found = [one for one in self.there.values() if _singular(KINDS[one["kind"]]) in kinds]
         if "-l" in arguments:
             wanted = dict([arguments[arguments.index("-l") + 1].split("=")])
             return [one for one in found if one["metadata"]["labels"].items() >= wanted.items()]
         return [one for one in found if one["metadata"]["name"] == arguments[1]]
+
+
+def _singular(kind: str) -> str:
+    name = kind.partition(".")[0]
+    return name.removesuffix("es") if name.endswith("classes") else re.sub(r"(?<!s)s$", "", name)

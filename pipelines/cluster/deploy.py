@@ -23,7 +23,7 @@ import yaml
 from components.launch import pods
 from model.errors import UserError
 from model.plumbing import environment, speech
-from pipelines.cluster.kubectl import Kubectl, Object
+from pipelines.cluster.kubectl import Forbidden, Kubectl, NoKind, Object
 from pipelines.cluster.settings import built
 from pipelines.run import ROOT
 
@@ -90,11 +90,12 @@ def deploy(overlay: str, namespace: str, say: Say = print) -> None:
     kubectl = Kubectl(namespace)
     wanted = render(kubectl, overlay)
     _spare_kfps(kubectl, wanted)
+    _check_secrets(kubectl, wanted)
     _stamp(kubectl, wanted)
     older = {one["metadata"]["uid"] for one in kubectl.objects("get", "pods", "-l", LABEL)}
     changes = apply(kubectl, wanted)
-    changes.removed = prune(kubectl, wanted)
-    for line in [*changes.lines(), *_left_behind(kubectl, wanted)]:
+    changes.removed, unseen = prune(kubectl, wanted)
+    for line in [*changes.lines(), *_not_looked_at(unseen), *_left_behind(kubectl, wanted)]:
         say(line)
     servers = [one for one in wanted if one["kind"] in SERVERS]
     wait(kubectl, servers, say)
@@ -113,28 +114,33 @@ def render(kubectl: Kubectl, overlay: str) -> list[Object]:
     Raises:
         UserError: there is no such overlay, it cannot be rendered, or an image was not pushed.
     """
-    folder = ROOT / "k8s" / "overlays" / overlay if "/" not in overlay else Path(overlay).resolve()
-    if not (folder / "kustomization.yaml").is_file():
-        known = sorted(path.parent.name for path in (ROOT / "k8s/overlays").glob("*/kustomization.yaml"))
-        raise UserError(f"OVERLAY {overlay}: {folder} has no kustomization.yaml; choose {' or '.join(known)}")
     images = []
     for name in IMAGES:
         with suppress(UserError):  # not every overlay needs both
             where, at, digest = built(name).partition("@")
             where, _, tag = (where, "", "") if at else where.rpartition(":")
             images.append({"name": name, "newName": where, **({"digest": digest} if at else {"newTag": tag})})
-    found = _kustomize(kubectl, folder, images)
+    found = manifests(kubectl, overlay, images)
     for name in sorted(_images(found) & set(IMAGES)):
         built(name)  # says what is missing
     return found
 
 
-def _kustomize(kubectl: Kubectl, folder: Path, images: list[dict[str, str]]) -> list[Object]:
+def manifests(kubectl: Kubectl, overlay: str, images: Iterable[dict[str, str]] = ()) -> list[Object]:
+    """The objects of an overlay in this namespace, with these images or as they are called there.
+
+    Raises:
+        UserError: there is no such overlay, or it cannot be rendered.
+    """
+    folder = ROOT / "k8s" / "overlays" / overlay if "/" not in overlay else Path(overlay).resolve()
+    if not (folder / "kustomization.yaml").is_file():
+        known = sorted(path.parent.name for path in (ROOT / "k8s/overlays").glob("*/kustomization.yaml"))
+        raise UserError(f"OVERLAY {overlay}: {folder} has no kustomization.yaml; choose {' or '.join(known)}")
     with tempfile.TemporaryDirectory(dir=ROOT / "k8s", prefix=".deploy-") as above:
         content = {
             "resources": [os.path.relpath(folder, above)],
             "namespace": kubectl.namespace,
-            "images": images,
+            "images": list(images),
         }
         (Path(above) / "kustomization.yaml").write_text(json.dumps(content))
         found = [one for one in yaml.safe_load_all(kubectl("kustomize", above)) if one]
@@ -149,6 +155,29 @@ def _images(objects: Iterable[Object]) -> set[str]:
     """Names of images that these objects run."""
     templates = [one["spec"]["template"] for one in objects if one["kind"] in SERVERS]
     return {container["image"] for one in templates for container in _containers(one["spec"])}
+
+
+def keys_needed(objects: Iterable[Object]) -> dict[str, set[str]]:
+    """Keys without which servers do not start, by the name of their Secret."""
+    needed: dict[str, set[str]] = {}
+    for server in (one for one in objects if one["kind"] in SERVERS):
+        for container in _containers(server["spec"]["template"]["spec"]):
+            for variable in container.get("env") or []:
+                key = (variable.get("valueFrom") or {}).get("secretKeyRef")
+                if key and not key.get("optional"):
+                    needed.setdefault(key["name"], set()).add(key["key"])
+    return needed
+
+
+def _check_secrets(kubectl: Kubectl, wanted: list[Object]) -> None:
+    """Refuse what servers would wait for until we gave up: a key of theirs that no Secret has."""
+    for name, keys in keys_needed(wanted).items():
+        found = kubectl.objects("get", "secrets", name, "--ignore-not-found")
+        if missing := sorted(keys - set((found[0].get("data") if found else None) or {})):
+            raise UserError(
+                f"Secret {name} in namespace {kubectl.namespace} has no {', '.join(missing)}, without which"
+                " servers do not start; `make secrets` makes what is missing, of the environment or of chance"
+            )
 
 
 def _containers(spec: Object) -> list[Object]:
@@ -200,14 +229,17 @@ def apply(kubectl: Kubectl, wanted: list[Object]) -> Changes:
     return changes
 
 
-def prune(kubectl: Kubectl, wanted: list[Object]) -> list[str]:
-    """Remove objects of ours that an earlier set had; returns which."""
+def prune(kubectl: Kubectl, wanted: list[Object]) -> tuple[list[str], list[str]]:
+    """Remove objects of ours that an earlier set had; returns which, and the kinds that we may not look at.
+
+    What is of no namespace stays: another one of ours may use it, and `undeploy` asks for that.
+    """
     keep = {_title(one) for one in wanted}
-    found = kubectl.objects("get", _there(kubectl, APPLIED), "-l", LABEL)
+    found, unseen = _ours(kubectl, APPLIED)
     rest = [one for one in found if _title(one) not in keep and not one["metadata"].get("ownerReferences")]
     for one in rest:
         kubectl("delete", _resource(one), one["metadata"]["name"], "--ignore-not-found")
-    return [_title(one) for one in rest]
+    return [_title(one) for one in rest], unseen
 
 
 def _left_behind(kubectl: Kubectl, wanted: list[Object]) -> list[str]:
@@ -223,10 +255,25 @@ def _claim(one: Object) -> str:
     return f"claim {one['metadata']['name']} ({size}, {volume})"
 
 
-def _there(kubectl: Kubectl, kinds: Iterable[str]) -> str:
-    """Those of these kinds that the cluster has, as kubectl takes them."""
-    known = set(kubectl("api-resources", "-o", "name").split())
-    return ",".join(kind for kind in kinds if kind in known)
+def _ours(kubectl: Kubectl, kinds: Iterable[str]) -> tuple[list[Object], list[str]]:
+    """What is ours of these kinds, as far as the cluster has them, and those that we may not look at.
+
+    Each is asked for by itself: one that is refused hides no other one.
+    """
+    found: list[Object] = []
+    unseen = []
+    for kind in kinds:
+        try:
+            found += kubectl.objects("get", kind, "-l", LABEL)
+        except NoKind:
+            continue
+        except Forbidden:
+            unseen.append(kind)
+    return found, unseen
+
+
+def _not_looked_at(kinds: list[str]) -> list[str]:
+    return [f"not looked at: {', '.join(kinds)}; you may not"] if kinds else []
 
 
 def _title(one: Object) -> str:
@@ -389,16 +436,11 @@ def undeploy(namespace: str, say: Say = print) -> None:
     """
     kubectl = Kubectl(namespace)
     told = _told(kubectl)
-    removed = []
+    removed, unseen = [], []
     for kinds in (WORK, APPLIED, MADE):
-        removed += _removed(kubectl, _there(kubectl, kinds))
-    everywhere = _there(kubectl, EVERYWHERE)
-    if found := kubectl.objects("get", everywhere, "-l", LABEL) if everywhere else []:
-        users = kubectl.objects("get", "configmaps", "-l", LABEL, "--all-namespaces")
-        if others := sorted({one["metadata"]["namespace"] for one in users}):
-            say(f"{', '.join(map(_title, found))} stays, as {', '.join(others)} uses it, too")
-        else:
-            removed += _removed(kubectl, everywhere)
+        found, hidden = _ours(kubectl, kinds)
+        removed += _removed(kubectl, found)
+        unseen += hidden
     say(f"removed {', '.join(removed)}" if removed else f"nothing of ours was in namespace {namespace}")
     claims = kubectl.objects("get", DATA, "-l", LABEL)
     for one in claims:
@@ -409,6 +451,24 @@ def undeploy(namespace: str, say: Say = print) -> None:
     if store and f"://{environment.ON_CLUSTER}" not in server:
         say(f"data stays in {store}" + (f" of {server}" if server else ""))
     say(f"namespace {namespace} stays")
+    found, hidden = _ours(kubectl, EVERYWHERE)
+    if found:
+        _leave_everywhere(kubectl, found, say)
+    for line in _not_looked_at(unseen + hidden):
+        say(line)
+
+
+def _leave_everywhere(kubectl: Kubectl, found: list[Object], say: Say) -> None:
+    """Remove what is ours and of no namespace, unless another namespace of ours is there."""
+    names = ", ".join(map(_title, found))
+    try:
+        users = kubectl.objects("get", "configmaps", "-l", LABEL, "--all-namespaces")
+        if others := sorted({one["metadata"]["namespace"] for one in users}):
+            say(f"{names} stays, as {', '.join(others)} uses it, too")
+        elif removed := _removed(kubectl, found):
+            say(f"removed {', '.join(removed)}")
+    except Forbidden:
+        say(f"{names} stays: you may not see who else uses it, or not remove it")
 
 
 def _told(kubectl: Kubectl) -> dict[str, str]:
@@ -417,11 +477,9 @@ def _told(kubectl: Kubectl) -> dict[str, str]:
     return (found[0].get("data") or {}) if found else {}
 
 
-def _removed(kubectl: Kubectl, kinds: str) -> list[str]:
-    """Remove what is ours of these kinds; returns what that was."""
-    if not kinds:
-        return []
-    found = kubectl.objects("get", kinds, "-l", LABEL)
+def _removed(kubectl: Kubectl, found: list[Object]) -> list[str]:
+    """Remove what is ours of the kinds of these; returns what that was."""
     if found:
+        kinds = ",".join(dict.fromkeys(map(_resource, found)))
         kubectl("delete", kinds, "-l", LABEL, "--ignore-not-found", "--timeout=180s")
     return [_title(one) for one in found if not one["metadata"].get("ownerReferences")]

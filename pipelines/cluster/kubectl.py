@@ -16,6 +16,14 @@ AWAY = ("was refused", "Unable to connect", "i/o timeout", "no such host", "TLS 
 PATIENCE = "--request-timeout=60s"
 
 
+class Forbidden(UserError):
+    """This user may not."""
+
+
+class NoKind(UserError):
+    """The cluster has no objects of that kind."""
+
+
 @dataclass(frozen=True)
 class Kubectl:
     """The cluster of KUBECONFIG, in one namespace."""
@@ -37,8 +45,7 @@ class Kubectl:
             ) from None
         if done.returncode:
             said = plain(done.stderr)
-            kind = Unavailable if any(word in said for word in AWAY) else UserError
-            raise kind(f"kubectl {arguments[0]}: {said}{_remedy(said)}")
+            raise _kind(said)(f"kubectl {arguments[0]}: {said}{_remedy(said)}")
         return done.stdout
 
     def objects(self, *arguments: str, stdin: str = "") -> list[Object]:
@@ -53,6 +60,14 @@ def plain(said: str) -> str:
     """What kubectl says against something, in one line, without its warnings."""
     lines = [line for line in said.splitlines() if line.strip() and not line.startswith("Warning:")]
     return re.sub(r"\s+", " ", " ".join(lines)).removeprefix("error: ")[:600]
+
+
+def _kind(said: str) -> type[UserError]:
+    if any(word in said for word in AWAY):
+        return Unavailable
+    if "orbidden" in said:
+        return Forbidden
+    return NoKind if "doesn't have a resource type" in said else UserError
 
 
 def _remedy(said: str) -> str:

@@ -54,8 +54,22 @@ THERE = "on a cluster the {} 'latent-gpt' of this namespace says so, and `make {
         ),
         ({**OF_S3, **SERVICES}, ""),
         ({**IN_A_POD, **SERVICES}, ""),
+        ({**IN_A_POD, **SERVICES, "S3_ENDPOINT_URL": "https://s3.eu-central-1.amazonaws.com"}, ""),
+        (
+            {**IN_A_POD, **SERVICES, "S3_ENDPOINT_URL": "http://latent-gpt-s3:8333"},
+            f"not set: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY; {THERE.format('Secret', 'secrets')}",
+        ),
     ],
-    ids=["all", "one", "on a cluster", "a secret", "a file of boto3's", "AWS's own"],
+    ids=[
+        "all",
+        "one",
+        "on a cluster",
+        "a secret",
+        "a file of boto3's",
+        "AWS's own",
+        "a pod's account",
+        "our S3",
+    ],
 )
 def test_services_that_nobody_named_are_missed_at_once(said: dict[str, str], missing: str) -> None:
     needed = ("LATENT_GPT_STORE", "MLFLOW_TRACKING_URI", "S3_ENDPOINT_URL", "KUBERNETES_SERVICE_HOST")

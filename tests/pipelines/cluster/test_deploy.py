@@ -12,6 +12,7 @@ from model.errors import Unavailable, UserError
 from pipelines.cluster import deploy as deploying
 from pipelines.cluster import settings
 from pipelines.cluster.deploy import Kubectl, apply, prune, undeploy, wait, why_not_ready
+from pipelines.cluster.kubectl import Forbidden, NoKind
 from tests import ROOT
 from tests.kubectl import OURS, FakeKubectl, Object, made
 
@@ -47,7 +48,8 @@ def test_what_a_new_set_has_no_more_is_removed_but_no_data_and_nothing_of_others
     wanted = [made("Service", "latent-gpt-mlflow")]
     apply(kubectl, wanted)
     before = kubectl.names()
-    assert prune(kubectl, wanted) == ["Service mlflow"]
+    kubectl.forbidden.add("poddisruptionbudgets.policy")
+    assert prune(kubectl, wanted) == (["Service mlflow"], ["poddisruptionbudgets.policy"])
     assert before - kubectl.names() == {"Service mlflow"}
 
 
@@ -81,6 +83,21 @@ def test_servers_start_anew_when_what_they_read_is_another_and_only_then(kubectl
     assert mark("2") != first
     kubectl.add(secret)  # of another version, as after a change
     assert mark("1") != first
+
+
+def test_a_key_that_a_server_would_wait_for_is_missed_at_once(
+    kubectl: FakeKubectl,
+) -> None:
+    def variable(key: str, **more: Any) -> Object:
+        return {"name": key, "valueFrom": {"secretKeyRef": {"name": "latent-gpt-mlflow", "key": key, **more}}}
+
+    container = {"env": [variable("MLFLOW_BACKEND_STORE_URI"), variable("ONE", optional=True)]}
+    spec = {"template": {"spec": {"initContainers": [container]}}}
+    wanted = [made("Deployment", "latent-gpt-mlflow", spec=spec)]
+    with pytest.raises(UserError, match=r"^Secret latent-gpt-mlflow .* has no MLFLOW_BACKEND_STORE_URI"):
+        deploying._check_secrets(kubectl, wanted)
+    kubectl.add(made("Secret", "latent-gpt-mlflow", data={"MLFLOW_BACKEND_STORE_URI": "eA=="}))
+    deploying._check_secrets(kubectl, wanted)
 
 
 def test_the_data_of_an_earlier_version_is_not_forgotten(kubectl: FakeKubectl) -> None:
@@ -118,6 +135,22 @@ def test_undeploy_leaves_the_data_and_what_is_not_ours(
     assert "data stays in s3://bucket of https://s3.company" in said
     undeploy("ours", said.append)
     assert "nothing of ours was in namespace ours" in said
+
+
+def test_who_may_look_at_one_namespace_alone_undeploys_it_and_learns_where_the_data_is(
+    kubectl: FakeKubectl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = {"resources": {"requests": {"storage": "20Gi"}}, "volumeName": "pv-7"}
+    kubectl.add(
+        made("Deployment", "latent-gpt-s3"), made("PersistentVolumeClaim", "latent-gpt-s3", spec=claim)
+    )
+    kubectl.forbidden.update(deploying.EVERYWHERE)
+    monkeypatch.setattr(deploying, "Kubectl", lambda namespace: kubectl)
+    said: list[str] = []
+    undeploy("ours", said.append)
+    assert said[0] == "removed Deployment latent-gpt-s3"
+    assert "data stays in claim latent-gpt-s3 (20Gi, pv-7)" in said
+    assert said[-1] == f"not looked at: {', '.join(deploying.EVERYWHERE)}; you may not"
 
 
 def test_what_belongs_to_no_namespace_stays_while_another_one_uses_it(
@@ -269,8 +302,13 @@ def test_nobody_waits_for_what_never_comes(kubectl: FakeKubectl, monkeypatch: py
         ('Error from server (NotFound): namespaces "x" not found', UserError, "kubectl create namespace x"),
         (
             "Warning: old\nerror: deployments is forbidden: no",
-            UserError,
+            Forbidden,
             "kubectl get: deployments is forbidden",
+        ),
+        (
+            'error: the server doesn\'t have a resource type "localqueues"',
+            NoKind,
+            "kubectl get: the server doesn't have a resource type",
         ),
         ('error: no matches for kind "LocalQueue" in version "x"', UserError, "`make cluster-addons`"),
     ],
