@@ -7,6 +7,7 @@ import os
 import secrets
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -116,6 +117,8 @@ class Cluster:
                 assert child.stdout
                 line = child.stdout.readline()  # Forwarding from 127.0.0.1:41234 -> 8333
                 assert "127.0.0.1:" in line, line
+                # It says a line for each connection, and stands still where nobody reads them.
+                threading.Thread(target=child.stdout.read, daemon=True).start()
                 yield int(line.split("127.0.0.1:")[1].split()[0])
             finally:
                 child.kill()

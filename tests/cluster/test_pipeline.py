@@ -252,7 +252,7 @@ def secrets(here: Installation) -> dict[str, str]:
     return {name: base64.b64decode(value).decode() for one in found for name, value in one["data"].items()}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def store(here: Installation, secrets: dict[str, str]) -> Iterator[None]:
     """This process's environment leads to the installation's S3."""
     with here.forwarded("latent-gpt-s3", 8333) as port, pytest.MonkeyPatch.context() as patch:
