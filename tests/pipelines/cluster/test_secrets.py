@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -12,8 +13,10 @@ from kubernetes.client.exceptions import ApiException  # type: ignore[import-unt
 from components.launch.cluster import Cluster
 from model.errors import Unavailable, UserError
 from model.plumbing import environment
+from pipelines import commands
 from pipelines.cluster.secrets import keep
 from tests.apiserver import ApiServer
+from tests.components.conftest import api_server  # noqa: F401 (a fixture)
 
 AWS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 MLFLOW = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
@@ -201,3 +204,21 @@ def test_a_cluster_that_is_away_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     configuration.host = "http://127.0.0.1:9"
     with pytest.raises(Unavailable, match=r"http://127\.0\.0\.1:9 does not answer"):
         keep(Cluster("kubeflow", configuration, print), LOCAL)
+
+
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl, whose kustomize needs no cluster")
+def test_the_command_looks_at_the_overlay_that_is_named(
+    api_server: ApiServer,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("LATENT_GPT_NAMESPACE", api_server.namespace)
+    monkeypatch.setenv("KFP_ENDPOINT", "http://nobody")
+    monkeypatch.setenv("OVERLAY", "production")
+    with pytest.raises(UserError, match=r"^MLFLOW_BACKEND_STORE_URI is not set"):
+        commands.secrets()
+    monkeypatch.setenv("OVERLAY", "local")
+    monkeypatch.setenv(AWS[0], "of my account")
+    commands.secrets()
+    assert set(values(api_server)) == {*AWS, *MLFLOW}
+    assert "AWS_ACCESS_KEY_ID" in capsys.readouterr().out
