@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import re
 import subprocess
+import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -58,7 +60,8 @@ def _told(kubectl: Kubectl) -> dict[str, str | None]:
 @contextmanager
 def _led_to(kubectl: Kubectl, address: str) -> Iterator[str]:
     """An address that leads from here to where this one leads from pods."""
-    match = re.fullmatch(r"http://([a-z0-9-]+)(?:\.[a-z0-9.-]+)?:(\d+)/?", address)
+    within = rf"(?:\.{re.escape(kubectl.namespace)}(?:\.svc(?:\.cluster\.local)?)?)?"
+    match = re.fullmatch(rf"http://([a-z0-9-]+){within}:(\d+)/?", address)
     if not match or not kubectl.objects("get", "service", match[1], "--ignore-not-found"):
         yield address  # no service of this namespace
         return
@@ -69,6 +72,13 @@ def _led_to(kubectl: Kubectl, address: str) -> Iterator[str]:
             line = child.stdout.readline()  # Forwarding from 127.0.0.1:41234 -> 8333
             if "127.0.0.1:" not in line:
                 raise UserError(f"no way to {address}: {' '.join(line.split())}")
-            yield f"http://127.0.0.1:{line.split('127.0.0.1:')[1].split()[0]}"
+            # It says something of each connection, and would wait for ever for who reads it.
+            rest = threading.Thread(target=deque, args=(child.stdout, 0), daemon=True)
+            rest.start()
+            try:
+                yield f"http://127.0.0.1:{line.split('127.0.0.1:')[1].split()[0]}"
+            finally:
+                child.kill()
+                rest.join()
         finally:
             child.kill()
