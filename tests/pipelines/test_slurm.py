@@ -74,6 +74,15 @@ def test_directives_come_before_any_command(site: Path, tmp_path: Path) -> None:
         assert all(line.startswith("#") for line in lines[: last + 1]), "sbatch reads no further"
 
 
+def test_the_example_of_the_readme_is_taken(site: Path, tmp_path: Path) -> None:
+    section = (ROOT / "README.md").read_text().split("## On Slurm")[1]
+    example = section.split("\n\n    ", 1)[1].split("\n\n", 1)[0]
+    site.write_text("\n".join(line.strip() for line in example.splitlines()))
+    assert "LATENT_GPT_STORE=" in site.read_text()
+    assert "MLFLOW_FLASK_SERVER_SECRET_KEY=" in site.read_text()
+    assert "--port=5000" in scripts("smoke", [], site, tmp_path, tmp_path)["mlflow.sbatch"]
+
+
 def test_several_nodes_are_as_many_workers(site: Path, tmp_path: Path) -> None:
     run = scripts("coco256-xl-8xa100", [], site, tmp_path, tmp_path, nodes=2, gpus=8)["run.sbatch"]
     assert "--set jobs.workers=2 " in run
