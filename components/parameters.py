@@ -48,7 +48,7 @@ def resolve(
     changes = [
         *([f"jobs.workers={workers}"] if workers else []),
         *_gpus(gpus_per_worker),
-        *([f"experiment_name={json.dumps(experiment_name)}"] if experiment_name else []),
+        *([f"experiment_name={json.dumps(experiment_name, ensure_ascii=False)}"] if experiment_name else []),
         *(line for line in lines if line and not line.startswith("#")),
     ]
     source = recognise(data)

@@ -28,6 +28,11 @@ def test_overrides_win_over_the_other_parameters_and_these_over_the_preset() -> 
     assert (config.jobs.workers, config.experiment) == (1, "mine")
 
 
+@pytest.mark.parametrize("name", ["rockets 🚀", "Bäume: alle", 'said "so"', "null"])
+def test_an_experiment_is_called_as_somebody_typed_it(name: str) -> None:
+    assert resolve(TEXT_TO_IMAGE, "smoke", experiment_name=name).experiment == name
+
+
 def test_without_gpus_a_pod_has_as_many_processes_as_the_preset_says() -> None:
     jobs = resolve(TEXT_TO_IMAGE, "coco256-xl-8xa100", gpus_per_worker=0).jobs
     assert (jobs.gpus_per_worker, jobs.processes_per_worker) == (0, 8)
