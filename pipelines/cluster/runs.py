@@ -12,7 +12,7 @@ from typing import TextIO
 
 from components.parameters import PRESET_GPUS, TEXT_TO_IMAGE, VQVAE, pipeline_of, resolve
 from model.config import load_config
-from model.data.sources import recognise
+from model.data.sources import DRAWN, recognise
 from model.errors import Unavailable, UserError
 from model.plumbing import environment, speech
 from model.steps import STEPS
@@ -78,7 +78,10 @@ def submit(
         UserError: what is wrong with the config, from here; or KFP refuses.
     """
     file = Path(preset) if preset.endswith((".yaml", ".yml")) else None
+    _in_reach_of_pods(data)
     config = load_config(preset, overrides, recognise(data))
+    source = config.data.source
+    _in_reach_of_pods(source.urls if source.kind == "webdataset" else getattr(source, "path", ""))
     pipeline = pipeline_of(config)
     text = file.read_text() if file else ""
     asked = {
@@ -218,6 +221,15 @@ def remove(kfp: Kfp, kubectl: Kubectl, limit: float = 180.0) -> None:
     for name in PIPELINES:
         if kfp.remove(name):
             print(f"removed pipeline {name} from KFP")
+
+
+def _in_reach_of_pods(data: str) -> None:
+    """Refuse pictures of this machine, which no step of a cluster sees."""
+    if data.strip() not in ("", *DRAWN) and "://" not in data:
+        raise UserError(
+            f"data: {data} is a path of this machine, which steps on a cluster do not see; put the pictures"
+            " into S3 as tar shards (s3://bucket/{000..099}.tar) or parquet files (s3://bucket/folder)"
+        )
 
 
 # ── which run, and how it goes ──────────────────────────────────────────────────────────────────────────

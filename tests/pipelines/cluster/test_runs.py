@@ -75,6 +75,11 @@ def test_what_differs_from_the_preset_is_sent(kfp: Kfp, server: KfpServer) -> No
     assert kfp.run(run).name == "r"
 
 
+@pytest.mark.parametrize("data", ["openmoji", "s3://here/{000..009}.tar", "s3://here/folder"])
+def test_pictures_that_pods_see_are_sent(kfp: Kfp, server: KfpServer, data: str) -> None:
+    assert given(server, runs.submit("openmoji-tiny", data=data)) == {"preset": "openmoji-tiny", "data": data}
+
+
 def test_a_file_travels_as_its_content(kfp: Kfp, server: KfpServer, tmp_path: Path) -> None:
     text = (PRESETS / "smoke.yaml").read_text()
     (tmp_path / "mine.yaml").write_text(text)
@@ -92,6 +97,11 @@ def test_a_config_without_a_transformer_goes_to_its_own_pipeline(kfp: Kfp) -> No
         ({"overrides": ("seed=x",)}, "seed: Input should be a valid integer"),
         ({"preset": "smoka"}, "preset 'smoka' does not exist; choose one of"),
         ({"workers": -3}, "jobs.workers"),
+        ({"data": "/no/pictures"}, r"data: /no/pictures is a path of this machine.*\(s3://bucket/"),
+        ({"data": "tests"}, "data: tests is a path of this machine"),
+        ({"data": "pictures.tar"}, "data: pictures.tar is a path of this machine"),
+        ({"overrides": ("data.source={kind: folder, path: /x}",)}, "data: /x is a path of this machine"),
+        ({"overrides": ("data.source={kind: webdataset, urls: x.tar}",)}, "data: x.tar is a path of this"),
     ],
 )
 def test_a_wrong_config_is_refused_before_anybody_is_asked(server: KfpServer, how: Any, said: str) -> None:
