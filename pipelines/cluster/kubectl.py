@@ -13,6 +13,7 @@ from model.errors import Unavailable, UserError
 Object = dict[str, Any]
 
 AWAY = ("was refused", "Unable to connect", "i/o timeout", "no such host", "TLS handshake timeout")
+LOGGED = re.compile(r"[IWEF]\d{4} \d\d:")  # as of an API whose own server is away, at each look
 PATIENCE = "--request-timeout=60s"
 
 
@@ -57,8 +58,9 @@ class Kubectl:
 
 
 def plain(said: str) -> str:
-    """What kubectl says against something, in one line, without its warnings."""
+    """What kubectl says against something, in one line; its warnings and its log are not that."""
     lines = [line for line in said.splitlines() if line.strip() and not line.startswith("Warning:")]
+    lines = [line for line in lines if not LOGGED.match(line)] or lines
     return re.sub(r"\s+", " ", " ".join(lines)).removeprefix("error: ")[:600]
 
 

@@ -306,7 +306,8 @@ def test_nobody_waits_for_what_never_comes(kubectl: FakeKubectl, monkeypatch: py
             "kubectl get: deployments is forbidden",
         ),
         (
-            'error: the server doesn\'t have a resource type "localqueues"',
+            'E1126 14:00:33.49 753 memcache.go:287] "Unhandled Error" err="service unavailable"\n' * 9
+            + 'error: the server doesn\'t have a resource type "localqueues"',
             NoKind,
             "kubectl get: the server doesn't have a resource type",
         ),
