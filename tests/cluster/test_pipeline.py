@@ -147,8 +147,7 @@ class Installation(Cluster):
         """A run's id, begun from a terminal."""
         asked = [part for one in overrides for part in ("--set", one)]
         self.cli("submit", "--preset", preset, *asked, "--name", name)
-        (run,) = [one["run_id"] for one in self.runs() if one["display_name"] == name]
-        return str(run)
+        return str(next(one["run_id"] for one in self.runs() if one["display_name"] == name))  # the newest
 
     def runs(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.kfp.get("runs", page_size=200, sort_by="created_at desc")["runs"]
