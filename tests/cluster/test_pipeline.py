@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import random
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -35,14 +36,17 @@ KINDS = (  # of which objects of ours may be left, in the order of `kubectl get`
 LEFT = ROOT / "build" / "cluster"  # what the tests fetch, to be looked at
 ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 
-# Some minutes of steps, with a checkpoint every few seconds of them.
-LONG = (
-    "transformer.training.steps=8000",
-    "transformer.training.log_every=50",
-    "transformer.training.eval_every=4000",
-    "transformer.training.checkpoint_every=100",
-    "jobs.grace_seconds=30",
-)
+
+def long() -> tuple[str, ...]:
+    """Some minutes of steps, with a checkpoint every few seconds: a training that nobody has made yet."""
+    return (
+        "transformer.training.steps=8000",
+        f"transformer.training.learning_rate={1e-4 + random.randrange(10**6) * 1e-10:.10f}",
+        "transformer.training.log_every=50",
+        "transformer.training.eval_every=4000",
+        "transformer.training.checkpoint_every=100",
+        "jobs.grace_seconds=30",
+    )
 
 
 class KFP:
@@ -310,6 +314,76 @@ def test_a_wrong_preset_is_refused_before_any_pod(here: Installation) -> None:
     assert "wrong" not in {one["display_name"] for one in here.runs()}
 
 
+def test_cancel_takes_the_job_along_and_retry_goes_on(here: Installation, store: None) -> None:
+    run = here.submit("cancelled", "smoke", long())
+    (job,) = until(lambda: [one for one in here.jobs() if _of(one) == "transformer"], 600, "its training")
+    uid, output = job["metadata"]["uid"], _output(job)
+    checkpoint = until(lambda: _checkpoint(output), 300, "a checkpoint")
+    here.cli("cancel", run)
+    began = time.monotonic()
+    until(lambda: here.job_is_gone(job["metadata"]["name"]), 120, "the end of the job and its pods")
+    print(f"── job and pods gone {time.monotonic() - began:.0f} s after cancel; checkpoint {checkpoint}")
+    here.kfp.ended(run, 120)
+    assert "cancelled" in here.cli("status", run)
+    assert _checkpoint(output) >= checkpoint, "the checkpoint is kept"
+
+    here.cli("retry", run)
+    (again,) = until(lambda: [one for one in here.jobs() if _of(one) == "transformer"], 300, "its training")
+    assert again["metadata"]["uid"] != uid, "made anew"
+    assert here.kfp.ended(run, 1200) == "SUCCEEDED"
+    assert "goes on from step" in _logs(output)
+
+
+def test_a_failed_step_that_is_retried_adopts_its_job(here: Installation, store: None) -> None:
+    run = here.submit("failed", "smoke", long())
+    (job,) = until(lambda: [one for one in here.jobs() if _of(one) == "transformer"], 900, "its training")
+    output = _output(job)
+    until(lambda: _checkpoint(output), 300, "a checkpoint")
+    (pod,) = [one["metadata"]["name"] for one in here.steps_of(run)]
+    kill = "for p in /proc/[0-9]*; do grep -q executor_main $p/cmdline && kill -9 ${p#/proc/}; done; true"
+    here.kubectl("exec", pod, "-c", "main", "--", "sh", "-c", kill)
+    assert here.kfp.ended(run, 300) == "FAILED"
+    assert not here.job_is_gone(job["metadata"]["name"]), "it trains on"
+    here.cli("retry", run)
+    assert here.kfp.ended(run, 1200) == "SUCCEEDED"
+    after = here.get("pytorchjobs", "--field-selector", f"metadata.name={job['metadata']['name']}")
+    assert [one["metadata"]["uid"] for one in after] == [job["metadata"]["uid"]], "the very same job"
+
+
+def test_sets_are_those_of_a_laptop(here: Installation, store: None) -> None:
+    """The same image, processes and threads: every set of preset smoke has the same key and the same hash."""
+    run = here.submit("parity", "smoke", ())
+    variables = {
+        "LATENT_GPT_STORE": "s3://latent-gpt/laptop",
+        "LATENT_GPT_LAUNCHER": "torchrun",
+        "LATENT_GPT_STATE": "/tmp/state",
+        "HOME": "/tmp",
+    }
+    laptop = here.pod(
+        "laptop",
+        ["latent-gpt", "run", "--preset", "smoke"],
+        env=[{"name": name, "value": value} for name, value in variables.items()],
+        envFrom=[{"configMapRef": {"name": "latent-gpt"}}, {"secretRef": {"name": "latent-gpt"}}],
+        resources={"requests": {"cpu": "200m", "memory": "2Gi"}},
+    )
+    assert here.kfp.ended(run, 900) == "SUCCEEDED"
+    here.apply(laptop)
+    until(lambda: here.phase("laptop") in ("Succeeded", "Failed"), 900, "the end of the laptop")
+    assert here.phase("laptop") == "Succeeded", here.kubectl("logs", "laptop")
+    here.kubectl("delete", "pod", "laptop", "--wait=false")
+    compared = []
+    for uri in storage.list_uris("s3://latent-gpt/laptop"):
+        if uri.endswith("/manifest.json"):
+            there = uri.removesuffix("/manifest.json")
+            other = assets.find(there.replace("/laptop", ""))
+            mine = assets.find(there)
+            assert other, f"KFP made nothing at {there}"
+            assert mine, there
+            assert mine.sha256 == other.sha256, there
+            compared.append(mine.kind)
+    assert {"images", "tokenizer", "text", "judge", "tokens", "transformer", "evaluation"} <= set(compared)
+
+
 def test_from_the_page_to_a_registered_model_with_pictures(here: Installation, store: None) -> None:
     answer = here.kfp.start("openmoji-tiny", here.kfp.version(PIPELINE), preset="openmoji-tiny")
     assert answer.status_code == 200, answer.text
@@ -368,76 +442,6 @@ def test_no_secret_is_where_it_may_be_read(here: Installation, secrets: dict[str
         for written in (value, base64.b64encode(value.encode()).decode()):
             found = [where for where, text in places.items() if written in text]
             assert not found, f"{name} is in {found}"
-
-
-def test_sets_are_those_of_a_laptop(here: Installation, store: None) -> None:
-    """The same image, processes and threads: every set of preset smoke has the same key and the same hash."""
-    run = here.submit("parity", "smoke", ())
-    variables = {
-        "LATENT_GPT_STORE": "s3://latent-gpt/laptop",
-        "LATENT_GPT_LAUNCHER": "torchrun",
-        "LATENT_GPT_STATE": "/tmp/state",
-        "HOME": "/tmp",
-    }
-    laptop = here.pod(
-        "laptop",
-        ["latent-gpt", "run", "--preset", "smoke"],
-        env=[{"name": name, "value": value} for name, value in variables.items()],
-        envFrom=[{"configMapRef": {"name": "latent-gpt"}}, {"secretRef": {"name": "latent-gpt"}}],
-        resources={"requests": {"cpu": "200m", "memory": "2Gi"}},
-    )
-    assert here.kfp.ended(run, 900) == "SUCCEEDED"
-    here.apply(laptop)
-    until(lambda: here.phase("laptop") in ("Succeeded", "Failed"), 900, "the end of the laptop")
-    assert here.phase("laptop") == "Succeeded", here.kubectl("logs", "laptop")
-    here.kubectl("delete", "pod", "laptop", "--wait=false")
-    compared = []
-    for uri in storage.list_uris("s3://latent-gpt/laptop"):
-        if uri.endswith("/manifest.json"):
-            there = uri.removesuffix("/manifest.json")
-            other = assets.find(there.replace("/laptop", ""))
-            mine = assets.find(there)
-            assert other, f"KFP made nothing at {there}"
-            assert mine, there
-            assert mine.sha256 == other.sha256, there
-            compared.append(mine.kind)
-    assert {"images", "tokenizer", "text", "judge", "tokens", "transformer", "evaluation"} <= set(compared)
-
-
-def test_cancel_takes_the_job_along_and_retry_goes_on(here: Installation, store: None) -> None:
-    run = here.submit("cancelled", "smoke", LONG)
-    (job,) = until(lambda: [one for one in here.jobs() if _of(one) == "transformer"], 600, "its training")
-    uid, output = job["metadata"]["uid"], _output(job)
-    checkpoint = until(lambda: _checkpoint(output), 300, "a checkpoint")
-    here.cli("cancel", run)
-    began = time.monotonic()
-    until(lambda: here.job_is_gone(job["metadata"]["name"]), 120, "the end of the job and its pods")
-    print(f"── job and pods gone {time.monotonic() - began:.0f} s after cancel; checkpoint {checkpoint}")
-    here.kfp.ended(run, 120)
-    assert "cancelled" in here.cli("status", run)
-    assert _checkpoint(output) >= checkpoint, "the checkpoint is kept"
-
-    here.cli("retry", run)
-    (again,) = until(lambda: [one for one in here.jobs() if _of(one) == "transformer"], 300, "its training")
-    assert again["metadata"]["uid"] != uid, "made anew"
-    assert here.kfp.ended(run, 1200) == "SUCCEEDED"
-    assert "goes on from step" in _logs(output)
-
-
-def test_a_failed_step_that_is_retried_adopts_its_job(here: Installation, store: None) -> None:
-    run = here.submit("failed", "smoke", (*LONG, "seed=1"))
-    (job,) = until(lambda: [one for one in here.jobs() if _of(one) == "transformer"], 900, "its training")
-    output = _output(job)
-    until(lambda: _checkpoint(output), 300, "a checkpoint")
-    (pod,) = [one["metadata"]["name"] for one in here.steps_of(run)]
-    kill = "for p in /proc/[0-9]*; do grep -q executor_main $p/cmdline && kill -9 ${p#/proc/}; done; true"
-    here.kubectl("exec", pod, "-c", "main", "--", "sh", "-c", kill)
-    assert here.kfp.ended(run, 300) == "FAILED"
-    assert not here.job_is_gone(job["metadata"]["name"]), "it trains on"
-    here.cli("retry", run)
-    assert here.kfp.ended(run, 1200) == "SUCCEEDED"
-    after = here.get("pytorchjobs", "--field-selector", f"metadata.name={job['metadata']['name']}")
-    assert [one["metadata"]["uid"] for one in after] == [job["metadata"]["uid"]], "the very same job"
 
 
 def test_undeploy_leaves_the_data_and_nothing_else(here: Installation) -> None:
