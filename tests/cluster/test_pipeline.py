@@ -157,9 +157,15 @@ class Installation(Cluster):
         found: list[dict[str, Any]] = self.kfp.get("runs", page_size=200, sort_by="created_at desc")["runs"]
         return found
 
-    def jobs(self) -> list[dict[str, Any]]:
-        """PyTorchJobs that are to be."""
-        return [one for one in self.get("pytorchjobs") if "deletionTimestamp" not in one["metadata"]]
+    def training(self, seconds: float) -> dict[str, Any]:
+        """The PyTorchJob of a transformer that is under way, as soon as there is one."""
+
+        def look() -> list[dict[str, Any]]:
+            found = [one for one in self.get("pytorchjobs") if _of(one) == "transformer"]
+            return [one for one in found if "deletionTimestamp" not in one["metadata"] and not _is_over(one)]
+
+        (job,) = until(look, seconds, "a training of the transformer")
+        return job
 
     def steps_of(self, run: str) -> list[dict[str, Any]]:
         """Pods of a KFP run whose container `main` runs ours."""
@@ -316,7 +322,7 @@ def test_a_wrong_preset_is_refused_before_any_pod(here: Installation) -> None:
 
 def test_cancel_takes_the_job_along_and_retry_goes_on(here: Installation, store: None) -> None:
     run = here.submit("cancelled", "smoke", long())
-    (job,) = until(lambda: [one for one in here.jobs() if _of(one) == "transformer"], 600, "its training")
+    job = here.training(600)
     uid, output = job["metadata"]["uid"], _output(job)
     checkpoint = until(lambda: _checkpoint(output), 300, "a checkpoint")
     here.cli("cancel", run)
@@ -328,7 +334,7 @@ def test_cancel_takes_the_job_along_and_retry_goes_on(here: Installation, store:
     assert _checkpoint(output) >= checkpoint, "the checkpoint is kept"
 
     here.cli("retry", run)
-    (again,) = until(lambda: [one for one in here.jobs() if _of(one) == "transformer"], 300, "its training")
+    again = here.training(300)
     assert again["metadata"]["uid"] != uid, "made anew"
     assert here.kfp.ended(run, 1200) == "SUCCEEDED"
     assert "goes on from step" in _logs(output)
@@ -336,7 +342,7 @@ def test_cancel_takes_the_job_along_and_retry_goes_on(here: Installation, store:
 
 def test_a_failed_step_that_is_retried_adopts_its_job(here: Installation, store: None) -> None:
     run = here.submit("failed", "smoke", long())
-    (job,) = until(lambda: [one for one in here.jobs() if _of(one) == "transformer"], 900, "its training")
+    job = here.training(900)
     output = _output(job)
     until(lambda: _checkpoint(output), 300, "a checkpoint")
     (pod,) = [one["metadata"]["name"] for one in here.steps_of(run)]
@@ -459,6 +465,11 @@ def test_undeploy_leaves_the_data_and_nothing_else(here: Installation) -> None:
 def _of(job: dict[str, Any]) -> str:
     name: str = job["metadata"]["name"]
     return name.partition("-")[0]
+
+
+def _is_over(job: dict[str, Any]) -> bool:
+    true = {one["type"] for one in job.get("status", {}).get("conditions", []) if one["status"] == "True"}
+    return bool(true & {"Succeeded", "Failed"})
 
 
 def _output(job: dict[str, Any]) -> str:
