@@ -22,6 +22,7 @@ import requests
 import yaml
 from kfp import compiler, dsl
 
+from components.launch import pytorchjob
 from model.plumbing import assets, storage
 from tests.cluster.cluster import ROOT, Cluster, until
 
@@ -157,11 +158,12 @@ class Installation(Cluster):
         found: list[dict[str, Any]] = self.kfp.get("runs", page_size=200, sort_by="created_at desc")["runs"]
         return found
 
-    def training(self, seconds: float) -> dict[str, Any]:
-        """The PyTorchJob of a transformer that is under way, as soon as there is one."""
+    def training(self, run: str, seconds: float) -> dict[str, Any]:
+        """The PyTorchJob of a run's transformer, as soon as it is under way."""
 
         def look() -> list[dict[str, Any]]:
-            found = [one for one in self.get("pytorchjobs") if _of(one) == "transformer"]
+            asked = f"{pytorchjob.STEP}=transformer,{pytorchjob.RUN}=smoke-{run}"
+            found = self.get("pytorchjobs", "-l", asked)
             return [one for one in found if "deletionTimestamp" not in one["metadata"] and not _is_over(one)]
 
         (job,) = until(look, seconds, "a training of the transformer")
@@ -322,7 +324,7 @@ def test_a_wrong_preset_is_refused_before_any_pod(here: Installation) -> None:
 
 def test_cancel_takes_the_job_along_and_retry_goes_on(here: Installation, store: None) -> None:
     run = here.submit("cancelled", "smoke", long())
-    job = here.training(600)
+    job = here.training(run, 600)
     uid, output = job["metadata"]["uid"], _output(job)
     checkpoint = until(lambda: _checkpoint(output), 300, "a checkpoint")
     here.cli("cancel", run)
@@ -334,7 +336,7 @@ def test_cancel_takes_the_job_along_and_retry_goes_on(here: Installation, store:
     assert _checkpoint(output) >= checkpoint, "the checkpoint is kept"
 
     here.cli("retry", run)
-    again = here.training(300)
+    again = here.training(run, 300)
     assert again["metadata"]["uid"] != uid, "made anew"
     assert here.kfp.ended(run, 1200) == "SUCCEEDED"
     assert "goes on from step" in _logs(output)
@@ -342,7 +344,7 @@ def test_cancel_takes_the_job_along_and_retry_goes_on(here: Installation, store:
 
 def test_a_failed_step_that_is_retried_adopts_its_job(here: Installation, store: None) -> None:
     run = here.submit("failed", "smoke", long())
-    job = here.training(900)
+    job = here.training(run, 900)
     output = _output(job)
     until(lambda: _checkpoint(output), 300, "a checkpoint")
     (pod,) = [one["metadata"]["name"] for one in here.steps_of(run)]
@@ -460,11 +462,6 @@ def test_undeploy_leaves_the_data_and_nothing_else(here: Installation) -> None:
     assert {one["metadata"]["name"] for one in here.get("persistentvolumeclaims", "-l", OURS)} == claims
     assert not [one for one in here.kfp.pipelines() if "latent-gpt" in one["display_name"]]
     assert foreign(here, "foreign-after-undeploy") == "SUCCEEDED"
-
-
-def _of(job: dict[str, Any]) -> str:
-    name: str = job["metadata"]["name"]
-    return name.partition("-")[0]
 
 
 def _is_over(job: dict[str, Any]) -> bool:
