@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
+# Seconds for which MLflow knows a password again. Else each request has it hashed anew, which is slow on
+# purpose: beside each other on a busy machine, a request took 1.0 to 1.9 s, and with this 0.02 to 0.09 s.
+REMEMBERED = 300
 LOCK = 7_246_903  # any number; of two servers that start at the same time, one waits for the other
 
 
@@ -89,6 +92,7 @@ def main(settings: Path) -> None:
         "default_permission = READ\n"
         f"database_uri = {uri.replace('%', '%%')}\n"
         f"admin_username = {user}\n"
+        f"auth_cache_ttl_seconds = {REMEMBERED}\n"
     )
     settings.chmod(0o600)
     engine = utils.create_sqlalchemy_engine_with_retry(uri)

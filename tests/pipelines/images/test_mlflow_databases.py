@@ -63,6 +63,7 @@ def test_it_is_made_and_then_left_alone_and_the_password_is_the_secrets(folder: 
     assert "MLflow's database is at schema" in again
     assert lets_in(folder, PASSWORD, "another password") == "[False, True] True"
     said = (folder / "basic_auth.ini").read_text()
+    assert "auth_cache_ttl_seconds = 300" in said, "or each request costs a hash"
     assert f"database_uri = sqlite:///{folder}/mlflow.db" in said
     assert "another password" not in said + again
     assert (folder / "basic_auth.ini").stat().st_mode & 0o777 == 0o600
