@@ -18,6 +18,7 @@ import requests
 
 from model.errors import Unavailable, UserError
 from model.plumbing import environment
+from model.plumbing.tracking import reason
 
 PATIENCE = (5.0, 60.0)  # seconds to reach the server, and to wait for its answer
 PAGE = 100  # entries in one answer
@@ -245,8 +246,8 @@ class Kfp:
             )
         except requests.exceptions.SSLError as error:
             raise UserError(
-                f"KFP at {self.endpoint}: {_plain(error)}; if its certificate is signed by an authority of"
-                " yours, let REQUESTS_CA_BUNDLE name that one's file"
+                f"KFP at {self.endpoint}: {reason(error)[:200]}; if its certificate is signed by an authority"
+                " of yours, let REQUESTS_CA_BUNDLE name that one's file"
             ) from None
         except ValueError:  # of a URL
             raise UserError(
@@ -254,8 +255,8 @@ class Kfp:
             ) from None
         except OSError as error:  # as all that requests raises is
             raise Unavailable(
-                f"KFP at {self.endpoint} cannot be reached ({_plain(error)}); check KFP_ENDPOINT, or lead"
-                " a port to it: kubectl -n kubeflow port-forward service/ml-pipeline 8888"
+                f"KFP at {self.endpoint} cannot be reached ({reason(error)[:200]}); check KFP_ENDPOINT, or"
+                " lead a port to it: kubectl -n kubeflow port-forward service/ml-pipeline 8888"
             ) from None
         if answer.ok and not answer.is_redirect:
             try:
@@ -352,13 +353,3 @@ def _said(answer: requests.Response) -> str:
         said = answer.reason or answer.text
     plain = re.sub(r'(?:string|number|bool)_value:("[^"]*"|\S+)', r"\1", " ".join(str(said).split()))
     return re.split(r"[Ee]rror: ", plain)[-1][:600]  # of "Failed to …: BadRequestError: why"
-
-
-def _plain(error: BaseException) -> str:
-    """The failure that requests and urllib3 have wrapped."""
-    below = error.__context__
-    while below:
-        if isinstance(below, OSError):
-            error = below
-        below = below.__context__
-    return " ".join(str(error).split())[:200]
