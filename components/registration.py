@@ -7,8 +7,11 @@ knows what it saw of these: it keeps its place. One that is of no use to anybody
 
 from __future__ import annotations
 
+from functools import partial
+
 from pydantic import BaseModel
 
+from model import steps
 from model.config import RunConfig
 from model.errors import UserError
 from model.plumbing import cache, registry, speech, storage
@@ -62,10 +65,11 @@ def register_model(config: RunConfig, run: str, evaluation: Manifest) -> Registe
 def _register(config: RunConfig, run: str, model: Manifest, evaluation: Manifest) -> int:
     from model.inference.serving import log_model
 
-    made_from = {**model.inputs, **evaluation.inputs, "evaluation": evaluation.as_input}
-    lineage = {f"latent_gpt.{name}": one.sha256 for name, one in made_from.items()}
+    made_from = [*model.inputs.values(), *evaluation.inputs.values(), evaluation.as_input]
+    tags = {registry.FINGERPRINT_TAG: steps.fingerprint(config), **registry.lineage_tags(made_from)}
     ids = TrackingIds(experiment=config.experiment, run=run, step="register")
-    return registry.register(ids, cache.folder(model), log_model, lineage, config.registered_model)
+    log = partial(log_model, config=config)
+    return registry.register(ids, cache.folder(model), log, tags, config.registered_model)
 
 
 def _judge(config: RunConfig, evaluation: Manifest, name: str, version: int) -> tuple[bool, str]:

@@ -364,6 +364,26 @@ class JobConfig(Section):
     grace_seconds: Positive = 120  # to save a checkpoint when told to end
 
 
+# ── retraining ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+class RetrainConfig(Section):
+    """What a retraining starts from, and what it makes anew."""
+
+    start: Literal["champion", "scratch"] = "champion"  # weights that the transformer starts from
+    tokenizer: Literal["frozen", "trained"] = "frozen"  # frozen: the champion's, so that codes stay valid
+
+
+class AssetRef(Section):
+    """An asset of the store."""
+
+    key: str  # of its place
+    sha256: str  # of its manifest
+
+
+Origin = dict[Literal["images", "tokenizer", "text", "transformer"], AssetRef]
+
+
 class RunConfig(Section):
     """One run of the pipeline."""
 
@@ -380,6 +400,10 @@ class RunConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     jobs: JobConfig = JobConfig()
+    retrain: RetrainConfig = RetrainConfig()
+    # Of a retraining, the champion's assets: `images` grow, `tokenizer` and `text` are taken as they are, and
+    # from the weights of `transformer` training goes on. Nobody writes this by hand.
+    origin: Annotated[Origin, Field(exclude_if=lambda origin: not origin)] = {}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

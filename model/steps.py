@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from model.config import VQVAE_EXPERIMENT, DataConfig, RunConfig
+from model.config import VQVAE_EXPERIMENT, DataConfig, RunConfig, config_hash
 from model.errors import UserError
 from model.plumbing import storage
 from model.plumbing.assets import AssetWriter, Kind, Manifest
@@ -112,6 +112,21 @@ def settings(kind: Kind, config: RunConfig) -> Settings:
         UserError: naming the field whose weights, or the source whose pictures, are not where it says.
     """
     return STEPS[kind].settings(config)
+
+
+def fingerprint(config: RunConfig) -> str:
+    """Hash over what decides what a run makes: its source as it is now, its settings, its steps' versions.
+
+    Two runs with the same one make the same. What a retraining starts from is no part of it.
+
+    Raises:
+        UserError: as `settings`.
+    """
+    plain = config.model_copy(update={"origin": {}})
+    taken = {kind: step for kind, step in STEPS.items() if step.taken(config)}
+    return config_hash(
+        {kind: {"version": step.version, "settings": step.settings(plain)} for kind, step in taken.items()}
+    )
 
 
 def writer(kind: Kind, config: RunConfig, inputs: Mapping[str, Manifest]) -> AssetWriter:

@@ -46,6 +46,8 @@ DECIDES: dict[str, set[str]] = {
     "sampling": {"model"},
     "evaluation": {"evaluation"},
     "jobs": set(),  # where a job runs, not what it makes
+    "retrain": set(),  # what the next run starts from
+    "origin": set(),
 }
 PRETRAINED = {
     "tokenizer": PretrainedTokenizerConfig(ref="owner/name").model_dump(),

@@ -32,10 +32,12 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import AnyType
 
 from model.errors import UserError
+from model.plumbing import registry
 
 if TYPE_CHECKING:
     from mlflow.models.model import ModelInfo
 
+    from model.config import RunConfig
     from model.inference.generate import Generator
 
 REQUIREMENTS = (
@@ -147,8 +149,14 @@ def signature() -> ModelSignature:
     )
 
 
-def log_model(bundle: Path, name: str) -> ModelInfo:
-    """Log a bundle as a pyfunc in the active MLflow run, after drawing its input example once."""
+def log_model(bundle: Path, name: str, config: RunConfig) -> ModelInfo:
+    """Log a bundle as a pyfunc in the active MLflow run, after drawing its input example once.
+
+    Args:
+        bundle: local folder, with its manifest.
+        name: of the model.
+        config: of the run that made it, kept beside it: a retraining starts from there.
+    """
     package = Path(__file__).parent.parent  # `model`, as it is imported
     with tempfile.TemporaryDirectory() as scratch, _no_bytecode():
         code, named = Path(scratch, "model"), Path(scratch, "bundle")
@@ -161,6 +169,7 @@ def log_model(bundle: Path, name: str) -> ModelInfo:
             code_paths=[str(code)],
             signature=signature(),
             input_example=(pd.DataFrame(EXAMPLE), {"seed": 0, "num_images": 1}),
+            metadata={registry.CONFIG: config.model_dump(mode="json")},
             pip_requirements=[f"{one}=={version(one).partition('+')[0]}" for one in REQUIREMENTS],
         )
 

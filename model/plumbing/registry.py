@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.config import config_hash
+from model.config import RunConfig, config_hash, parse_config
 from model.errors import UserError
 from model.plumbing import assets, cache, environment, storage
-from model.plumbing.assets import File, Manifest
+from model.plumbing.assets import File, Input, Kind, Manifest
 from model.plumbing.jobs import TrackingIds
 from model.plumbing.tracking import Tracker, explained, mlflow_client
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous-champion"
 MODEL_TAG = "latent_gpt.model"  # of a version: hash of its manifest
+KEYS_TAG = "latent_gpt.keys"  # of a version: keys of the assets that it was made from, by kind
+FINGERPRINT_TAG = "latent_gpt.fingerprint"  # of a version: `model.steps.fingerprint` of its run
+CONFIG = "latent_gpt.config"  # in the metadata of a logged model: the config of its run
 TIME_TAG = "latent_gpt.registered"  # of a version: when a run last came to it, ms since 1970
 CHECKSUMS, OLD_TAG = (
     "checksums.json",
@@ -113,6 +116,35 @@ def tags_of(version: int, name: str) -> dict[str, str]:
     """The tags of a version: hashes of what it was made from."""
     with explained():
         return dict(mlflow_client().get_model_version(name, str(version)).tags)
+
+
+def lineage_tags(made_from: Collection[Input]) -> dict[str, str]:
+    """The tags of a version that name the assets it was made from; `lineage` is the inverse."""
+    hashes = {f"latent_gpt.{one.kind}": one.sha256 for one in made_from}
+    return {**hashes, KEYS_TAG: json.dumps({one.kind: one.key for one in made_from})}
+
+
+def lineage(version: int, name: str) -> dict[Kind, Input]:
+    """The assets that a version was made from, by kind; none of a version of an earlier release."""
+    tags = tags_of(version, name)
+    keys: dict[Kind, str] = json.loads(tags.get(KEYS_TAG, "{}"))
+    return {kind: Input(kind=kind, key=key, sha256=tags[f"latent_gpt.{kind}"]) for kind, key in keys.items()}
+
+
+def config_of(version: int, name: str) -> RunConfig | None:
+    """The config of the run that made a version; None of a version of an earlier release.
+
+    Raises:
+        UserError: it is damaged, or its files are gone.
+    """
+    import mlflow
+
+    with explained():
+        mlflow.set_tracking_uri(environment.MLFLOW_TRACKING_URI.get())
+        metadata = mlflow.models.get_model_info(f"models:/{name}/{version}").metadata or {}
+    if CONFIG not in metadata:
+        return None
+    return parse_config(metadata[CONFIG], where=f"the config of {name} version {version}")
 
 
 def promote(version: int, name: str) -> None:

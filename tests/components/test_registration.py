@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from components.registration import Registered, register_model
+from model import steps
 from model.config import RunConfig
 from model.errors import UserError
 from model.evaluation.benchmark import load_benchmark
@@ -95,6 +96,13 @@ def test_the_registered_version_is_the_asset_with_its_lineage_and_draws(
     for name, one in {**model.inputs, **evaluation.inputs}.items():
         assert tags[f"latent_gpt.{name}"] == one.sha256
     assert tags["latent_gpt.evaluation"] == evaluation.sha256
+    assert registry.lineage(1, run.registered_model) == {
+        **model.inputs,
+        **evaluation.inputs,
+        "evaluation": evaluation.as_input,
+    }
+    assert registry.config_of(1, run.registered_model) == run
+    assert tags[registry.FINGERPRINT_TAG] == steps.fingerprint(run)
     shutil.rmtree(tmp_path / "cache")
     folder = registry.resolve(f"models:/{run.registered_model}@champion")
     assert (folder / "manifest.json").read_bytes() == model.text

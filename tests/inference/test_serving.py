@@ -20,6 +20,7 @@ from mlflow.models import Model
 from mlflow.pyfunc import PyFuncModel, scoring_server
 from PIL import Image
 
+from model.config import load_config
 from model.inference import serving
 from model.inference.generate import Generator
 from tests.instances import config, write_models
@@ -149,7 +150,7 @@ def test_logged_and_loaded_elsewhere_without_pickle(
         experiment_id=mlflow.create_experiment("serving", artifact_location=str(tmp_path / "artifacts"))
     )
     with mlflow.start_run():
-        info = serving.log_model(bundle, "latent-gpt")
+        info = serving.log_model(bundle, "latent-gpt", load_config("smoke"))
     stored = Path(mlflow.artifacts.download_artifacts(info.model_uri))
     assert not list(stored.rglob("__pycache__"))
     names = {path.name for path in stored.rglob("*") if path.is_file()}
