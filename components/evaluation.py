@@ -42,5 +42,5 @@ def evaluation(
         model = make_bundle(settings, {name: read(part) for name, part in parts.items()})
         made = launched("evaluation", settings, run, {"images": read(images), "model": model})
         write(made, evaluation, config, metrics)
-        Path(report.path).write_bytes(storage.read_bytes(storage.join(made.manifest.uri, "report.html")))
+        Path(report.path).write_bytes(storage.read_bytes(made.manifest.where("report.html")))
         Path(samples.path).write_bytes(next(data for name in SAMPLES if (data := left(made.manifest, name))))

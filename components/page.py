@@ -153,7 +153,7 @@ def examples(images: Manifest) -> list[Example]:
     shard = min(name for name in images.info["shards"] if name.startswith("train-"))
     found: list[Example] = []
     with (
-        storage.open_read(storage.join(images.uri, shard)) as stream,
+        storage.open_read(images.where(shard)) as stream,
         tarfile.open(fileobj=stream, mode="r|") as tar,
     ):
         picture = b""
@@ -195,8 +195,9 @@ def picture(data: bytes, alt: str) -> str:
 def left(manifest: Manifest, name: str) -> bytes | None:
     """A file of an asset, or a picture that was left beside it; None where there is neither."""
     of_asset = name in {file.name for file in manifest.files}
+    beside = storage.join(manifest.uri, assets.PICTURES, name)
     try:
-        return storage.read_bytes(storage.join(manifest.uri, *([] if of_asset else [assets.PICTURES]), name))
+        return storage.read_bytes(manifest.where(name) if of_asset else beside)
     except storage.NotFound:
         return None
 

@@ -56,7 +56,7 @@ def register_model(config: RunConfig, run: str, evaluation: Manifest) -> Registe
         version=version,
         alias=alias,
         reason=reason,
-        report=storage.join(evaluation.uri, "report.html"),
+        report=evaluation.where("report.html"),
         headline=evaluation.info["headline"],
         headline_of=evaluation.info["headline_of"],
     )

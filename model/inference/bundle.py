@@ -37,7 +37,7 @@ def make_bundle(config: RunConfig, parts: Mapping[str, Manifest]) -> Manifest:
         for name in (*FILES, HISTORY) if with_history else FILES:
             file = manifest.file(name)
             target = storage.join(writer.uri, part, name)
-            storage.copy(storage.join(manifest.uri, name), target, file.sha256)
-            writer.add(file.model_copy(update={"name": f"{part}/{name}"}))
+            storage.copy(manifest.where(name), target, file.sha256)
+            writer.add(file.model_copy(update={"name": f"{part}/{name}", "asset": ""}))
     writer.add_bytes(SAMPLING, config.sampling.model_dump_json(indent=2).encode())
     return writer.finish({part: manifest.info for part, manifest in parts.items()})

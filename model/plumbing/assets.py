@@ -3,7 +3,8 @@
 The folder's name is the hash of what went into the step, so the same work has the same place: a repeated
 step finds its asset and does nothing. The manifest is written last and only once (`If-None-Match: *`). It
 names its inputs by kind, key and hash, and no place: where an asset lies follows from the store's root, so a
-store that is copied elsewhere works there, with all its hashes.
+store that is copied elsewhere works there, with all its hashes. An asset may take files over from another
+one: its manifest names them, with their hashes, and the asset that holds their bytes.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from model.config import config_hash
 from model.errors import UserError
@@ -39,6 +40,8 @@ class File(_Part):
     name: str  # relative to the asset's URI
     size: int  # bytes
     sha256: str  # hex digits
+    # <kind>/<key> of the asset that holds the bytes, if that is another one; says where, and not what.
+    asset: Annotated[str, Field(pattern=r"^([a-z]+/[0-9a-f]{16})?$", exclude_if=lambda asset: not asset)] = ""
 
     @field_validator("name")
     @classmethod
@@ -92,8 +95,9 @@ class Manifest(_Part):
 
     @property
     def sha256(self) -> str:
-        """Hash over kind, key and files: two assets with the same hash hold the same bytes."""
-        return config_hash(self.model_dump(mode="json", include={"schema_version", "kind", "key", "files"}))
+        """Hash over kind, key and files: those with the same hash hold the same bytes, wherever they lie."""
+        values = self.model_dump(mode="json", include={"schema_version", "kind", "key"})
+        return config_hash({**values, "files": [file.model_dump(exclude={"asset"}) for file in self.files]})
 
     @property
     def text(self) -> bytes:
@@ -107,9 +111,12 @@ class Manifest(_Part):
         return Input(kind=self.kind, key=self.key, sha256=self.sha256)
 
     def at(self, uri: str) -> Manifest:
-        """The same asset where its files were copied to."""
-        copy = self.model_copy()
-        copy._elsewhere = uri.rstrip("/")
+        """The same asset elsewhere: at its place in another store, or in a folder with all its files."""
+        uri = uri.rstrip("/")
+        within_a_store = uri.endswith(f"/{self.kind}/{self.key}")
+        own = self.files if within_a_store else [file.model_copy(update={"asset": ""}) for file in self.files]
+        copy = self.model_copy(update={"files": tuple(own)})
+        copy._elsewhere = uri
         return copy
 
     def file(self, name: str) -> File:
@@ -122,6 +129,20 @@ class Manifest(_Part):
             if file.name == name:
                 return file
         raise UserError(f"{self.uri} has no file {name}; it has {', '.join(f.name for f in self.files)}")
+
+    def where(self, name: str) -> str:
+        """The URI of a file's bytes. Raises as `file`."""
+        return self.where_is(self.file(name))
+
+    def where_is(self, file: File) -> str:
+        """The same of an entry."""
+        return storage.join(self.holder(file), file.name)
+
+    def holder(self, file: File) -> str:
+        """The URI of the asset that holds a file's bytes: this one, or the one it was taken over from."""
+        if not file.asset:
+            return self.uri
+        return storage.join(self.uri.removesuffix(f"/{self.kind}/{self.key}"), file.asset)
 
     def input(self, name: str) -> Manifest:
         """The manifest of an asset that went into this one. Raises as `Input.load`."""
@@ -190,12 +211,13 @@ def find(uri: str) -> Manifest | None:
         manifest = load(uri)
     except storage.NotFound:
         return None
-    sizes = storage.list_sizes(uri)
+    sizes = {holder: storage.list_sizes(holder) for holder in {*map(manifest.holder, manifest.files)}}
     for file in manifest.files:
-        if sizes.get(file.name) != file.size:
-            found = f"has {sizes[file.name]} bytes" if file.name in sizes else "is missing"
+        size = sizes[manifest.holder(file)].get(file.name)
+        if size != file.size:
+            found = "is missing" if size is None else f"has {size} bytes"
             raise UserError(
-                f"{storage.join(uri, file.name)} {found}, its manifest says {file.size} bytes;"
+                f"{manifest.where_is(file)} {found}, its manifest says {file.size} bytes;"
                 f" delete {uri}, so that it is made again"
             )
     return manifest
@@ -244,6 +266,11 @@ class AssetWriter:
         """Count a file in that is stored already, e.g. by another process of the job."""
         self._files[file.name] = file
         return file
+
+    def take(self, manifest: Manifest, name: str) -> File:
+        """Count a file of another asset in, where it lies. Raises UserError: that one has no such file."""
+        file = manifest.file(name)
+        return self.add(file.model_copy(update={"asset": file.asset or f"{manifest.kind}/{manifest.key}"}))
 
     def finish(self, info: dict[str, Any], scratch: str = "checkpoints") -> Manifest:
         """Write the manifest, and delete what led here; returns what is now stored.

@@ -78,7 +78,8 @@ def folder(manifest: Manifest, names: Iterable[str] | None = None, get: Get | No
         UserError: it cannot be had, or is larger than the whole cache.
     """
     files = manifest.files if names is None else [manifest.file(name) for name in names]
-    if get is None and not storage.is_s3(manifest.uri):
+    together = not any(file.asset for file in files)
+    if get is None and together and not storage.is_s3(manifest.uri):
         for file in files:
             _in_place(manifest, file)
         return Path(manifest.uri)
@@ -108,13 +109,11 @@ def _home(manifest: Manifest) -> Path:
 
 
 def _from(manifest: Manifest) -> Get:
-    return lambda file, target: storage.download_file(
-        storage.join(manifest.uri, file.name), target, file.sha256
-    )
+    return lambda file, target: storage.download_file(manifest.where_is(file), target, file.sha256)
 
 
 def _in_place(manifest: Manifest, file: File) -> Path:
-    found = Path(manifest.uri) / file.name
+    found = Path(manifest.where_is(file))
     if not _is_right(found, file):
         if not found.exists():
             raise storage.Damaged(f"{found} is missing; delete {manifest.uri}, so that it is made again")
@@ -141,12 +140,23 @@ def _copy(home: Path, file: File, get: Get) -> Path:
     if not _is_right(copy, file):
         root = home.parent.parent
         with _locked(root / "lock"):  # one download a time, itself in parallel parts, per machine
-            if not _is_right(copy, file):
+            if not _is_right(copy, file) and not (file.asset and _linked(copy, file, root)):
                 _make_room(root, file.size)
                 get(file, copy)
     with suppress(FileNotFoundError, PermissionError):  # gone again already, or another user's
         os.utime(copy, ns=(time.time_ns(), copy.stat().st_mtime_ns))
     return copy
+
+
+def _linked(copy: Path, file: File, root: Path) -> bool:
+    """Whether a file that was taken over is here as one of another asset, and now as one of this, too."""
+    for other in (root / "assets").glob(f"*/{file.name}"):
+        if other.stat().st_size == file.size and _is_right(other, file):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.unlink(missing_ok=True)
+            os.link(other, copy)
+            return True
+    return False
 
 
 def _make_room(root: Path, wanted: int) -> None:

@@ -87,7 +87,7 @@ def main(job: Job) -> Manifest | None:
 
 def _context_length(text: Manifest) -> int:
     """How many tokens the text tower reads; its weights are not needed to know."""
-    description = json.loads(storage.read_bytes(storage.join(text.uri, "config.json")))
+    description = json.loads(storage.read_bytes(text.where("config.json")))
     length: int = description["architecture"]["text_cfg"]["context_length"]
     return length
 

@@ -185,3 +185,58 @@ def test_what_is_not_finite_is_not_kept(store: str, value: object) -> None:
 def test_names_stay_inside_the_asset(name: str) -> None:
     with pytest.raises(ValueError, match="is not a plain relative path"):
         File(name=name, size=0, sha256="")
+
+
+def grown(old: Manifest) -> Manifest:
+    """An asset that takes a file of another one over, and has one of its own."""
+    writer = AssetWriter("images", {"grown_from": old.key}, {})
+    writer.take(old, "b/train-00000.tar")
+    writer.add_bytes("b/train-00001.tar", b"new")
+    return writer.finish({})
+
+
+def test_a_file_that_was_taken_over_is_read_where_it_lies(root: str) -> None:
+    old = write()
+    made = assets.load(grown(old).uri)
+    assert list(storage.list_sizes(made.uri)) == ["b/train-00001.tar", "manifest.json"]
+    assert assets.find(made.uri) == made
+    assert made.where("b/train-00000.tar") == f"{old.uri}/b/train-00000.tar"
+    assert made.where("b/train-00001.tar") == f"{made.uri}/b/train-00001.tar"
+    assert [cache.path(made, file.name).read_bytes() for file in made.files] == [b"data", b"new"]
+    folder = cache.folder(made)
+    assert [(folder / file.name).read_bytes() for file in made.files] == [b"data", b"new"]
+    again = grown(made)  # what was taken over twice lies where it was made
+    assert again.file("b/train-00000.tar").asset == f"images/{old.key}"
+    storage.delete(old.where("b/train-00000.tar"))
+    with pytest.raises(UserError, match=rf"{old.uri}/b/train-00000.tar is missing, its manifest says"):
+        assets.find(made.uri)
+
+
+def test_where_bytes_lie_is_no_part_of_what_they_are(store: str) -> None:
+    old = write()
+    assert '"asset"' not in old.text.decode()
+    writer = AssetWriter("images", {"grown_from": old.key}, {})
+    writer.add_bytes("b/train-00000.tar", b"data")
+    writer.add_bytes("b/train-00001.tar", b"new")
+    whole = writer.finish({})
+    storage.delete_prefix(whole.uri)
+    assert grown(old).sha256 == whole.sha256
+
+
+def test_what_was_taken_over_is_found_in_a_copy_of_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LATENT_GPT_STORE", str(tmp_path / "one"))
+    made = grown(write())
+    (tmp_path / "one").rename(tmp_path / "moved")
+    moved = assets.find(made.uri.replace("/one/", "/moved/"))
+    assert moved
+    assert cache.path(moved, "b/train-00000.tar").read_bytes() == b"data"
+    monkeypatch.setenv("LATENT_GPT_STORE", str(tmp_path / "moved"))
+    assert cache.path(assets.load(assets.place("images", made.key)), "b/train-00000.tar").exists()
+
+
+@pytest.mark.parametrize("asset", ["images/../../x", "/images/0123456789abcdef", "s3://b/images"])
+def test_an_asset_that_holds_bytes_is_named_by_kind_and_key(asset: str) -> None:
+    with pytest.raises(ValueError, match="asset"):
+        File(name="a", size=0, sha256="", asset=asset)

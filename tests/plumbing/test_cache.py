@@ -241,3 +241,16 @@ def test_processes_beside_each_other_download_once(remote: Remote, tmp_path: Pat
     said = [one.communicate(timeout=60)[0] for one in both]
     assert [one.returncode for one in both] == [0, 0]
     assert "".join(said).count("downloads") == 1
+
+
+def test_what_was_taken_over_is_not_downloaded_again(remote: Remote) -> None:
+    old = remote.asset("a", "b")
+    cache.path(old, "a")
+    writer = AssetWriter("images", {"grown_from": old.key}, {})
+    for name in ("a", "b"):
+        writer.take(old, name)
+    made = writer.finish({})
+    there = made.at(f"s3://bucket/images/{made.key}")
+    for name in ("a", "b", "a"):
+        assert cache.path(there, name).read_bytes() == cache.path(old, name).read_bytes()
+    assert remote.calls == [f"images/{old.key}/a", f"images/{old.key}/b", f"images/{old.key}/b"]
