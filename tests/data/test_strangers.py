@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import random
 import re
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -336,6 +338,7 @@ def test_json_that_cannot_be_read_names_its_picture(store, here):
         (lambda whole: whole + whole, "two tars in one file"),
         (lambda whole: gzip.compress(whole)[:-200], "end-of-stream|unexpected end"),
         (lambda whole: bz2.compress(whole)[:-200], "end-of-stream|unexpected end"),
+        (lambda whole: lzma.compress(whole)[:-200], "ends early"),
     ],
 )
 def test_a_tar_that_does_not_end_as_it_should_says_so(store, here, damage, reason):
@@ -476,7 +479,7 @@ def test_a_sparse_member_of_a_tar_is_passed_over(here):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packed", [gzip.compress, bz2.compress])
+@pytest.mark.parametrize("packed", [gzip.compress, bz2.compress, lzma.compress])
 @pytest.mark.parametrize("size", [LARGEST_TEXT + 1, 4 << 30])
 def test_a_member_that_unpacks_to_gigabytes_is_not_unpacked_to_memory(here, packed, size):
     zeros = packed(bytes(1 << 24))
@@ -492,6 +495,22 @@ def test_a_member_that_unpacks_to_gigabytes_is_not_unpacked_to_memory(here, pack
     path.write_bytes(packed(members) + zeros * (size // (1 << 24) + 2))
     _, bad = probe(WebDatasetSource(urls=str(path)))
     assert any("unpacks to" in reason or "bytes, more than" in reason for reason in bad)
+
+
+def test_an_xz_shard_is_read_in_streams_none_of_which_takes_more_memory_than_it_may(store, here):
+    path = here / "0.tar"
+    shard(path, [member for n in range(9) for member in sample(f"{n}", n)])
+    whole = path.read_bytes()
+    first, second = (lzma.compress(part) for part in (whole[:9000], whole[9000:]))
+    path.write_bytes(first + bytes(8) + second)
+    assert len(captions(ingest(data(WebDatasetSource(urls=str(path)))))) == 9
+
+    block = bytearray(second[12 : 12 + 4 * (second[12] + 1)])  # the header behind that of the stream
+    assert block[2:4] == b"\x21\x01"  # LZMA2, and one byte that says how large its dictionary is
+    block[4] = 38  # 2 GiB
+    block[-4:] = zlib.crc32(block[:-4]).to_bytes(4, "little")
+    path.write_bytes(first + second[:12] + block + second[12 + len(block) :])
+    assert "limit" in list(sources.iterate(WebDatasetSource(urls=str(path)), 16))[-1].problem
 
 
 @pytest.mark.parametrize(

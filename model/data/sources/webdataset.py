@@ -13,6 +13,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -168,9 +169,52 @@ def _unpacked(stream: BinaryIO) -> tuple[Any, bool]:
     if head.startswith(b"BZh"):
         return bz2.BZ2File(stream), True
     if head.startswith(b"\xfd7zXZ"):
-        lzma.LZMADecompressor(memlimit=XZ_MEMORY).decompress(head, max_length=1)
-        return lzma.LZMAFile(stream), True
+        return io.BufferedReader(_Xz(stream)), True
     return stream, False
+
+
+class _Xz(io.RawIOBase):
+    """What an xz file unpacks to, read forwards only. (`lzma.LZMAFile` gives a block what memory it asks.)"""
+
+    def __init__(self, packed: BinaryIO) -> None:
+        self._packed, self._at = packed, 0
+        self._decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=XZ_MEMORY)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence != os.SEEK_SET or offset < self._at:
+            raise io.UnsupportedOperation("an xz file is read forwards only")
+        while self._at < offset and self.read(min(storage.MIB, offset - self._at)):
+            pass
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._unpack(len(buffer))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def _unpack(self, most: int) -> bytes:
+        """Some bytes; none at the end."""
+        while True:
+            packed = b""
+            if self._decoder.eof:  # another stream may follow, behind zeros
+                packed = (self._decoder.unused_data or self._packed.read(storage.MIB)).lstrip(b"\0")
+                if not packed:
+                    return b""
+                self._decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=XZ_MEMORY)
+            elif self._decoder.needs_input and not (packed := self._packed.read(storage.MIB)):
+                raise EOFError("the xz file ends early")
+            if data := self._decoder.decompress(packed, most):
+                return data
 
 
 def _most(kind: str) -> int:
