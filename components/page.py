@@ -60,8 +60,9 @@ HEADLINE: dict[Kind, tuple[str, ...]] = {
         "parameters",
     ),
     "evaluation": (
-        *("validation/retrieval", "validation/clip_score", "validation/psnr", "validation/nll"),
-        *("validation/copies", "composition/oracle_all_right", "train/retrieval", "train/clip_score"),
+        *("validation/retrieval", "validation/clip_score", "validation/psnr", "validation/bits_per_token"),
+        *("validation/near_duplicates", "composition/oracle_all_right", "train/retrieval"),
+        "train/clip_score",
     ),
 }
 
@@ -78,7 +79,8 @@ class Example(NamedTuple):
 
 def headline(manifest: Manifest) -> dict[str, float]:
     """The figures of an asset that are named first; those that it has."""
-    return {name: manifest.info[name] for name in HEADLINE[manifest.kind] if name in manifest.info}
+    figures = manifest.info.get("figures", manifest.info)  # what was measured stands in a group of its own
+    return {name: figures[name] for name in HEADLINE[manifest.kind] if name in figures}
 
 
 def page(title: str, *parts: str) -> str:

@@ -74,10 +74,10 @@ def _register(config: RunConfig, run: str, model: Manifest, evaluation: Manifest
 
 def _judge(config: RunConfig, evaluation: Manifest, name: str, version: int) -> tuple[bool, str]:
     """Whether a version takes the champion's place, and why."""
-    from model.evaluation.evaluate import compare, finite, remeasure
+    from model.evaluation.evaluate import compare, deciding, finite, remeasure
     from model.inference.generate import Generator, Unfit
 
-    if not finite(evaluation.info["scores"]):
+    if not finite(deciding(evaluation.info)):
         return False, "its scores are not finite"
     champion = registry.version_of(registry.CHAMPION, name)
     if champion is None:
@@ -89,7 +89,7 @@ def _judge(config: RunConfig, evaluation: Manifest, name: str, version: int) -> 
     except (storage.NotFound, storage.Damaged) as error:
         return True, f"the champion is lost: {error}"
     try:
-        generator = Generator.load(folder, pictures=len(evaluation.info["scores"]))
+        generator = Generator.load(folder, pictures=len(deciding(evaluation.info)))
     except UserError as error:  # all of it is here and whole: nobody can draw with it
         return True, f"the champion, version {champion}, cannot be used: {error}"
     if registry.tags_of(champion, name).get(IMAGES_TAG) != evaluation.inputs["images"].sha256:

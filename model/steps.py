@@ -94,7 +94,12 @@ STEPS: dict[Kind, Step] = {  # in the order of the pipeline
         within="evaluation",
     ),
     "evaluation": Step(
-        "Evaluation", _evaluation, ("images", "model"), "model.evaluation.evaluate", one_process=True
+        "Evaluation",
+        _evaluation,
+        ("images", "model"),
+        "model.evaluation.evaluate",
+        version=2,
+        one_process=True,
     ),
 }
 

@@ -56,7 +56,8 @@ def _result(made: Manifest) -> dict[str, Any]:
         return {"codes": [batch.codes[0].tolist() for batch in batches[:16]],
                 "ids": [batch.ids[0].tolist() for batch in batches[:4]]}  # fmt: skip
     if made.kind == "evaluation":
-        return {"metrics": {name: value for name, value in made.info.items() if isinstance(value, float)}}
+        figures = made.info["figures"].items()
+        return {"metrics": {name: value for name, value in figures if isinstance(value, float)}}
     return {"history": json.loads(storage.read_bytes(storage.join(made.uri, "history.json")))}
 
 

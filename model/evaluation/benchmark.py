@@ -43,7 +43,7 @@ class Benchmark:
     """What models are measured on: the same pictures, captions and seeds for all of them."""
 
     splits: dict[str, Pictures]  # of SPLITS those that the data have
-    training: Tensor  # uint8 (M, 3, s, s): where copies are searched
+    training: Tensor  # uint8 (M, 3, s, s): where near-duplicates are searched
     seed: int
     shapes: bool  # captions describe scenes that the oracle reads
     shift: int  # at SEARCH_SIDE, pixels
@@ -205,7 +205,7 @@ class Drawn:
 
 
 def _reduced(images: Tensor) -> Tensor:
-    """uint8 pictures at the size at which copies are searched."""
+    """uint8 pictures at the size at which near-duplicates are searched."""
     if images.shape[-1] <= SEARCH_SIDE:
         return images
     parts = (F.interpolate(part.float(), (SEARCH_SIDE,) * 2, mode="area") for part in images.split(512))

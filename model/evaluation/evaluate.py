@@ -70,7 +70,7 @@ def main(job: Job) -> Manifest:
     assert generator.judge is not None  # every bundle of ours has one
     drawn = Drawn(generator, generator.judge, benchmark, job.progress(total, "img", counted="picture"))
 
-    figures: dict[str, float] = {}
+    figures: dict[str, float] = {"bundle_bytes": sum(file.size for file in model.files)}
     for measure in MEASURES:
         figures |= measure(drawn)
     _check(figures)
@@ -93,7 +93,7 @@ def main(job: Job) -> Manifest:
         histories=_histories(folder),
     )
     files = report.files(page)
-    measured = {**figures, "scores": scores(drawn), "benchmark": benchmark.key}
+    measured = {"benchmark": benchmark.key, "figures": figures, **scores(drawn)}
     files["metrics.json"] = json.dumps({**measured, "guidance": sweep}, indent=1).encode()
     for name, data in files.items():
         job.output.add_bytes(name, data)
@@ -125,7 +125,7 @@ def remeasure(config: RunConfig, evaluation: Manifest, generator: Generator) -> 
     progress = Progress("register", total, "img", counted="champion's picture")
     drawn = Drawn(generator, judge, benchmark, progress)
     _check(likelihoods(drawn))
-    return {"scores": scores(drawn), "benchmark": benchmark.key}
+    return {"benchmark": benchmark.key, **scores(drawn)}
 
 
 def _check(figures: dict[str, float]) -> None:
@@ -145,17 +145,24 @@ def compare(challenger: dict[str, Any], champion: dict[str, Any]) -> Verdict:
     """
     if challenger["benchmark"] != champion["benchmark"]:
         raise UserError("challenger and champion were measured on different prompts; measure both anew")
-    if not finite(challenger["scores"]):
+    ours, theirs = deciding(challenger), deciding(champion)
+    if not finite(ours):
         return Verdict(False, "the challenger's scores are not finite")
-    if not finite(champion["scores"]):
+    if not finite(theirs):
         return Verdict(True, "the champion's scores are not finite")
-    difference, error = metrics.paired_difference(challenger["scores"], champion["scores"])
-    ours, theirs = (sum(one["scores"]) / len(one["scores"]) for one in (challenger, champion))
-    figures = f"score {ours:.3f} against {theirs:.3f} over {len(challenger['scores'])} prompts"
+    difference, error = metrics.paired_difference(ours, theirs)
+    means = f"score {sum(ours) / len(ours):.3f} against {sum(theirs) / len(theirs):.3f}"
+    figures = f"{means} over {len(ours)} prompts"
     margin = f"difference {difference:+.3f}, standard error {error:.3f}"
     if difference > error:
         return Verdict(True, f"better: {figures} ({margin})")
     return Verdict(False, f"not better: {figures} ({margin})")
+
+
+def deciding(measured: dict[str, Any]) -> list[float]:
+    """The scores that a comparison rests on: the oracle's where there is one, else the judge's."""
+    chosen = measured["scores"].get("oracle") or measured["scores"]["clip_score"]
+    return [score for split in chosen.values() for score in split]
 
 
 def finite(values: Sequence[float]) -> bool:
@@ -179,16 +186,16 @@ def tokenizer_metrics(drawn: Drawn) -> dict[str, float]:
 
 @torch.no_grad()
 def likelihoods(drawn: Drawn) -> dict[str, float]:
-    """NLL in nats per token, per split: of pictures given their captions, given others', given none."""
+    """Bits per token, per split: of pictures given their captions, given others', given none."""
     generator, gpt = drawn.generator, drawn.generator.gpt
     figures: dict[str, float] = {}
     for split, chosen in drawn.benchmark.splits.items():
         codes = drawn.codes[split]
         others = [chosen.captions[i] for i in metrics.mismatched(chosen.captions)]
         for name, captions in (
-            ("nll", chosen.captions),
-            ("nll_shuffled", others),
-            ("nll_unconditional", None),
+            ("bits_per_token", chosen.captions),
+            ("bits_per_token_shuffled", others),
+            ("bits_per_token_unconditional", None),
         ):
             total = 0.0
             for start in range(0, len(codes), FORWARD):
@@ -199,10 +206,12 @@ def likelihoods(drawn: Drawn) -> dict[str, float]:
                     states, mask = generator.text.encode(ids)
                     states = states.to(gpt.embedding.weight.dtype)
                 total += float(metrics.token_nll(gpt(part, states, mask), part).sum())
-            figures[f"{split}/{name}"] = total / len(codes)
-        figures[f"{split}/nll_text_gain"] = figures[f"{split}/nll_shuffled"] - figures[f"{split}/nll"]
+            figures[f"{split}/{name}"] = metrics.bits(total / len(codes))
+        gain = figures[f"{split}/bits_per_token_shuffled"] - figures[f"{split}/bits_per_token"]
+        figures[f"{split}/bits_per_token_text_gain"] = gain
     if "validation" in drawn.benchmark.splits:
-        figures["nll_gap"] = figures["validation/nll"] - figures["train/nll"]
+        gap = figures["validation/bits_per_token"] - figures["train/bits_per_token"]
+        figures["bits_per_token_gap"] = gap
     return figures
 
 
@@ -221,7 +230,7 @@ def judgement(drawn: Drawn) -> dict[str, float]:
         others = metrics.mismatched(chosen.captions)
         shuffled = metrics.clip_score(drawn.features(split), text[others])
         figures[f"{split}/clip_score_shuffled"] = float(shuffled.mean())
-        figures[f"{split}/retrieval_chance"] = _chance(chosen.captions)
+        figures[f"{split}/retrieval_chance"] = metrics.retrieval_chance(chosen.captions)
     return figures
 
 
@@ -239,22 +248,19 @@ def _judged(drawn: Drawn, split: str, images: Tensor | None, text: Tensor) -> di
     return figures
 
 
-def _chance(captions: Sequence[str]) -> float:
-    """Retrieval accuracy of a blind judge."""
-    return sum(captions.count(caption) for caption in captions) / len(captions) ** 2
-
-
 def originality(drawn: Drawn) -> dict[str, float]:
-    """Share of samples that copy a training picture, with the figure that says what it means:
+    """Memorisation: the share of samples that are near-duplicates of a training picture, the median distance
+    to the nearest one, and the figure that says what the share means:
 
-    how many real pictures count as copies after the tokenizer. Of training pictures these must be found for
-    a copy to be counted; held-out ones say how alike the data are by nature.
+    how many real pictures count as near-duplicates after the tokenizer. Of training pictures these must be
+    found for a copy to be counted; held-out ones say how alike the data are by nature.
     """
     figures: dict[str, float] = {}
     for split, one in drawn.nearest.items():
-        figures[f"{split}/copies"] = metrics.copy_share(one.distance)
+        figures[f"{split}/near_duplicates"] = metrics.near_duplicate_share(one.distance)
+        figures[f"{split}/nearest_distance"] = float(one.distance.median())
         left = drawn.nearest_to(drawn.reconstructed[split])
-        figures[f"{split}/copies_reconstructed"] = metrics.copy_share(left.distance)
+        figures[f"{split}/near_duplicates_reconstructed"] = metrics.near_duplicate_share(left.distance)
     return figures
 
 
@@ -266,19 +272,21 @@ MEASURES: tuple[Callable[[Drawn], dict[str, float]], ...] = (
 )
 
 
-def scores(drawn: Drawn) -> list[float]:
-    """What models are compared by, a score per prompt: the oracle's where there is one, else the judge's."""
-    found: list[float] = []
+def scores(drawn: Drawn) -> dict[str, Any]:
+    """What models are compared by: `scores`, per figure and split a score for each prompt, and `chance`, what
+    a blind model would reach on average."""
+    found: dict[str, dict[str, list[float]]] = {"retrieval": {}, "clip_score": {}}
+    chance: dict[str, dict[str, float]] = {"retrieval": {}}
     for split, chosen in drawn.benchmark.splits.items():
+        features, text = drawn.features(split), drawn.judge.text_features(chosen.captions)
+        right = metrics.retrieved(features, text, chosen.captions)
+        found["retrieval"][split] = [float(one) for one in right]
+        found["clip_score"][split] = [round(one, 4) for one in metrics.clip_score(features, text).tolist()]
+        chance["retrieval"][split] = metrics.retrieval_chance(chosen.captions)
         if drawn.benchmark.shapes:
-            judged = [
-                float(right) for right in oracle.correct(drawn.samples(split), drawn.benchmark.scenes(split))
-            ]
-        else:
-            text = drawn.judge.text_features(chosen.captions)
-            judged = metrics.clip_score(drawn.features(split), text).cpu().tolist()
-        found += [round(value, 4) for value in judged]
-    return found
+            shown = oracle.correct(drawn.samples(split), drawn.benchmark.scenes(split))
+            found.setdefault("oracle", {})[split] = [float(one) for one in shown]
+    return {"scores": found, "chance": chance}
 
 
 def guidance_sweep(drawn: Drawn, scales: Sequence[float]) -> dict[str, list[list[float]]]:

@@ -135,7 +135,7 @@ def render(page: Page) -> str:
         shown=TILE,
         pixelated=side < TILE and TILE % side == 0,
         lineage=_lineage(page.images, page.model),
-        copy_distance=metrics.COPY_DISTANCE,
+        near_duplicate=metrics.NEAR_DUPLICATE,
         config=yaml.safe_dump(
             page.config.model_dump(mode="json", exclude={"jobs", "experiment_name"}),
             sort_keys=False,
@@ -168,8 +168,16 @@ def headline(figures: dict[str, float], counts: dict[str, int]) -> list[Figure]:
             f" {of['clip_score_shuffled']:.1f} with other captions",
         ),
         Figure(f"{of['psnr']:.1f} dB", "tokenizer PSNR", use),
-        Figure(f"{of['nll']:.2f}", "nats per token", f"{of['nll_shuffled']:.2f} with other captions"),
-        Figure(_share(of["copies"]), "near-duplicates", "samples that copy a training picture"),
+        Figure(
+            f"{of['bits_per_token']:.2f}",
+            "bits per token",
+            f"{of['bits_per_token_shuffled']:.2f} with other captions",
+        ),
+        Figure(
+            _share(of["near_duplicates"]),
+            "near-duplicates",
+            f"of a training picture among samples; half of them are {of['nearest_distance']:.2f} or nearer",
+        ),
     ]
     if "oracle_all_right" in of:
         split = "composition" if "composition" in counts else held

@@ -6,6 +6,7 @@ Letters: N pictures, B batch, T tokens, K codes, E width of the judge's embeddin
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-COPY_DISTANCE = 0.05  # RMS difference of two pictures on [0, 1] below which one is a copy (26 dB)
+NEAR_DUPLICATE = 0.05  # RMS difference of two pictures on [0, 1] up to which they are near-duplicates
 
 
 # ── tokenizer ───────────────────────────────────────────────────────────────────────────────────────────
@@ -41,6 +42,11 @@ def token_nll(logits: Float[Tensor, "B T K"], codes: Int[Tensor, "*shape"]) -> F
     return F.cross_entropy(logits.float().transpose(1, 2), codes, reduction="none").mean(1)
 
 
+def bits(nats: float) -> float:
+    """What an NLL in nats is in bits."""
+    return nats / math.log(2)
+
+
 # ── pictures and captions, by a judge ───────────────────────────────────────────────────────────────────
 
 
@@ -52,15 +58,27 @@ def clip_score(
     return 100 * (image_features * text_features).sum(1)
 
 
+def retrieved(
+    image_features: Float[Tensor, "N E"], text_features: Float[Tensor, "N E"], captions: Sequence[str]
+) -> list[bool]:
+    """R@1, picture to text: for each picture whether its own caption fits best among all N.
+
+    Captions that read the same count as one another. Chance is about 1 / N, see `retrieval_chance`.
+    """
+    best = (image_features @ text_features.T).argmax(1).tolist()
+    return [captions[j] == captions[i] for i, j in enumerate(best)]
+
+
 def retrieval_accuracy(
     image_features: Float[Tensor, "N E"], text_features: Float[Tensor, "N E"], captions: Sequence[str]
 ) -> float:
-    """R@1, picture to text: share of pictures whose own caption fits best among all N.
+    """Share of pictures that are `retrieved`."""
+    return sum(retrieved(image_features, text_features, captions)) / len(captions)
 
-    Captions that read the same count as one another. Chance is about 1 / N.
-    """
-    best = (image_features @ text_features.T).argmax(1).tolist()
-    return sum(captions[j] == captions[i] for i, j in enumerate(best)) / len(captions)
+
+def retrieval_chance(captions: Sequence[str]) -> float:
+    """Retrieval accuracy of a blind judge."""
+    return sum(count * count for count in Counter(captions).values()) / len(captions) ** 2
 
 
 def mismatched(captions: Sequence[str]) -> list[int]:
@@ -114,9 +132,9 @@ def nearest_pictures(
     return (best.clamp_min(0) / (3 * height * width)).sqrt() / 2, which
 
 
-def copy_share(distances: Float[Tensor, " N"]) -> float:
+def near_duplicate_share(distances: Float[Tensor, " N"]) -> float:
     """Share of pictures that are near-duplicates of a training picture."""
-    return float((distances <= COPY_DISTANCE).double().mean())
+    return float((distances <= NEAR_DUPLICATE).double().mean())
 
 
 # ── comparing ───────────────────────────────────────────────────────────────────────────────────────────

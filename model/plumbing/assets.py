@@ -315,6 +315,6 @@ class AssetWriter:
 
 
 def _finite(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(map(_finite, value))
+    if isinstance(value, list | tuple | dict):
+        return all(map(_finite, value.values() if isinstance(value, dict) else value))
     return not isinstance(value, float) or math.isfinite(value)

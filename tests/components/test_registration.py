@@ -45,7 +45,7 @@ def evaluated(services: dict[str, str], tmp_path: Path, monkeypatch: pytest.Monk
         writer = AssetWriter("evaluation", {"score": score}, {"images": images, "model": model})
         writer.add_bytes("report.html", b"<html>")
         info = {
-            "scores": [score] * count,
+            "scores": {"oracle": {"train": [score] * count}},
             "benchmark": benchmark.key,
             "headline": [["90.0 %", "retrieval accuracy", "3.1 % by chance"]],
             "headline_of": "captions held out",
@@ -111,7 +111,8 @@ def test_the_registered_version_is_the_asset_with_its_lineage_and_draws(
 
 def test_a_model_that_is_no_numbers_never_becomes_champion(evaluated: Evaluated) -> None:
     run, evaluation = evaluated(1, 1.0)
-    broken = evaluation.model_copy(update={"info": {**evaluation.info, "scores": [float("nan")] * 18}})
+    nothing = {"scores": {"oracle": {"train": [float("nan")] * 18}}}
+    broken = evaluation.model_copy(update={"info": {**evaluation.info, **nothing}})
     made = register(run, broken)
     assert (made.alias, made.reason) == ("challenger", "its scores are not finite")
     assert aliases(run) == {"challenger": "1"}, "not even as the first"

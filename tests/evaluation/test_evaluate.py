@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sized
 from pathlib import Path
 
@@ -68,16 +69,23 @@ def test_an_evaluation_holds_report_pictures_and_metrics(made: Manifest) -> None
     names = {file.name for file in made.files}
     assert {"report.html", "metrics.json", "samples-train.png", "samples-composition.png"} <= names
     assert {"reconstructions.png", "unconditional.png", "curves.png"} <= names
-    figures = made.info
+    figures = made.info["figures"]
     for split in ("train", "validation", "composition"):
-        assert figures[f"{split}/nll"] > 0
-        assert figures[f"{split}/nll_text_gain"] == pytest.approx(
-            figures[f"{split}/nll_shuffled"] - figures[f"{split}/nll"]
+        assert figures[f"{split}/bits_per_token"] > 0
+        assert figures[f"{split}/bits_per_token_text_gain"] == pytest.approx(
+            figures[f"{split}/bits_per_token_shuffled"] - figures[f"{split}/bits_per_token"]
         )
+        assert 0 < figures[f"{split}/nearest_distance"] < 1
+        for name, scores in made.info["scores"].items():
+            figure = "oracle_all_right" if name == "oracle" else name
+            assert len(scores[split]) == 6
+            assert sum(scores[split]) / 6 == pytest.approx(figures[f"{split}/{figure}"], abs=1e-4)
+        assert made.info["chance"]["retrieval"][split] == figures[f"{split}/retrieval_chance"] == 1 / 6
         assert figures[f"{split}/oracle_all_right_real"] >= 0.5  # of real pictures; 16 px is little
         assert figures[f"{split}/oracle_all_right"] == 0  # of noise
-    assert len(figures["scores"]) == 18
-    assert figures["train/copies_reconstructed"] < 1  # a random tokenizer leaves nothing to recognise
+    assert made.info["scores"].keys() == {"retrieval", "clip_score", "oracle"}
+    assert figures["bundle_bytes"] == sum(file.size for file in made.input("model").files)
+    assert figures["train/near_duplicates_reconstructed"] < 1  # a random tokenizer leaves nothing
     assert json.loads(storage.read_bytes(f"{made.uri}/metrics.json"))["guidance"]["CLIP score"][0][0] == 1.0
 
 
@@ -117,7 +125,8 @@ def test_remeasuring_the_same_model_gives_its_own_scores(
     champion = remeasure(run, made, drawn.generator)
     assert champion["benchmark"] == made.info["benchmark"]
     assert champion["scores"] == made.info["scores"]
-    assert evaluation.judgement(drawn)["validation/clip_score"] == made.info["validation/clip_score"]
+    judged = evaluation.judgement(drawn)
+    assert judged["validation/clip_score"] == made.info["figures"]["validation/clip_score"]
     assert not compare(made.info, champion).better, "a model cannot beat itself"
 
 
@@ -127,8 +136,12 @@ def test_likelihoods_are_those_of_the_codes(drawn: Drawn) -> None:
     with torch.no_grad():
         logits = drawn.generator.gpt(codes).log_softmax(-1)
     expected = -logits.gather(2, codes[..., None]).mean()
-    assert figures["validation/nll_unconditional"] == pytest.approx(expected.item(), abs=1e-4)
-    assert figures["nll_gap"] == pytest.approx(figures["validation/nll"] - figures["train/nll"])
+    assert figures["validation/bits_per_token_unconditional"] == pytest.approx(
+        expected.item() / math.log(2), abs=1e-4
+    )
+    assert figures["bits_per_token_gap"] == pytest.approx(
+        figures["validation/bits_per_token"] - figures["train/bits_per_token"]
+    )
 
 
 class Counted:
@@ -170,13 +183,13 @@ def test_a_model_whose_figures_are_no_numbers_is_not_published(
     inputs: dict[str, Manifest], run: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     again = run.model_copy(update={"evaluation": run.evaluation.model_copy(update={"seed": 8})})
-    monkeypatch.setattr(evaluation, "MEASURES", (lambda _: {"train/nll": float("nan")},))
-    with pytest.raises(Unfit, match="train/nll is nan; the training of this model has diverged"):
+    monkeypatch.setattr(evaluation, "MEASURES", (lambda _: {"train/bits_per_token": float("nan")},))
+    with pytest.raises(Unfit, match="train/bits_per_token is nan; the training of this model has diverged"):
         make("evaluation", again, inputs)
 
 
 def measured(scores: list[float], benchmark: str = "k") -> dict[str, object]:
-    return {"scores": scores, "benchmark": benchmark}
+    return {"scores": {"oracle": {"train": scores}}, "benchmark": benchmark}
 
 
 def test_only_a_difference_beyond_chance_makes_a_champion() -> None:
@@ -233,5 +246,6 @@ def test_as_a_job_with_real_services(services: dict[str, str], run: RunConfig, t
     experiment = client.get_experiment_by_name(run.experiment)
     assert experiment
     (found,) = client.search_runs([experiment.experiment_id], "tags.`latent_gpt.step` = 'evaluation'")
-    assert found.data.metrics["validation/nll"] == pytest.approx(made.info["validation/nll"])
+    measured = made.info["figures"]["validation/bits_per_token"]
+    assert found.data.metrics["validation/bits_per_token"] == pytest.approx(measured)
     assert [file.path for file in client.list_artifacts(found.info.run_id)] == ["report.html"]

@@ -29,12 +29,14 @@ def images(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def figures() -> dict[str, float]:
-    made = {"codebook_use": 0.9, "codebook_perplexity": 12.0, "nll_gap": 0.1}
+    made = {"codebook_use": 0.9, "codebook_perplexity": 12.0, "bits_per_token_gap": 0.1}
     for split in SPLITS:
         made |= {
-            f"{split}/{name}": 1.5 for name in ("nll", "nll_shuffled", "nll_unconditional", "nll_text_gain")
+            f"{split}/bits_per_token{suffix}": 1.5
+            for suffix in ("", "_shuffled", "_unconditional", "_text_gain")
         }
-        made |= {f"{split}/psnr": 27.25, f"{split}/copies": 0.1, f"{split}/copies_reconstructed": 0.2}
+        made |= {f"{split}/psnr": 27.25, f"{split}/nearest_distance": 0.15}
+        made |= {f"{split}/near_duplicates": 0.1, f"{split}/near_duplicates_reconstructed": 0.2}
         made |= {f"{split}/retrieval_chance": 0.05, f"{split}/clip_score_shuffled": 4.0}
         for key, value in (("clip_score", 20.0), ("retrieval", 0.4), ("oracle_all_right", 0.75)):
             made |= {f"{split}/{key}{suffix}": value for suffix in ("", "_real", "_reconstructed")}

@@ -28,6 +28,11 @@ def test_codebook_use_and_perplexity() -> None:
     assert (use, perplexity) == pytest.approx((1 / 8, 1.0))
 
 
+def test_eight_even_codes_are_three_bits() -> None:
+    nats = metrics.token_nll(torch.zeros(1, 2, 8), torch.tensor([[1, 2]])).item()
+    assert metrics.bits(nats) == pytest.approx(3)
+
+
 def test_nll_of_even_logits_is_log_k() -> None:
     codes = torch.tensor([[1, 2, 3], [0, 0, 0]])
     assert metrics.token_nll(torch.zeros(2, 3, 7), codes).tolist() == pytest.approx([math.log(7)] * 2)
@@ -42,7 +47,14 @@ def test_clip_score_and_retrieval() -> None:
     images = torch.eye(4)[[0, 1, 3, 3]]  # the third picture looks like the fourth caption
     assert metrics.clip_score(images, text).tolist() == [100, 100, 0, 100]
     assert metrics.retrieval_accuracy(images, text, ["a", "b", "c", "d"]) == 0.75
+    assert metrics.retrieved(images, text, ["a", "b", "c", "d"]) == [True, True, False, True]
     assert metrics.retrieval_accuracy(images, text, ["a", "b", "d", "d"]) == 1.0
+
+
+def test_chance_of_retrieval() -> None:
+    """A blind judge that always names one caption is right as often as it occurs."""
+    assert metrics.retrieval_chance(["a", "b", "c", "d"]) == 0.25
+    assert metrics.retrieval_chance(["a", "a", "a", "b"]) == pytest.approx((9 + 1) / 16)
 
 
 def test_mismatched_captions_differ() -> None:
@@ -60,7 +72,7 @@ def test_nearest_picture_and_its_distance() -> None:
     distance, which = metrics.nearest_pictures(pictures, training)
     assert which.tolist() == [3, 1]
     assert distance.tolist() == pytest.approx([0, 0.1], abs=1e-3)
-    assert metrics.copy_share(distance) == 0.5
+    assert metrics.near_duplicate_share(distance) == 0.5
 
 
 def test_moved_and_mirrored_copies_are_found_when_looked_for() -> None:
@@ -73,7 +85,7 @@ def test_moved_and_mirrored_copies_are_found_when_looked_for() -> None:
     assert which.item() == 0
     assert near.item() == pytest.approx(0, abs=1e-3)
     far, _ = metrics.nearest_pictures(copy, training)
-    assert far.item() > metrics.COPY_DISTANCE
+    assert far.item() > metrics.NEAR_DUPLICATE
 
 
 def test_paired_difference() -> None:
