@@ -364,6 +364,37 @@ class JobConfig(Section):
     grace_seconds: Positive = 120  # to save a checkpoint when told to end
 
 
+# ── gate ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class NearDuplicates(Section):
+    """The largest shares of samples that may copy a training picture, whatever the champion's are."""
+
+    seen: Share = 0.6  # of samples for captions of training pictures
+    held_out: Share = 0.4  # of samples for captions and combinations held out
+
+
+class GateConfig(Section):
+    """When a new version takes the champion's place: a figure that decides, and guards that must hold.
+
+    Both models draw for the same prompts and seeds, and the same judge looks at them. A guard says how much
+    worse than the champion's a figure may be.
+    """
+
+    metric: Literal["auto", "retrieval", "oracle", "clip_score"] = "auto"  # auto: oracle if any, or retrieval
+    margin: Annotated[float, Field(gt=0)] = 0.05  # least mean difference, share of prompts (or CLIP score)
+    confidence: Annotated[float, Field(ge=0.5, le=0.999)] = 0.95  # of the two-sided bootstrap interval
+    seed: Annotated[int, Field(ge=0, lt=2**62)] = 0  # of the bootstrap
+    above_chance: bool = True  # the first version ever must be better than a blind judge would find it
+    more_bits_per_token: Annotated[float, Field(ge=0)] = 0.1  # for held-out pictures, by the same tokenizer
+    less_psnr: Annotated[float, Field(ge=0)] = 0.5  # dB, of reconstructions of held-out pictures
+    more_near_duplicates: Share = 0.1  # of samples
+    max_near_duplicates: NearDuplicates = NearDuplicates()
+    less_diversity: Share = 0.15  # as a share of the champion's
+    more_bundle_bytes: Annotated[float, Field(ge=0)] = 0.5  # as a share of the champion's
+    speed_ratio: Annotated[float, Field(ge=0)] = 0.0  # least pictures per second, of the champion's; 0: off
+
+
 # ── retraining ──────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -400,6 +431,7 @@ class RunConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     jobs: JobConfig = JobConfig()
+    gate: GateConfig = GateConfig()
     retrain: RetrainConfig = RetrainConfig()
     # Of a retraining, the champion's assets: `images` grow, `tokenizer` and `text` are taken as they are, and
     # from the weights of `transformer` training goes on. Nobody writes this by hand.

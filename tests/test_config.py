@@ -143,6 +143,7 @@ POSITIVE = [
     "jobs.processes_per_worker",
     "jobs.deadline_hours",
     "jobs.grace_seconds",
+    "gate.margin",
 ]
 NOT_NEGATIVE = [
     "transformer.training.patience",
@@ -155,12 +156,18 @@ NOT_NEGATIVE = [
     "sampling.top_k",
     "sampling.cfg_scale",
     "evaluation.seed",
+    "gate.seed",
+    "gate.more_bits_per_token",
+    "gate.less_psnr",
+    "gate.more_bundle_bytes",
+    "gate.speed_ratio",
     "jobs.gpus_per_worker",
     "jobs.max_restarts",
     "jobs.min_workers",
     "jobs.pending_hours",
 ]
 QUANTITIES = ["jobs.cpu", "jobs.cpu_limit", "jobs.memory", "jobs.shared_memory"]
+OWN_TESTS = ["gate.confidence", "jobs.orphan_minutes", "model_name"]
 SHARES = [
     "data.max_bad_share",
     "data.validation_share",
@@ -173,6 +180,10 @@ SHARES = [
     "transformer.random_order",
     "transformer.training.final_lr_share",
     "transformer.training.ema",
+    "gate.more_near_duplicates",
+    "gate.max_near_duplicates.seen",
+    "gate.max_near_duplicates.held_out",
+    "gate.less_diversity",
 ]
 
 
@@ -253,6 +264,11 @@ def test_an_orphan_is_not_called_one_before_a_lease_can_be_late_twice() -> None:
     )
 
 
+def test_an_interval_holds_half_at_least_and_never_all() -> None:
+    for value, bound in (("0.4", "greater than or equal to 0.5"), ("1", "less than or equal to 0.999")):
+        assert refused(f"gate.confidence={value}") == f"gate.confidence: Input should be {bound}"
+
+
 def test_a_job_that_goes_on_with_fewer_workers_can_divide_its_batches_among_them() -> None:
     load_config("smoke", ["jobs.workers=2", "jobs.min_workers=1"])
     assert "jobs.min_workers (2) is above jobs.workers (1)" in refused("jobs.min_workers=2")
@@ -270,7 +286,7 @@ def test_no_bound_of_a_field_is_left_out_of_these_tables() -> None:
     }
     config = load_config("smoke")
     shown = set()
-    for path in (*POSITIVE, *NOT_NEGATIVE, *SHARES, *QUANTITIES, "jobs.orphan_minutes", "model_name"):
+    for path in (*POSITIVE, *NOT_NEGATIVE, *SHARES, *QUANTITIES, *OWN_TESTS):
         *parents, name = path.split(".")
         shown.add((type(reduce(getattr, parents, config)), name))
     assert bounded == shown

@@ -46,6 +46,7 @@ DECIDES: dict[str, set[str]] = {
     "sampling": {"model"},
     "evaluation": {"evaluation"},
     "jobs": set(),  # where a job runs, not what it makes
+    "gate": set(),  # which version is in use, not what it is
     "retrain": set(),  # what the next run starts from
     "origin": set(),
 }

@@ -1,8 +1,12 @@
 """The model registry: versions of a registered model in MLflow, one such model per task, and which is in use.
 
 A version holds a bundle, the asset of kind `model`, with its manifest; it is known by that manifest's hash
-and by what it plays: `challenger` (just made), `champion` (in use), `previous-champion` (what a rollback
-returns to). Bundles of earlier releases, with `checksums.json` instead of a manifest, can be used still.
+and by what it plays: `champion` (in use), `previous-champion` (what a rollback returns to), `challenger` (the
+newest that did not become champion). Bundles of earlier releases, with `checksums.json` instead of a
+manifest, can be used still.
+
+MLflow changes one alias at a time. So who changes them is alone with a registered model, by a lock in the
+store, and writes down first how they are to be in the end: who is killed in between is finished by the next.
 """
 
 from __future__ import annotations
@@ -10,13 +14,16 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from model.config import RunConfig, config_hash, parse_config
 from model.errors import UserError
-from model.plumbing import assets, cache, environment, storage
+from model.plumbing import assets, cache, environment, leases, storage
 from model.plumbing.assets import File, Input, Kind, Manifest
 from model.plumbing.jobs import TrackingIds
 from model.plumbing.tracking import Tracker, explained, mlflow_client
@@ -30,7 +37,11 @@ MODEL_TAG = "latent_gpt.model"  # of a version: hash of its manifest
 KEYS_TAG = "latent_gpt.keys"  # of a version: keys of the assets that it was made from, by kind
 FINGERPRINT_TAG = "latent_gpt.fingerprint"  # of a version: `model.steps.fingerprint` of its run
 CONFIG = "latent_gpt.config"  # in the metadata of a logged model: the config of its run
+LONGEST_DESCRIPTION, LONGEST_TAG = 5000, 5000  # characters that MLflow's databases keep
 TIME_TAG = "latent_gpt.registered"  # of a version: when a run last came to it, ms since 1970
+INTENT_TAG = "latent_gpt.aliases"  # of a registered model: as its aliases are about to be
+BENCHMARK_TAG = "latent_gpt.benchmark"  # of a registered model: "key/sha256" of what versions are measured on
+VERDICT_TAG = "latent_gpt.verdict"  # of a version: what was decided; more of it in tags that begin so
 CHECKSUMS, OLD_TAG = (
     "checksums.json",
     "latent_gpt.bundle",
@@ -57,7 +68,7 @@ def register(
     lineage: dict[str, str],
     name: str,
 ) -> int:
-    """Make a bundle a new version of a registered model, with the alias `challenger`; returns its number.
+    """Make a bundle a new version of a registered model; returns its number.
 
     Args:
         ids: the step's place in MLflow; the model is logged in its run.
@@ -80,7 +91,6 @@ def register(
         with mlflow.start_run(run_id=tracker.run_id):
             info = log_model(bundle, name)
         made = mlflow.register_model(info.model_uri, name, tags={**lineage, TIME_TAG: _now()})
-        mlflow_client().set_registered_model_alias(name, CHALLENGER, made.version)
     return int(made.version)
 
 
@@ -147,38 +157,228 @@ def config_of(version: int, name: str) -> RunConfig | None:
     return parse_config(metadata[CONFIG], where=f"the config of {name} version {version}")
 
 
-def promote(version: int, name: str) -> None:
-    """Make a version the champion; the one so far becomes `previous-champion`."""
+def note(version: int, name: str, description: str, **tags: str) -> None:
+    """Write on a version what people should know of it.
+
+    Args:
+        version: its number.
+        name: of the registered model.
+        description: Markdown; what is beyond MLflow's limit is cut off.
+        tags: more of the verdict, by the end of the tag's name; `outcome` is the verdict itself.
+    """
     client = mlflow_client()
     with explained():
-        aliases = _aliases(client, name)
-        champion = aliases.get(CHAMPION)
-        if champion != version:
-            if champion is not None:  # first, so that a kill in between loses nobody
-                client.set_registered_model_alias(name, PREVIOUS, str(champion))
-            client.set_registered_model_alias(name, CHAMPION, str(version))
-        if aliases.get(CHALLENGER) == version:
-            client.delete_registered_model_alias(name, CHALLENGER)
+        client.update_model_version(name, str(version), description[:LONGEST_DESCRIPTION])
+        for what, value in tags.items():
+            tag = VERDICT_TAG if what == "outcome" else f"{VERDICT_TAG}.{what}"
+            client.set_model_version_tag(name, str(version), tag, value[:LONGEST_TAG])
 
 
-def rollback(name: str) -> int:
-    """Put the previous champion back in use; the one so far takes its place. Returns the version in use.
+def benchmark_of(name: str) -> tuple[str, str] | None:
+    """Key and hash of the asset that the versions of a registered model are measured on; None if none is."""
+    with explained():
+        found = mlflow_client().search_registered_models(f"name='{name}'")
+    key, _, sha256 = found[0].tags.get(BENCHMARK_TAG, "").partition("/") if found else ("", "", "")
+    return (key, sha256) if sha256 else None
+
+
+def pin(key: str, sha256: str, name: str) -> None:
+    """Have the versions of a registered model be measured on this benchmark from now on."""
+    with explained():
+        mlflow_client().set_registered_model_tag(name, BENCHMARK_TAG, f"{key}/{sha256}")
+
+
+# ── which version is in use ─────────────────────────────────────────────────────────────────────────────
+
+
+class Aliases(BaseModel):
+    """Which version of a registered model plays what."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    champion: int | None = None
+    previous: int | None = None
+    challenger: int | None = None
+
+    def promoted(self, version: int) -> Aliases:
+        """As they are when a version becomes champion; the one so far is what a rollback returns to."""
+        if version == self.champion:
+            return self
+        previous = self.previous if self.champion is None else self.champion
+        return Aliases(
+            champion=version,
+            previous=None if previous == version else previous,
+            challenger=self.challenger if self.challenger and self.challenger > version else None,
+        )
+
+    def rolled_back(self) -> Aliases:
+        """As they are when the previous champion is in use again; the one so far takes its place."""
+        return self.model_copy(update={"champion": self.previous, "previous": self.champion})
+
+    def refused(self, version: int) -> Aliases:
+        """As they are when a version does not become champion: the newest such one is the challenger."""
+        if version in (self.champion, self.previous) or version < (self.challenger or 0):
+            return self
+        return self.model_copy(update={"challenger": version})
+
+    def among(self, versions: Collection[int]) -> Aliases:
+        """Those that make sense, where there are these versions."""
+        champion, previous, challenger = (
+            version if version in versions else None
+            for version in (self.champion, self.previous, self.challenger)
+        )
+        previous = None if previous == champion else previous
+        return Aliases(
+            champion=champion,
+            previous=previous,
+            challenger=None if challenger in (champion, previous) else challenger,
+        )
+
+    @property
+    def by_name(self) -> dict[str, int | None]:
+        """The same by the names that MLflow knows."""
+        return {CHAMPION: self.champion, PREVIOUS: self.previous, CHALLENGER: self.challenger}
+
+
+def aliases(name: str) -> Aliases:
+    """Those of a registered model, as they are; none if there is no such model."""
+    with explained():
+        return _known_aliases(_aliases(mlflow_client(), name))
+
+
+@contextmanager
+def changing(name: str, speaker: str) -> Iterator[Aliases]:
+    """Alone with the aliases of a registered model: yields them when they are whole; `settle` changes them.
+
+    Args:
+        name: of the registered model.
+        speaker: the step or command, for what is said.
+    """
+    with leases.alone(speaker, f"registry/{name}"):
+        yield mend(name)
+
+
+def mend(name: str) -> Aliases:
+    """Finish what somebody who was killed had begun, and take aliases from what is deleted. Only for who is
+    alone with them, see `changing`."""
+    client = mlflow_client()
+    with explained():
+        found = client.search_registered_models(f"name='{name}'")
+        if not found:
+            return Aliases()
+        before = {alias: int(version) for alias, version in found[0].aliases.items()}
+        wanted, intent = _known_aliases(before), found[0].tags.get(INTENT_TAG)
+        if intent is not None:
+            with suppress(ValidationError):  # of somebody else's hand
+                wanted = Aliases.model_validate_json(intent)
+        wanted = wanted.among([int(version.version) for version in _versions(client, name)])
+        _set(client, name, before, wanted)
+        if intent is not None:
+            client.delete_registered_model_tag(name, INTENT_TAG)
+    return wanted
+
+
+def settle(name: str, wanted: Aliases) -> None:
+    """Have the aliases be as wanted, in the end even by somebody else. Only within `changing`."""
+    client = mlflow_client()
+    with explained():
+        before = _aliases(client, name)
+        if _known_aliases(before) == wanted:
+            return
+        client.set_registered_model_tag(name, INTENT_TAG, wanted.model_dump_json())
+        _set(client, name, before, wanted)
+        client.delete_registered_model_tag(name, INTENT_TAG)
+
+
+def promote(version: int, name: str, speaker: str = "promote") -> Aliases:
+    """Make a version the champion; the one so far becomes `previous-champion`. Returns what it was before.
+
+    Raises:
+        NotFound: there is no such version, or its files are gone.
+    """
+    client = mlflow_client()
+    with explained():
+        one = _parse(client, f"models:/{name}/{version}")
+        if not _files(one):
+            raise storage.NotFound(f"the files of models:/{name}/{version} are gone from MLflow")
+    with changing(name, speaker) as before:
+        settle(name, before.promoted(version))
+    return before
+
+
+def rollback(name: str, speaker: str = "rollback") -> Aliases:
+    """Put the previous champion back in use; the one so far takes its place. Returns what was before.
 
     Raises:
         UserError: there is no previous champion.
     """
+    with changing(name, speaker) as before:
+        if before.previous is None:
+            known = {alias: version for alias, version in before.by_name.items() if version}
+            raise UserError(f"{name} has no {PREVIOUS} to roll back to; it has {_known(known)}")
+        settle(name, before.rolled_back())
+    return before
+
+
+def _set(client: MlflowClient, name: str, before: dict[str, int], wanted: Aliases) -> None:
+    for alias, version in wanted.by_name.items():
+        if before.get(alias) == version:
+            continue
+        if version is None:
+            client.delete_registered_model_alias(name, alias)
+        else:
+            client.set_registered_model_alias(name, alias, str(version))
+
+
+def _known_aliases(found: dict[str, int]) -> Aliases:
+    return Aliases(
+        champion=found.get(CHAMPION), previous=found.get(PREVIOUS), challenger=found.get(CHALLENGER)
+    )
+
+
+class Listed(BaseModel):
+    """A version, for people."""
+
+    name: str
+    version: int
+    aliases: list[str]
+    verdict: str  # empty of a version of an earlier release
+    reason: str
+    registered: int  # ms since 1970
+
+
+def listed(name: str = "") -> list[Listed]:
+    """The versions of a registered model of ours, or of all, the newest first within each.
+
+    Raises:
+        UserError: MLflow cannot be reached, or has no such model.
+    """
     client = mlflow_client()
     with explained():
-        aliases = _aliases(client, name)
-        previous, champion = aliases.get(PREVIOUS), aliases.get(CHAMPION)
-        if previous is None:
-            raise UserError(f"{name} has no {PREVIOUS} to roll back to; it has {_known(aliases)}")
-        client.set_registered_model_alias(name, CHAMPION, str(previous))
-        if champion is None:  # somebody deleted it
-            client.delete_registered_model_alias(name, PREVIOUS)
-        else:
-            client.set_registered_model_alias(name, PREVIOUS, str(champion))
-    return previous
+        found = client.search_registered_models(f"name='{name}'" if name else None, max_results=1000)
+        if name and not found:
+            raise UserError(f"there is no registered model {name}")
+        lines = []
+        for model in sorted(found, key=lambda one: one.name):
+            playing = {alias: int(version) for alias, version in model.aliases.items()}
+            for version in reversed(_versions(client, model.name)):
+                number = int(version.version)
+                if not version.tags.keys() & {MODEL_TAG, OLD_TAG}:
+                    continue
+                lines.append(
+                    Listed(
+                        name=model.name,
+                        version=number,
+                        aliases=sorted(alias for alias, one in playing.items() if one == number),
+                        verdict=version.tags.get(VERDICT_TAG, ""),
+                        reason=version.tags.get(f"{VERDICT_TAG}.reason", ""),
+                        registered=int(version.tags.get(TIME_TAG, version.creation_timestamp)),
+                    )
+                )
+    return lines
+
+
+# ── files ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def resolve(ref: str) -> Path:

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from model.errors import UserError
 from model.plumbing import assets, cache, registry, storage
 from model.plumbing.assets import AssetWriter, Manifest
 from model.plumbing.jobs import TrackingIds
+from model.plumbing.registry import Aliases
 from model.plumbing.tracking import mlflow_client
 
 WEIGHTS = "transformer/model.safetensors"
@@ -91,6 +94,57 @@ def test_a_flipped_bit_or_a_missing_file_of_a_folder_is_noticed(store: str, tmp_
         registry.resolve(str(old))
 
 
+@pytest.mark.parametrize(
+    ("before", "change", "after"),
+    [
+        (Aliases(), lambda one: one.promoted(1), Aliases(champion=1)),
+        (Aliases(champion=1), lambda one: one.promoted(1), Aliases(champion=1)),
+        (Aliases(champion=1), lambda one: one.promoted(2), Aliases(champion=2, previous=1)),
+        (
+            Aliases(champion=2, previous=1, challenger=3),
+            lambda one: one.promoted(3),
+            Aliases(champion=3, previous=2),
+        ),
+        (
+            Aliases(champion=2, previous=1, challenger=4),
+            lambda one: one.promoted(3),
+            Aliases(champion=3, previous=2, challenger=4),
+        ),
+        (
+            Aliases(champion=2, previous=1, challenger=3),
+            lambda one: one.promoted(4),
+            Aliases(champion=4, previous=2),
+        ),
+        (Aliases(champion=2, previous=1), lambda one: one.promoted(1), Aliases(champion=1, previous=2)),
+        (Aliases(previous=1), lambda one: one.promoted(2), Aliases(champion=2, previous=1)),
+        (Aliases(previous=1), lambda one: one.promoted(1), Aliases(champion=1)),
+        (Aliases(champion=2, previous=1), lambda one: one.rolled_back(), Aliases(champion=1, previous=2)),
+        (Aliases(previous=1), lambda one: one.rolled_back(), Aliases(champion=1)),
+        (Aliases(champion=1), lambda one: one.refused(2), Aliases(champion=1, challenger=2)),
+        (
+            Aliases(champion=1, challenger=3),
+            lambda one: one.refused(2),
+            Aliases(champion=1, challenger=3),
+        ),
+        (Aliases(champion=2, previous=1), lambda one: one.refused(1), Aliases(champion=2, previous=1)),
+        (
+            Aliases(champion=3, previous=2, challenger=1),
+            lambda one: one.among([1, 2]),
+            Aliases(previous=2, challenger=1),
+        ),
+        (
+            Aliases(champion=3, previous=3, challenger=3),
+            lambda one: one.among([1, 2, 3]),
+            Aliases(champion=3),
+        ),
+    ],
+)
+def test_who_plays_what_after_a_change(
+    before: Aliases, change: Callable[[Aliases], Aliases], after: Aliases
+) -> None:
+    assert change(before) == after
+
+
 def test_a_folder_that_is_not_there_is_one_line() -> None:
     with pytest.raises(UserError, match=r"model ./nowhere does not exist; give models:/NAME@champion"):
         registry.resolve("./nowhere")
@@ -133,11 +187,10 @@ class TestRealServers:
         bundle = made()
         assert registry.find(bundle, model) is None
         assert register(model, bundle) == 1
-        assert registry.version_of("challenger", model) == 1
+        assert registry.aliases(model) == Aliases(), "it plays nothing until it is judged"
         assert registry.find(bundle, model) == 1
-        registry.promote(1, model)
-        assert registry.version_of("champion", model) == 1
-        assert registry.version_of("challenger", model) is None
+        assert registry.promote(1, model) == Aliases()
+        assert registry.aliases(model) == Aliases(champion=1)
         shutil.rmtree(place / "assets")
         for ref in (f"models:/{model}@champion", f"models:/{model}/1"):
             folder = registry.resolve(ref)
@@ -161,8 +214,8 @@ class TestRealServers:
         folder = registry.resolve(f"models:/{model}/{version}")
         assert (folder / WEIGHTS).read_bytes() == b"old weights"
         assert (folder / "lineage.json").is_file()
-        assert registry.resolve(f"models:/{model}@challenger") == folder
         registry.promote(version, model)
+        assert registry.resolve(f"models:/{model}@champion") == folder
         mlflow_client().set_model_version_tag(model, str(version), "latent_gpt.bundle", "0" * 64)
         with pytest.raises(storage.Damaged, match="does not hold the model it was registered with"):
             registry.resolve(f"models:/{model}@champion")
@@ -176,12 +229,11 @@ class TestRealServers:
             version = register(model, made(number))
             assert version == number
             registry.promote(version, model)
-        assert registry.version_of("previous-champion", model) == 1
+        assert registry.aliases(model) == Aliases(champion=2, previous=1)
         registry.promote(2, model)  # once more changes nothing
-        assert registry.version_of("previous-champion", model) == 1
-        assert registry.rollback(model) == 1
-        assert registry.version_of("champion", model) == 1
-        assert registry.version_of("previous-champion", model) == 2
+        assert registry.aliases(model) == Aliases(champion=2, previous=1)
+        assert registry.rollback(model) == Aliases(champion=2, previous=1), "what was before"
+        assert registry.aliases(model) == Aliases(champion=1, previous=2)
 
     def test_without_a_name_the_model_is_meant_that_a_run_came_to_last(
         self, place: Path, model: str, monkeypatch: pytest.MonkeyPatch
@@ -238,3 +290,138 @@ class TestRealServers:
         writer.add_bytes("model.safetensors", b"weights")
         folder = registry.resolve(writer.finish({}).uri)
         assert (folder / "model.safetensors").read_bytes() == b"weights"
+
+
+class Killed(BaseException):
+    """Ends the process that is under test."""
+
+
+class Dying:
+    """MLflow's client, which dies before its nth change."""
+
+    def __init__(self, changes: int) -> None:
+        self._client, self.left = mlflow_client(), changes
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._client, name)
+        if not name.startswith(("set_", "delete_")):
+            return call
+
+        def change(*given: Any, **named: Any) -> Any:
+            if self.left == 0:
+                raise Killed
+            self.left -= 1
+            return call(*given, **named)
+
+        return change
+
+
+def versions(name: str, count: int) -> None:
+    """Versions without files, which is enough for those that only play something."""
+    client = mlflow_client()
+    client.create_registered_model(name)
+    for _ in range(count):
+        client.create_model_version(name, "s3://nowhere/model")
+
+
+@pytest.mark.slow
+class TestTransactions:
+    """Aliases change as a whole, whoever is killed or comes at the same time."""
+
+    BEFORE = Aliases(champion=2, previous=1, challenger=3)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            pytest.param(lambda one: one.promoted(3), id="promote"),
+            pytest.param(lambda one: one.promoted(4), id="promote another"),
+            pytest.param(lambda one: one.rolled_back(), id="rollback"),
+            pytest.param(lambda one: one.refused(4), id="refuse"),
+        ],
+    )
+    def test_a_kill_between_any_two_calls_is_mended(
+        self,
+        services: dict[str, str],
+        model: str,
+        monkeypatch: pytest.MonkeyPatch,
+        change: Callable[[Aliases], Aliases],
+    ) -> None:
+        versions(model, 4)
+        states = []
+        for calls in range(10):
+            with registry.changing(model, "test"):
+                registry.settle(model, self.BEFORE)
+            with monkeypatch.context() as patch:
+                dying = Dying(calls)
+                patch.setattr(registry, "mlflow_client", lambda dying=dying: dying)
+                try:
+                    with registry.changing(model, "test") as found:
+                        registry.settle(model, change(found))
+                except Killed:
+                    pass
+                else:
+                    break
+            assert registry.aliases(model).champion in (2, change(self.BEFORE).champion), "never none"
+            with registry.changing(model, "test") as mended:
+                states.append(mended)
+            assert registry.aliases(model) == mended
+            assert not mlflow_client().get_registered_model(model).tags
+        assert len(states) >= 3, "an intent, an alias or more, and the end"
+        assert states == [self.BEFORE] + [change(self.BEFORE)] * (len(states) - 1)
+        assert registry.aliases(model) == change(self.BEFORE)
+
+    def test_twenty_at_once_leave_a_champion_and_its_predecessor(
+        self, services: dict[str, str], model: str
+    ) -> None:
+        versions(model, 20)
+        seen: list[tuple[int | None, int]] = []
+
+        def promote(version: int) -> None:
+            with registry.changing(model, "test") as before:
+                seen.append((before.champion, version))
+                registry.settle(model, before.promoted(version))
+
+        with ThreadPoolExecutor(20) as pool:
+            list(pool.map(promote, range(1, 21)))
+        order = [version for _, version in seen]
+        assert [before for before, _ in seen] == [None, *order[:-1]], "each saw what the one before it left"
+        assert registry.aliases(model) == Aliases(champion=order[-1], previous=order[-2])
+        assert set(mlflow_client().get_registered_model(model).aliases) == {"champion", "previous-champion"}
+
+    def test_what_people_deleted_plays_nothing(self, services: dict[str, str], model: str) -> None:
+        versions(model, 3)
+        with registry.changing(model, "test"):
+            registry.settle(model, Aliases(champion=3, previous=2, challenger=1))
+        mlflow_client().delete_model_version(model, "3")
+        assert registry.rollback(model) == Aliases(previous=2, challenger=1)
+        assert registry.aliases(model) == Aliases(champion=2, challenger=1)
+        with pytest.raises(UserError, match="has no previous-champion to roll back to; it has challenger"):
+            registry.rollback(model)
+
+    def test_somebody_elses_intent_is_passed_over(self, services: dict[str, str], model: str) -> None:
+        versions(model, 1)
+        mlflow_client().set_registered_model_tag(model, registry.INTENT_TAG, "{}x")
+        with registry.changing(model, "test") as found:
+            assert found == Aliases()
+        assert not mlflow_client().get_registered_model(model).tags
+
+    def test_what_is_known_of_a_version_is_noted_and_listed(
+        self, services: dict[str, str], place: Path, model: str
+    ) -> None:
+        register(model, made(3))
+        registry.note(1, model, "# card\n" + "x" * 6000, outcome="first", reason="no other is in use")
+        registry.promote(1, model)
+        (one,) = registry.listed(model)
+        assert (one.version, one.aliases, one.verdict) == (1, ["champion"], "first")
+        assert one.reason == "no other is in use"
+        assert one in registry.listed()
+        assert len(mlflow_client().get_model_version(model, "1").description) == 5000
+        with pytest.raises(UserError, match="there is no registered model nobody"):
+            registry.listed("nobody")
+
+    def test_the_pinned_benchmark_is_remembered(self, services: dict[str, str], model: str) -> None:
+        versions(model, 1)
+        assert registry.benchmark_of(model) is None
+        registry.pin("k" * 16, "s" * 64, model)
+        assert registry.benchmark_of(model) == ("k" * 16, "s" * 64)
+        assert registry.benchmark_of("nobody") is None

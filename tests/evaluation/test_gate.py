@@ -1,0 +1,292 @@
+"""The gate: what it decides, what it rests on, and how often chance gets past it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model.config import GateConfig
+from model.errors import UserError
+from model.evaluation.gate import Measured, Verdict, decide, interval, prompts_needed, replaces
+
+GATE = GateConfig(margin=0.1)
+FIGURES = {
+    "validation/bits_per_token": 5.0,
+    "validation/psnr": 25.0,
+    "validation/diversity": 0.5,
+    "validation/near_duplicates": 0.1,
+    "train/near_duplicates": 0.3,
+    "bundle_bytes": 1e6,
+}
+NAN = float("nan")
+
+
+def measured(
+    right: int,
+    of: int = 200,
+    seen: int = 0,
+    metric: str = "retrieval",
+    figures: dict[str, float] | None = None,
+    **changes: Any,
+) -> Measured:
+    """Of a model that gets so many of the prompts held out right, the first ones, and none of those seen."""
+    scores = {"validation": [1.0] * right + [0.0] * (of - right)}
+    if seen:
+        scores["train"] = [0.0] * seen
+    info = {
+        "benchmark": "b",
+        "figures": FIGURES | (figures or {}),
+        "scores": {metric: scores},
+        "chance": {"retrieval": {"validation": 0.1, "train": 0.1}},
+    }
+    return Measured.of(info | changes)
+
+
+def without(figure: str) -> dict[str, Any]:
+    return {"figures": {name: value for name, value in FIGURES.items() if name != figure}}
+
+
+def test_better_is_beyond_the_margin_and_beyond_chance() -> None:
+    champion = measured(100)
+    won = decide(GATE, measured(140), champion)
+    assert won.outcome == "better"
+    assert won.promoted
+    assert won.reason.startswith(
+        "retrieval accuracy 0.700 against 0.500 over 200 prompts held out (difference +0.200, 95 % interval"
+    )
+    assert won.low is not None
+    assert won.high is not None
+    assert 0.1 < won.low < 0.2 < won.high < 0.3
+    assert (won.ours, won.theirs, won.difference) == (0.7, 0.5, pytest.approx(0.2))
+    assert won.columns["validation/psnr"] == (25.0, 25.0)
+    for right in (60, 100, 110, 119):  # worse, equal, better by less than the margin
+        lost = decide(GATE, measured(right), champion)
+        assert (lost.outcome, lost.promoted) == ("not better", False)
+        assert "margin 0.1" in lost.reason
+
+
+def test_a_mean_beyond_the_margin_that_chance_explains_is_not_better() -> None:
+    ours, theirs = measured(0, 400), measured(0, 400)
+    rng = np.random.default_rng(0)
+    wide = {"clip_score": {"validation": rng.normal(0.2, 5.0, 400).tolist()}}
+    flat = {"clip_score": {"validation": [0.0] * 400}}
+    gate = GateConfig(metric="clip_score", margin=0.8)
+    ours, theirs = (one.model_copy(update={"scores": s}) for one, s in ((ours, wide), (theirs, flat)))
+    found = decide(gate.model_copy(update={"margin": 0.01}), ours, theirs)
+    assert found.outcome == "undecidable"
+    assert found.needed > 10_000
+    found = decide(gate, ours, theirs)
+    assert found.outcome == "not better"
+
+
+def test_a_handful_of_equal_prompts_decides_nothing() -> None:
+    for ours, theirs in ((4, 4), (4, 0), (0, 0)):
+        few = decide(GATE, measured(ours, 4), measured(theirs, 4))
+        assert few.outcome == "undecidable"
+        assert few.needed > 20
+        assert f"the margin needs {few.needed} prompts, there are 4: " in few.reason
+    assert decide(GateConfig(margin=0.5), measured(5, 5), measured(0, 5)).outcome == "undecidable"
+    assert decide(GateConfig(margin=0.5), measured(8, 8), measured(0, 8)).outcome == "better"
+
+
+def test_prompts_seen_count_where_too_few_are_held_out_and_the_verdict_says_so() -> None:
+    def both(held: float, seen: float) -> Measured:
+        scores = {"validation": [held] * 10, "composition": [held] * 5, "train": [seen] * 90}
+        composed = {"composition/near_duplicates": 0.1}
+        return measured(0, figures=composed).model_copy(update={"scores": {"retrieval": scores}})
+
+    found = decide(GATE, both(1.0, 1.0), both(0.0, 0.0))
+    assert found.outcome == "better"
+    assert found.prompts == "105 prompts, 90 of them captions seen in training"
+    enough = decide(GateConfig(margin=0.4), both(1.0, 0.0), both(0.0, 1.0))
+    assert (enough.outcome, enough.prompts) == ("better", "15 prompts held out")
+    of_training = {"train/bits_per_token": 5.0, "train/psnr": 25.0, "train/diversity": 0.5}
+    alone = measured(0, figures=of_training)
+    alone = alone.model_copy(update={"scores": {"retrieval": {"train": [1.0] * 90}}})
+    assert decide(GATE, alone).prompts == "90 prompts seen in training"
+
+
+def test_the_oracle_decides_where_there_is_one() -> None:
+    shapes = measured(100, metric="oracle")
+    assert decide(GATE, shapes, shapes).metric == "oracle"
+    assert decide(GATE, measured(100), measured(100)).metric == "retrieval"
+    chosen = decide(GateConfig(metric="oracle"), measured(100))
+    assert (chosen.outcome, chosen.reason) == ("refused", "all attributes right is missing")
+
+
+class TestFirst:
+    """Of the first version ever there is nobody to be better than, but chance."""
+
+    def test_a_good_one_is_in_use(self) -> None:
+        found = decide(GATE, measured(100))
+        assert found.outcome == "first"
+        assert found.promoted
+        assert found.reason.startswith("no other is in use: retrieval accuracy 0.500 over 200 prompts")
+        assert "by chance 0.100" in found.reason
+        assert found.columns["validation/psnr"] == (25.0, None)
+
+    def test_one_at_chance_is_not(self) -> None:
+        for right in (0, 20, 24):
+            found = decide(GATE, measured(right))
+            assert found.outcome == "refused"
+            assert found.reason.startswith("not above chance: ")
+        blind = GATE.model_copy(update={"above_chance": False})
+        assert decide(blind, measured(0)).outcome == "first"
+
+    def test_drawn_shapes_are_not_guessed(self) -> None:
+        assert decide(GATE, measured(0, metric="oracle")).outcome == "refused"
+        assert decide(GATE, measured(20, metric="oracle")).outcome == "first"
+
+    def test_a_clip_score_says_nothing_by_itself(self) -> None:
+        gate = GateConfig(metric="clip_score", margin=1.0)
+        scores = {"clip_score": {"validation": [20.0] * 200}, "retrieval": {"validation": [0.0] * 200}}
+        found = decide(gate, measured(0).model_copy(update={"scores": scores}))
+        assert (found.outcome, found.metric) == ("refused", "retrieval")
+
+    def test_one_that_copies_is_refused(self) -> None:
+        for figures, said in (
+            ({"validation/near_duplicates": 0.41}, "(captions held out): 0.41 is above 0.4"),
+            ({"train/near_duplicates": 0.61}, "(captions seen): 0.61 is above 0.6"),
+        ):
+            found = decide(GATE, measured(150, seen=20, figures=figures))
+            assert found.outcome == "refused"
+            assert found.reason == f"near-duplicates of training pictures {said}"
+
+
+class TestHealth:
+    """A figure that is missing, or no number, is named; of the champion's only the deciding one counts."""
+
+    @pytest.mark.parametrize("figure", FIGURES)
+    def test_a_challengers_figure(self, figure: str) -> None:
+        champion, seen = measured(100, seen=9), {"seen": 9}
+        broken = decide(GATE, measured(190, **seen, figures={figure: NAN}), champion)
+        assert (broken.outcome, broken.reason) == ("refused", f"{figure} is nan")
+        missing = decide(GATE, measured(190, **seen).model_copy(update=without(figure)), champion)
+        assert (missing.outcome, missing.reason.split("; ")[0]) == ("refused", f"{figure} is missing")
+        assert decide(GATE, measured(190, **seen, figures={figure: NAN})).outcome == "refused", "as the first"
+
+    def test_a_challengers_scores(self) -> None:
+        broken = measured(0).model_copy(update={"scores": {"retrieval": {"validation": [1.0, NAN]}}})
+        nothing = measured(0).model_copy(update={"scores": {}})
+        for champion in (None, measured(0)):
+            found = decide(GATE, broken, champion)
+            assert (found.outcome, found.reason) == ("refused", "retrieval accuracy is no finite number")
+            found = decide(GATE, nothing, champion)
+            assert (found.outcome, found.reason) == ("refused", "retrieval accuracy is missing")
+
+    @pytest.mark.parametrize("scores", [[1.0, NAN], [math.inf], []])
+    def test_a_champion_without_the_deciding_figure_is_replaced_by_any_healthy_model(
+        self, scores: list[float]
+    ) -> None:
+        champion = measured(0).model_copy(update={"scores": {"retrieval": {"validation": scores}}})
+        found = decide(GATE, measured(0), champion)
+        assert (found.outcome, found.promoted) == ("replaces", True)
+        assert found.reason == "the champion's retrieval accuracy is no finite number"
+        ill = decide(GATE, measured(0, figures={"validation/psnr": NAN}), champion)
+        assert ill.outcome == "refused"
+        copies = decide(GATE, measured(0, figures={"validation/near_duplicates": 0.9}), champion)
+        assert copies.outcome == "refused"
+
+    @pytest.mark.parametrize("figure", FIGURES)
+    def test_another_figure_of_the_champions_has_nothing_to_be_worse_than(self, figure: str) -> None:
+        champion = measured(100, seen=9)
+        for theirs in (
+            measured(100, seen=9, figures={figure: NAN}),
+            champion.model_copy(update=without(figure)),
+        ):
+            assert decide(GATE, measured(190, seen=9), theirs).outcome == "better"
+
+    def test_a_lost_champion(self) -> None:
+        found = replaces(GATE, measured(0), "the champion is lost: gone")
+        assert (found.outcome, found.reason) == ("replaces", "the champion is lost: gone")
+
+
+@pytest.mark.parametrize(
+    ("figure", "value", "said"),
+    [
+        ("validation/bits_per_token", 5.2, "bits per token (captions held out): 5.2 is above 5.1, as the"),
+        (
+            "validation/psnr",
+            24.4,
+            "PSNR in dB (captions held out): 24.4 is below 24.5, as the champion's is 25",
+        ),
+        ("validation/diversity", 0.42, "diversity (captions held out): 0.42 is below 0.425"),
+        (
+            "validation/near_duplicates",
+            0.21,
+            "near-duplicates of training pictures (captions held out): 0.21",
+        ),
+        ("validation/near_duplicates", 0.5, "near-duplicates of training pictures (captions held out): 0.5"),
+        (
+            "train/near_duplicates",
+            0.41,
+            "near-duplicates of training pictures (captions seen): 0.41 is above",
+        ),
+        ("bundle_bytes", 1.6e6, "bytes of the bundle: 1600000 is above 1500000"),
+    ],
+)
+def test_a_broken_guard_refuses_what_is_better(figure: str, value: float, said: str) -> None:
+    champion = measured(100, seen=9)
+    assert decide(GATE, measured(190, seen=9), champion).outcome == "better"
+    found = decide(GATE, measured(190, seen=9, figures={figure: value}), champion)
+    assert found.outcome == "refused"
+    assert found.reason.startswith(said)
+    assert "though better: retrieval accuracy 0.909" in found.reason or "0.950" in found.reason
+    assert figure in [guard.figure for guard in found.guards if not guard.holds]
+    better = {name: 2 * one - value for name, one in FIGURES.items() if name == figure}
+    assert decide(GATE, measured(190, seen=9, figures=better), champion).outcome == "better"
+
+
+def test_bits_per_token_of_another_tokenizer_mean_something_else() -> None:
+    figures = {"validation/bits_per_token": 9.0}
+    ours = measured(190, figures=figures).model_copy(update={"tokenizer": "a"})
+    theirs = measured(100)
+    assert decide(GATE, ours, theirs.model_copy(update={"tokenizer": "a"})).outcome == "refused"
+    assert decide(GATE, ours, theirs.model_copy(update={"tokenizer": "b"})).outcome == "better"
+
+
+def test_speed_counts_where_it_is_switched_on() -> None:
+    ours, theirs = (measured(right, figures={"pictures_per_second": 10.0 * right}) for right in (190, 100))
+    slow = measured(190, figures={"pictures_per_second": 500.0})
+    assert decide(GATE, slow, theirs).outcome == "better"
+    on = GATE.model_copy(update={"speed_ratio": 0.8})
+    assert decide(on, ours, theirs).outcome == "better"
+    found = decide(on, slow, theirs)
+    assert (found.outcome, found.reason.split(",")[0]) == ("refused", "pictures per second: 500 is below 800")
+    assert decide(on, measured(190), theirs).reason == "pictures_per_second is missing"
+    assert decide(on, measured(190)).outcome == "first", "nobody to be slower than"
+
+
+def test_what_was_measured_differently_is_not_compared() -> None:
+    for other in (measured(100, benchmark="c"), measured(100, of=199)):
+        with pytest.raises(UserError, match="different prompts"):
+            decide(GATE, measured(100), other)
+
+
+def test_the_same_measurements_have_the_same_verdict() -> None:
+    one, two = measured(120), measured(90)
+    assert decide(GATE, one, two) == decide(GATE, one, two)
+    assert Verdict.model_validate_json(decide(GATE, one, two).model_dump_json()) == decide(GATE, one, two)
+    values = np.random.default_rng(1).normal(size=50)
+    assert interval(values, 0.95, 0) == interval(values, 0.95, 0) != interval(values, 0.95, 1)
+
+
+def test_the_interval_is_that_of_the_mean() -> None:
+    """Against the normal approximation, where there are many prompts."""
+    values = np.random.default_rng(1).normal(2.0, 3.0, 2000)
+    low, high = interval(values, 0.95, 0)
+    error = values.std(ddof=1) / math.sqrt(2000)
+    assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.2 * error)
+    assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.2 * error)
+    assert interval(np.ones(5), 0.95, 0) == (1.0, 1.0)
+
+
+def test_the_number_of_prompts_by_hand() -> None:
+    # z(0.9) = 1.2816, z(0.975) = 1.9600: (1.2816 + 1.9600) / 2 = 1.6208; 0.25 · (1.6208 / 0.1)² = 65.7
+    assert prompts_needed(0.25, 0.1, 0.95) == 66
+    # where the interval asks less than the margin itself: 0.25 · (1.2816 / 0.1)² = 41.06
+    assert prompts_needed(0.25, 0.1, 0.5) == 42
+    assert prompts_needed(0.0, 0.1, 0.95) == 6  # 2⁻⁵ is more than 2.5 %, 2⁻⁶ less
