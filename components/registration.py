@@ -46,10 +46,10 @@ def register_model(config: RunConfig, run: str, evaluation: Manifest) -> Registe
     else:
         version = _register(config, run, model, evaluation)
     better, reason = _judge(config, evaluation, name, version)
-    if better:
-        registry.promote(version, name)
-    in_use = registry.version_of(registry.CHAMPION, name) == version
-    alias = registry.CHAMPION if in_use else registry.CHALLENGER
+    with registry.changing(name, "register") as before:
+        after = before.promoted(version) if better else before.refused(version)
+        registry.settle(name, after)
+    alias = registry.CHAMPION if after.champion == version else registry.CHALLENGER
     speech.say("register", f"{name} version {version} is {alias}: {reason}")
     return Registered(
         model=name,

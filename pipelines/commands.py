@@ -18,6 +18,7 @@ from model.errors import UserError
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 Preset = Annotated[str, typer.Option(help="Name of a shipped preset, or a .yaml file.")]
+Registered = Annotated[str, typer.Option(help="Name of a registered model; left out, the last one.")]
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045 (typer reads it at run time)
     typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a setting; may be repeated."),
@@ -205,16 +206,66 @@ def plan(
     print(plan(load_config(preset, overrides or []), hardware).render())
 
 
-def rollback(
-    model: Annotated[str, typer.Option(help="Name of a registered model; left out, the last one.")] = "",
+def promote(
+    version: Annotated[
+        int, typer.Argument(min=0, help="Its number; left out, the challenger's.", show_default=False)
+    ] = 0,
+    model: Registered = "",
 ) -> None:
-    """Put the previous champion back in use."""
+    """Put a version in use, whatever its verdict was; the champion so far is what a rollback returns to."""
     from model.plumbing import registry
 
     shared = _shared()
     with _services():
         name = model or registry.last_registered(shared)
-        print(f"{name} version {registry.rollback(name)} is champion")
+        number = version or registry.version_of(registry.CHALLENGER, name)
+        if not number:
+            raise UserError(f"{name} has no challenger; say which version, see `latent-gpt models`")
+        before = registry.promote(number, name).champion
+    if before == number:
+        print(f"{name} version {number} is champion already: nothing has changed")
+        return
+    print(f"{name} version {number} is champion")
+    if before:
+        print(
+            f"version {before}, the champion so far, is previous champion: latent-gpt rollback returns to it"
+        )
+
+
+def rollback(model: Registered = "") -> None:
+    """Put the previous champion back in use; the champion so far takes its place."""
+    from model.plumbing import registry
+
+    shared = _shared()
+    with _services():
+        name = model or registry.last_registered(shared)
+        before = registry.rollback(name)
+    print(f"{name} version {before.previous} is champion")
+    if before.champion:
+        print(
+            f"version {before.champion}, the champion so far, is previous champion: once more returns to it"
+        )
+
+
+def models(
+    model: Annotated[str, typer.Option(help="Name of a registered model; left out, all.")] = "",
+) -> None:
+    """List the registered models: versions, which are in use, what was decided, when."""
+    import time
+
+    from model.plumbing import registry
+
+    with _services():
+        found = registry.listed(model)
+    if not found:
+        print("no model is registered yet; run the pipeline first")
+    for name in dict.fromkeys(one.name for one in found):
+        print(name)
+        for one in (one for one in found if one.name == name):
+            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.registered / 1000))
+            plays = ", ".join(one.aliases) or "-"
+            said = f"{one.verdict}: {one.reason}" if one.verdict else "of an earlier release, or not judged"
+            print(f"  {one.version:>4}  {when}  {plays:17}  {said}")
 
 
 def presets() -> None:

@@ -164,7 +164,7 @@ class TestDeletedByHand:
         register(run, first)
         register(*evaluated(2, 1.0))
         mlflow_client().delete_model_version(run.registered_model, "2")
-        assert registry.rollback(run.registered_model) == 1
+        assert registry.rollback(run.registered_model).previous == 1
         assert aliases(run) == {"champion": "1"}
         with pytest.raises(UserError, match="has no previous-champion to roll back to; it has champion"):
             registry.rollback(run.registered_model)

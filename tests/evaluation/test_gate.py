@@ -161,12 +161,12 @@ class TestHealth:
 
     @pytest.mark.parametrize("figure", FIGURES)
     def test_a_challengers_figure(self, figure: str) -> None:
-        champion, seen = measured(100, seen=9), {"seen": 9}
-        broken = decide(GATE, measured(190, **seen, figures={figure: NAN}), champion)
+        champion = measured(100, seen=9)
+        broken = decide(GATE, measured(190, seen=9, figures={figure: NAN}), champion)
         assert (broken.outcome, broken.reason) == ("refused", f"{figure} is nan")
-        missing = decide(GATE, measured(190, **seen).model_copy(update=without(figure)), champion)
+        missing = decide(GATE, measured(190, seen=9).model_copy(update=without(figure)), champion)
         assert (missing.outcome, missing.reason.split("; ")[0]) == ("refused", f"{figure} is missing")
-        assert decide(GATE, measured(190, **seen, figures={figure: NAN})).outcome == "refused", "as the first"
+        assert decide(GATE, measured(190, seen=9, figures={figure: NAN})).outcome == "refused", "as the first"
 
     def test_a_challengers_scores(self) -> None:
         broken = measured(0).model_copy(update={"scores": {"retrieval": {"validation": [1.0, NAN]}}})

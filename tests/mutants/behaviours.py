@@ -362,8 +362,8 @@ MUTANTS = [
     Mutant(
         "registration: a better challenger is promoted",
         "components/registration.py",
-        "        registry.promote(version, name)\n",
-        "        pass\n",
+        "before.promoted(version) if better",
+        "before.refused(version) if better",
         "tests/components/test_registration.py"
         "::test_a_better_challenger_becomes_champion_and_a_worse_one_does_not",
     ),

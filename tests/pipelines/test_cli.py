@@ -26,7 +26,17 @@ def test_another_module_called_model_is_named(tmp_path: Path) -> None:
 def test_help_lists_the_commands() -> None:
     done = latent_gpt("--help")
     assert done.returncode == 0
-    for command in ("run", "compile", "generate", "presets", "mlflow-ui", "logs"):
+    for command in (
+        "run",
+        "compile",
+        "generate",
+        "presets",
+        "mlflow-ui",
+        "logs",
+        "models",
+        "promote",
+        "rollback",
+    ):
         assert f"  {command}" in done.stdout
 
 
