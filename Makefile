@@ -5,6 +5,7 @@ PYTHON ?= python3
 PRESET ?= openmoji-tiny
 PROMPT ?= red apple
 OUT ?= out.png
+CRON ?=
 ARGS ?=
 PART ?= jobs
 # What `cluster.env` says to make, unless the command line or the environment does; `latent-gpt` reads the rest of it.
@@ -28,7 +29,8 @@ endif
 # As they were typed: a prompt's dollar signs are no variables of make's.
 override PROMPT := $(value PROMPT)
 override OUT := $(value OUT)
-export PROMPT OUT REGISTRY BASE TORCH_INDEX CA BUILDER BUILD_FLAGS PUSH_FLAGS
+override CRON := $(value CRON)
+export PROMPT OUT CRON REGISTRY BASE TORCH_INDEX CA BUILDER BUILD_FLAGS PUSH_FLAGS
 # What `make cluster-addons` installs, and `make cluster` starts.
 KFP_VERSION := 2.17.0
 OPERATOR_VERSION := v1.9.4
@@ -46,13 +48,16 @@ COMPILE := $(UV) pip compile --universal --python-version 3.11 --generate-hashes
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help run generate mlflow-ui preflight build-and-deploy build push secrets deploy upload submit undeploy \
+.PHONY: help run retrain generate mlflow-ui preflight build-and-deploy build push secrets deploy upload submit schedule undeploy \
 	cluster cluster-addons test test-fast test-cluster mutants lint lint-k8s lock bench bench-gpu clean
 
 ##@ Use
 
 run: .venv/run.stamp ## Run the whole pipeline here (PRESET=openmoji-tiny ARGS="--set a.b=c")
 	@$(BIN)/latent-gpt run --preset $(PRESET) $(ARGS)
+
+retrain: .venv/run.stamp ## The same again where source or settings are new, from the champion's weights
+	@$(BIN)/latent-gpt retrain --preset $(PRESET) $(ARGS)
 
 generate: .venv/run.stamp ## A picture from the registered champion (PROMPT="red apple" OUT=apple.png)
 	@$(BIN)/latent-gpt generate "$$PROMPT" --out "$$OUT" $(ARGS)
@@ -86,6 +91,9 @@ upload: .venv/run.stamp ## The pipelines into KFP
 submit: .venv/run.stamp ## Run one there (PRESET=openmoji-tiny ARGS="--follow --set a.b=c")
 	@$(BIN)/latent-gpt submit --preset $(PRESET) $(ARGS)
 
+schedule: .venv/run.stamp ## Retrain there at set times, where there is anything new (CRON="0 0 3 * * *")
+	@$(BIN)/latent-gpt schedule --cron "$$CRON" --preset $(PRESET) $(ARGS)
+
 undeploy: .venv/run.stamp ## Take all of it away, but for the data
 	@$(BIN)/latent-gpt undeploy
 
@@ -110,7 +118,7 @@ test: lint ## Lint, types, and every test: the fast ones, then those with real s
 test-fast: .venv/dev.stamp ## The tests without services and training, in two minutes
 	@$(BIN)/pytest -m "not slow and not cluster"
 
-test-cluster: .venv/dev.stamp ## The tests on a real cluster (README "On a cluster"; PART="manifests preflight jobs pipeline")
+test-cluster: .venv/dev.stamp ## The tests on a real cluster (README "On a cluster"; PART="manifests preflight jobs pipeline schedule")
 	@$(BIN)/pytest -m cluster $(PART:%=tests/cluster/test_%.py) $(ARGS)
 
 mutants: .venv/dev.stamp ## Break one promise at a time, and see that its test notices (ARGS="config")

@@ -32,10 +32,14 @@ def make(kind: Kind, config: Any, run: str, **inputs: Any) -> Made:
 
 
 def launched(kind: Kind, config: RunConfig, run: str, inputs: dict[str, Manifest]) -> Made:
-    """The same from assets."""
+    """The same from assets. What a retraining takes over is found, whatever it would be made from."""
     from components.launch import launch
     from model import steps
+    from model.plumbing import speech
 
+    if found := steps.taken_over(kind, config):
+        speech.reused(kind, found.uri)
+        return Made(found, True)
     spec = steps.job(kind, config, run, inputs)
     reused = is_made(spec.output)
     return Made(launch(spec), reused)

@@ -18,6 +18,7 @@ import yaml
 from PIL import Image, ImageDraw
 
 from components.registration import Registered
+from components.retraining import News
 from model.config import RunConfig
 from model.plumbing import assets, storage
 from model.plumbing.assets import Kind, Manifest
@@ -98,6 +99,18 @@ def checks(config: RunConfig, run: str, found: Sequence[str], address: str) -> s
         link(address),
         table((line.partition(" ")[0], line.partition(" ")[2].strip()) for line in found),
         f"<p class='soft'>Steps: {escape(', '.join(names(config)))}</p>",
+        f"<h2>All settings</h2><pre>{escape(settings)}</pre>",
+    )
+
+
+def news(seen: News) -> str:
+    """The page of a look for news: what is new, what the run begins from, and its settings."""
+    verdict, *others = seen.said
+    settings = yaml.safe_dump(seen.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return page(
+        "Anything new?",
+        f"<p><b>{escape(verdict)}</b></p>",
+        "".join(f"<p class='soft'>{escape(one)}</p>" for one in others),
         f"<h2>All settings</h2><pre>{escape(settings)}</pre>",
     )
 

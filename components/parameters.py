@@ -9,6 +9,7 @@ from model.data.sources import recognise
 from model.errors import UserError
 
 TEXT_TO_IMAGE = "latent-gpt-text-to-image"  # phases 1 and 3
+RETRAINING = "latent-gpt-retraining"  # the same, where there is anything new to learn
 VQVAE = "latent-gpt-vqvae"  # phase 2: it leaves the transformer out, whatever the preset says
 PRESET_GPUS = -1  # for `gpus_per_worker`, as 0 is a number of GPUs
 
@@ -23,7 +24,8 @@ def presets_of(pipeline: str) -> list[str]:
     configs = {name: load_config(name) for name in preset_names()}
     if pipeline == VQVAE:
         return [name for name, config in configs.items() if config.tokenizer.kind == "vqvae"]
-    return [name for name, config in configs.items() if pipeline_of(config) == pipeline]
+    runs = TEXT_TO_IMAGE if pipeline == RETRAINING else pipeline
+    return [name for name, config in configs.items() if pipeline_of(config) == runs]
 
 
 def resolve(

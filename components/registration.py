@@ -7,6 +7,7 @@ knows what it saw of these: it keeps its place. One that is of no use to anybody
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 from pydantic import BaseModel
@@ -43,6 +44,7 @@ def register_model(config: RunConfig, run: str, evaluation: Manifest) -> Registe
     version = registry.find(model, name)
     if version is not None:
         speech.reused("register", f"{name} version {version}")
+        registry.tag(version, name, _made_by(config, evaluation))
     else:
         version = _register(config, run, model, evaluation)
     better, reason = _judge(config, evaluation, name, version)
@@ -66,10 +68,19 @@ def _register(config: RunConfig, run: str, model: Manifest, evaluation: Manifest
     from model.inference.serving import log_model
 
     made_from = [*model.inputs.values(), *evaluation.inputs.values(), evaluation.as_input]
-    tags = {registry.FINGERPRINT_TAG: steps.fingerprint(config), **registry.lineage_tags(made_from)}
+    tags = {**_made_by(config, evaluation), **registry.lineage_tags(made_from)}
     ids = TrackingIds(experiment=config.experiment, run=run, step="register")
     log = partial(log_model, config=config)
     return registry.register(ids, cache.folder(model), log, tags, config.registered_model)
+
+
+def _made_by(config: RunConfig, evaluation: Manifest) -> dict[str, str]:
+    """Tags that say what the run was made from, by which a later one knows whether there is anything new.
+
+    Its source is that of its pictures, and not what is there by now.
+    """
+    parts = steps.parts(config, evaluation.input("images").settings)
+    return {registry.FINGERPRINT_TAG: steps.fingerprint(parts), registry.PARTS_TAG: json.dumps(parts)}
 
 
 def _judge(config: RunConfig, evaluation: Manifest, name: str, version: int) -> tuple[bool, str]:

@@ -10,6 +10,7 @@ No nets are imported: a step finds out that there is nothing to do before anythi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +20,12 @@ from pydantic import BaseModel
 from model.config import VQVAE_EXPERIMENT, DataConfig, RunConfig, config_hash
 from model.errors import UserError
 from model.plumbing import storage
-from model.plumbing.assets import AssetWriter, Kind, Manifest
+from model.plumbing.assets import AssetWriter, Input, Kind, Manifest
 from model.plumbing.jobs import JobSpec, TrackingIds
 
 NO_CONTENT = {"log_every", "checkpoint_every"}  # training settings that change no weight
+START = "start"  # the transformer's input whose weights its training begins from, where there is one
+TAKEN_OVER = ("tokenizer", "text")  # kinds that a retraining may take as they are
 WEIGHTS = (".json", ".safetensors")  # what is read of a model made elsewhere
 
 Settings = dict[str, Any]
@@ -119,19 +122,79 @@ def settings(kind: Kind, config: RunConfig) -> Settings:
     return STEPS[kind].settings(config)
 
 
-def fingerprint(config: RunConfig) -> str:
-    """Hash over what decides what a run makes: its source as it is now, its settings, its steps' versions.
+def parts(config: RunConfig, images: Settings | None = None) -> dict[str, Any]:
+    """What decides what a run makes, by kind: its source, its settings, its steps' versions.
 
-    Two runs with the same one make the same. What a retraining starts from is no part of it.
+    What a retraining starts from is no part of it.
+
+    Args:
+        config: of the run.
+        images: settings of the pictures that it has made, which say what the source held then; None: as it is
+            now.
 
     Raises:
         UserError: as `settings`.
     """
     plain = config.model_copy(update={"origin": {}})
-    taken = {kind: step for kind, step in STEPS.items() if step.taken(config)}
-    return config_hash(
-        {kind: {"version": step.version, "settings": step.settings(plain)} for kind, step in taken.items()}
-    )
+    found: dict[str, Any] = {}
+    for kind, step in STEPS.items():
+        if step.taken(config):
+            made = kind == "images" and images is not None
+            decided_by = dict(images or {}) if made else step.settings(plain)
+            decided_by.pop("grown_from", None)
+            found[kind] = {"version": step.version, "settings": decided_by}
+    return found
+
+
+def fingerprint(of: Mapping[str, Any]) -> str:
+    """Hash over the `parts` of a run: two runs with the same one make the same."""
+    return config_hash(dict(of))
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What differs between the `parts` of two runs, each for people: `setting transformer.depth 3 -> 4`."""
+    said: dict[str, None] = {}  # a setting that decides several kinds is said once
+    for kind in after.keys() & before.keys():
+        if before[kind]["version"] != after[kind]["version"]:
+            said[f"step {kind}: version {before[kind]['version']} -> {after[kind]['version']}"] = None
+    for kind in (kind for kind in after if kind in before):
+        for path, (was, now) in _differences(before[kind]["settings"], after[kind]["settings"]).items():
+            of_source = path == "fingerprint"
+            said["pictures of the source" if of_source else f"setting {path} {was} -> {now}"] = None
+    said |= {f"step {kind} is new": None for kind in after if kind not in before}
+    said |= {f"step {kind} is gone": None for kind in before if kind not in after}
+    return list(said)
+
+
+def _differences(before: Any, after: Any, path: str = "") -> dict[str, tuple[str, str]]:
+    """Dotted names of the settings that differ, with both values as JSON."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        found: dict[str, tuple[str, str]] = {}
+        for name in (*after, *(name for name in before if name not in after)):
+            found |= _differences(before.get(name), after.get(name), f"{path}.{name}" if path else name)
+        return found
+    if before == after:
+        return {}
+    return {path: (_short(before), _short(after))}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def taken_over(kind: Kind, config: RunConfig) -> Manifest | None:
+    """The asset of an earlier run that a retraining takes as it is; None: it makes one of its own.
+
+    Raises:
+        UserError: the store does not have that very asset any more.
+    """
+    return _origin(kind, config) if kind in TAKEN_OVER else None
+
+
+def _origin(kind: Kind, config: RunConfig) -> Manifest | None:
+    ref = config.origin.get(kind)  # type: ignore[arg-type]
+    return Input(kind=kind, key=ref.key, sha256=ref.sha256).load() if ref else None
 
 
 def writer(kind: Kind, config: RunConfig, inputs: Mapping[str, Manifest]) -> AssetWriter:
@@ -144,6 +207,9 @@ def writer(kind: Kind, config: RunConfig, inputs: Mapping[str, Manifest]) -> Ass
 def job(kind: Kind, config: RunConfig, run: str, inputs: Mapping[str, Manifest]) -> JobSpec:
     """The job that makes an asset of this kind within the pipeline's run `run`. Raises as `settings`."""
     step, output = STEPS[kind], writer(kind, config, inputs)
+    made_from = dict(output.inputs)
+    if kind == "transformer" and (start := _origin(kind, config)):
+        made_from[START] = start.as_input
     trains_vqvae = kind == "tokenizer" and config.tokenizer.kind == "vqvae"
     experiment = VQVAE_EXPERIMENT if trains_vqvae and not config.experiment_name else config.experiment
     alone = {"workers": 1, "processes_per_worker": 1} if step.one_process else {}
@@ -153,7 +219,7 @@ def job(kind: Kind, config: RunConfig, run: str, inputs: Mapping[str, Manifest])
         module=step.module,
         config=config,
         settings=output.settings,
-        inputs=output.inputs,
+        inputs=made_from,
         jobs=config.jobs.model_copy(update=alone),
         tracking=TrackingIds(experiment=experiment, run=run, step=kind),
     )

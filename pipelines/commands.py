@@ -24,6 +24,11 @@ Overrides = Annotated[
     typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a setting; may be repeated."),
 ]
 
+Model = Annotated[str, typer.Option(help="Name of the registered model; left out, that of the preset.")]
+Start = Annotated[
+    str, typer.Option(help="Weights to begin from: champion or scratch; left out, as the settings say.")
+]
+
 
 def run(
     preset: Preset = "openmoji-tiny",
@@ -38,9 +43,25 @@ def run(
     run(preset, tuple(overrides or ()), data)
 
 
+def retrain(
+    preset: Preset = "openmoji-tiny",
+    model: Model = "",
+    data: Annotated[str, typer.Option(help="Other pictures than those of the model in use.")] = "",
+    start: Start = "",
+    overrides: Overrides = None,
+) -> None:
+    """Train the model in use anew on this machine, where there is anything new to learn."""
+    from pipelines.run import retrain
+
+    retrain(preset, model, data, start, tuple(overrides or ()))
+
+
 def compile_(
     pipeline: Annotated[
-        str, typer.Option(help="latent-gpt-text-to-image, or latent-gpt-vqvae for the tokenizer alone.")
+        str,
+        typer.Option(
+            help="latent-gpt-text-to-image, latent-gpt-vqvae (the tokenizer alone) or latent-gpt-retraining."
+        ),
     ] = "latent-gpt-text-to-image",
     out: Annotated[Path, typer.Option(help="Where the pipeline's YAML goes.")] = Path("latent-gpt.yaml"),
 ) -> None:
@@ -357,6 +378,44 @@ def submit(
     run = submit(preset, tuple(overrides or ()), data, workers, gpus_per_worker, experiment_name, name)
     if follow:
         status(run, follow=True)
+
+
+def schedule(
+    cron: Annotated[
+        str, typer.Option(help='When: second, minute, hour, day, month, weekday, e.g. "0 0 3 * * *".')
+    ] = "",
+    zone: Annotated[str, typer.Option(help="That these times are of: that of KFP's controller.")] = "UTC",
+    preset: Preset = "openmoji-tiny",
+    model: Model = "",
+    data: Annotated[
+        str, typer.Option(help="Your captioned pictures, s3://…; left out, the champion's.")
+    ] = "",
+    start: Start = "",
+    workers: Annotated[int, typer.Option(min=0, help="Pods of a training job; 0: as before.")] = 0,
+    gpus_per_worker: Annotated[int, typer.Option(min=-1, help="GPUs of such a pod; -1: as before.")] = -1,
+    experiment_name: Annotated[str, typer.Option(help="In MLflow; left out, as before.")] = "",
+    name: Annotated[str, typer.Option(help="Of the recurring run; left out, the model's.")] = "",
+    list_: Annotated[bool, typer.Option("--list", help="List what is scheduled.")] = False,
+    pause: Annotated[bool, typer.Option("--pause", help="Let nothing start until --resume.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after --pause.")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="Take it away.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Train anew on a cluster at set times, where there is anything new to learn then."""
+    if [bool(cron), list_, pause, resume, delete].count(True) != 1:
+        raise UserError("schedule wants one of --cron, --list, --pause, --resume and --delete")
+    _cluster()
+    from pipelines.cluster import schedule
+
+    if list_:
+        schedule.listed()
+    elif delete:
+        schedule.delete(name)
+    elif pause or resume:
+        schedule.pause(name, pause)
+    else:
+        asked = (workers, gpus_per_worker, experiment_name, name)
+        schedule.schedule(cron, zone, preset, model, data, start, tuple(overrides or ()), *asked)
 
 
 def runs() -> None:

@@ -1,4 +1,4 @@
-"""The two pipelines, each defined once: they compile for a cluster and run on a laptop."""
+"""The three pipelines, each defined once: they compile for a cluster and run on a laptop."""
 
 from typing import Any
 
@@ -7,10 +7,12 @@ from kfp import dsl
 from components.clip import judge, text
 from components.evaluation import evaluation
 from components.images import images
-from components.parameters import TEXT_TO_IMAGE, VQVAE
+from components.news import news
+from components.parameters import RETRAINING, TEXT_TO_IMAGE, VQVAE
 from components.parameters import pipeline_of as of
 from components.prepare import prepare
 from components.register import register
+from components.retraining import NEW
 from components.tokenizer import tokenizer
 from components.tokens import tokens
 from components.transformer import transformer
@@ -18,7 +20,7 @@ from model.plumbing.assets import Kind
 from model.steps import STEPS
 from pipelines.pod import on_cluster
 
-__all__ = ["PIPELINES", "of", "text_to_image", "vqvae"]
+__all__ = ["PIPELINES", "of", "retraining", "text_to_image", "vqvae"]
 
 
 def _named(task: dsl.PipelineTask, title: str = "") -> dsl.PipelineTask:
@@ -121,4 +123,46 @@ def vqvae(
     _named(tokenizer(**of, images=_named(images(**of)).outputs["images"]))
 
 
-PIPELINES = {TEXT_TO_IMAGE: text_to_image, VQVAE: vqvae}
+@dsl.pipeline(name=RETRAINING)
+def retraining(
+    preset: str = "openmoji-tiny",
+    model: str = "",
+    data: str = "",
+    start: str = "",
+    workers: int = 0,
+    gpus_per_worker: int = -1,
+    overrides: str = "",
+    experiment_name: str = "",
+    config: str = "",
+) -> None:
+    """A model that goes on learning: trains where source or settings are not those of a registered version.
+
+    Args:
+        preset: What is trained where there is no version yet; later ones start from the champion's settings.
+        model: Name of the registered model. Empty: that of the preset.
+        data: Your captioned pictures, as in the other pipelines. Empty: those of the champion.
+        start: Weights that the transformer begins from: champion or scratch. Empty: as retrain.start says.
+        workers: Pods of a training job. 0: as many as the champion's config says.
+        gpus_per_worker: GPUs of such a pod, and its processes. -1: as many as the champion's config says.
+        overrides: Settings that win over all others, one a line, e.g. transformer.training.steps=500;
+            model/config.py describes them.
+        experiment_name: In MLflow. Empty: that of the champion's config.
+        config: The YAML of a whole config, used instead of the preset. Empty: none.
+    """
+    asked = {"data": data, "workers": workers, "gpus_per_worker": gpus_per_worker, "overrides": overrides}
+    asked |= {"experiment_name": experiment_name, "yaml": config}
+    seen = _named(news(preset=preset, model=model, start=start, **asked), "Anything new?")
+    with dsl.If(seen.outputs["Output"] == NEW, name="If so"):  # kfp.local compares no other output
+        whole = text_to_image(
+            preset="",
+            data="",
+            workers=0,
+            gpus_per_worker=-1,
+            overrides="",
+            experiment_name="",
+            config=seen.outputs["config"],
+        )
+        whole.set_display_name("Train").set_caching_options(False)
+
+
+PIPELINES = {TEXT_TO_IMAGE: text_to_image, VQVAE: vqvae, RETRAINING: retraining}

@@ -43,6 +43,7 @@ class Pod:
 
 
 PODS = {
+    "news": Pod(cpu="100m", memory="256Mi", hours=0.5),
     "prepare": Pod(cpu="100m", memory="256Mi", hours=0.5),
     "images": Pod(cpu="200m", memory="768Mi", memory_limit="4Gi", cpu_limit="8", hours=3 * 24),
     "register": Pod(cpu="200m", memory="1Gi", memory_limit="16Gi", hours=6),

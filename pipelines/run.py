@@ -19,7 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from components.parameters import pipeline_of
+from components.parameters import RETRAINING, pipeline_of
+from components.retraining import NOTHING
 from model import steps
 from model.config import load_config
 from model.data.sources import recognise
@@ -51,8 +52,34 @@ def run(preset: str, overrides: tuple[str, ...], data: str = "") -> None:
         UserError: what is wrong with the input, from here or from any step.
     """
     config = load_config(preset, overrides, recognise(data))
-    if preset.endswith((".yaml", ".yml")):
-        preset = str(Path(preset).resolve())
+    parameters = {"preset": _absolute(preset), "data": data, "overrides": "\n".join(overrides)}
+    _run(pipeline_of(config), parameters, steps.names(config))
+
+
+def retrain(preset: str, model: str, data: str, start: str, overrides: tuple[str, ...]) -> None:
+    """Train anew on this machine where there is anything new to learn, and say what came of it.
+
+    Args:
+        preset: of the first model; what comes after it starts from the champion's settings.
+        model: name of the registered model; "": that of the preset.
+        data: other pictures than the champion's, as in `run`.
+        start: weights that the transformer begins from, as `retrain.start`; "": as the config says.
+        overrides: settings that win over all others.
+
+    Raises:
+        UserError: what is wrong with the input, from here or from any step.
+    """
+    parameters = {"preset": _absolute(preset), "model": model, "data": data, "start": start}
+    parameters["overrides"] = "\n".join(overrides)
+    _run(RETRAINING, parameters, ["news", *steps.names(load_config(preset, overrides, recognise(data)))])
+
+
+def _absolute(preset: str) -> str:
+    return str(Path(preset).resolve()) if preset.endswith((".yaml", ".yml")) else preset
+
+
+def _run(pipeline: str, parameters: dict[str, str], names: list[str]) -> None:
+    """Run a pipeline, whose steps have these names where all of them are run."""
     from components.preflight import check_state
     from pipelines.embedded.services import services
 
@@ -61,7 +88,7 @@ def run(preset: str, overrides: tuple[str, ...], data: str = "") -> None:
     folder = _new_folder(state / "runs")
     began = time.monotonic()
     with stopping_on_sigterm(), services(state) as found:
-        follower = Follower(steps.names(config))
+        follower = Follower(names)
         told = {
             environment.LOGS.name: str(folder / "jobs"),
             environment.OUTCOMES.name: str(folder / "outcomes"),
@@ -69,9 +96,7 @@ def run(preset: str, overrides: tuple[str, ...], data: str = "") -> None:
             "PYTHONUNBUFFERED": "1",
             "TMPDIR": str(_made(folder / "tmp")),  # kfp leaves a folder behind for every step
         }
-        parameters = {"preset": preset, "data": data, "overrides": "\n".join(overrides)}
-        command = [sys.executable, "-m", "pipelines.run", str(folder), pipeline_of(config)]
-        command.append(json.dumps(parameters))
+        command = [sys.executable, "-m", "pipelines.run", str(folder), pipeline, json.dumps(parameters)]
         with (
             (folder / "log.txt").open("w") as log,
             session(command, environment.of_a_child(found, told)) as child,
@@ -84,6 +109,8 @@ def run(preset: str, overrides: tuple[str, ...], data: str = "") -> None:
         follower.end_line()
         if status:
             raise UserError(_why(follower, folder, status))
+        if _output(folder, "news") == NOTHING:
+            follower.steps = ["news"]
         if missing := [name for name in follower.steps if name not in follower.seconds]:
             raise RuntimeError(f"the pipeline ended without {', '.join(missing)}; see {folder}/log.txt")
     print(summary(follower, folder, time.monotonic() - began, _registered(folder)))
@@ -116,12 +143,18 @@ def _new_folder(runs: Path) -> Path:
 
 def _registered(folder: Path) -> dict[str, Any] | None:
     """What the register step returned; the report is copied out of KFP's folder on the way."""
-    for output in folder.glob("kfp/*/register/executor_output.json"):
-        for report in folder.glob("kfp/*/evaluation/report*"):
-            shutil.copyfile(report, folder / "report.html")
-        value: dict[str, Any] = json.loads(json.loads(output.read_text())["parameterValues"]["Output"])
-        return value
-    return None
+    returned = _output(folder, "register")
+    for report in folder.glob("kfp/*/evaluation/report*") if returned else ():
+        shutil.copyfile(report, folder / "report.html")
+    value: dict[str, Any] | None = json.loads(returned) if returned else None
+    return value
+
+
+def _output(folder: Path, step: str) -> str:
+    """What a step returned; "": it was not run."""
+    for output in folder.glob(f"kfp/*/{step}/executor_output.json"):
+        return str(json.loads(output.read_text())["parameterValues"]["Output"])
+    return ""
 
 
 def _run_dag(folder: Path, pipeline: str, parameters: dict[str, str]) -> None:

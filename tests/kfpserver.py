@@ -44,6 +44,7 @@ class KfpServer:
         self.uploads: dict[str, list[Object]] = {}  # by pipeline, the oldest first
         self.experiments: dict[str, Object] = {}
         self.runs: dict[str, Object] = {}
+        self.recurring: dict[str, Object] = {}
         self._clock = datetime.datetime(2026, 11, 26, 12, tzinfo=datetime.UTC)
 
     # ── what a test does as KFP's driver ────────────────────────────────────────────────────────────────
@@ -99,6 +100,10 @@ class KfpServer:
             ("GET", "runs/([^/:]+)", self._run),
             ("POST", "runs/([^/:]+):terminate", self._terminate),
             ("POST", "runs/([^/:]+):retry", self._retry),
+            ("POST", "recurringruns", self._repeat),
+            ("GET", "recurringruns", self._list_recurring),
+            ("POST", "recurringruns/([^/:]+):(enable|disable)", self._switch),
+            ("DELETE", "recurringruns/([^/:]+)", self._stop),
         ):
             match = re.fullmatch(f"/apis/v2beta1/{pattern}", path)
             if match and how == method:
@@ -166,6 +171,14 @@ class KfpServer:
     def _submit(self, query: Object, body: Any) -> Object:
         if self.several_users and "experiment_id" not in body:
             raise Refused(400, 3, "Experiment Id can not be empty in multi-user mode")
+        made = {**body, "run_id": str(uuid.uuid4()), "created_at": self._now(), "state_history": []}
+        self._check(made)
+        self.runs[made["run_id"]] = made
+        self.state(made["run_id"], "PENDING")
+        return made
+
+    def _check(self, body: Any) -> None:
+        """Refuse parameters that the version does not take."""
         reference = body["pipeline_version_reference"]
         (version,) = (
             one
@@ -182,10 +195,31 @@ class KfpServer:
                 why = f'value string_value:"{value}" does not match any of the allowed literal values'
                 said = f'Failed to create a new run: Invalid input error: input parameter "{name}" {why}'
                 raise Refused(400, 3, f"{said}: [{choice}]")
-        made = {**body, "run_id": str(uuid.uuid4()), "created_at": self._now(), "state_history": []}
-        self.runs[made["run_id"]] = made
-        self.state(made["run_id"], "PENDING")
+
+    def _repeat(self, query: Object, body: Any) -> Object:
+        if self.several_users and "experiment_id" not in body:
+            raise Refused(400, 3, "Experiment Id can not be empty in multi-user mode")
+        self._check(body)
+        if len(body["trigger"]["cron_schedule"]["cron"].split()) not in (5, 6):
+            raise Refused(400, 3, "Invalid input error: Schedule cron is not a supported format")
+        if not 1 <= int(body["max_concurrency"]) <= 10:
+            raise Refused(400, 3, "Max concurrency of a recurring run must be at least 1 and at most 10.")
+        made = {key: value for key, value in body.items() if key != "mode"}
+        made |= {"recurring_run_id": str(uuid.uuid4()), "created_at": self._now(), "status": "ENABLED"}
+        self.recurring[made["recurring_run_id"]] = made
         return made
+
+    def _list_recurring(self, query: Object, body: Any) -> Object:
+        return self._paged("recurringRuns", list(self.recurring.values())[::-1], query)
+
+    def _switch(self, recurring: str, how: str, query: Object, body: Any) -> Object:
+        self.recurring[recurring]["status"] = how.upper() + "D"
+        return {}
+
+    def _stop(self, recurring: str, query: Object, body: Any) -> Object:
+        if self.recurring.pop(recurring, None) is None:
+            raise Refused(404, 5, f"ResourceNotFoundError: Job {recurring} not found")
+        return {}
 
     def _list_runs(self, query: Object, body: Any) -> Object:
         assert query["sort_by"] == "created_at desc"

@@ -36,6 +36,7 @@ CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous-champion"
 MODEL_TAG = "latent_gpt.model"  # of a version: hash of its manifest
 KEYS_TAG = "latent_gpt.keys"  # of a version: keys of the assets that it was made from, by kind
 FINGERPRINT_TAG = "latent_gpt.fingerprint"  # of a version: `model.steps.fingerprint` of its run
+PARTS_TAG = "latent_gpt.parts"  # of a version: what that is the hash of, as JSON
 CONFIG = "latent_gpt.config"  # in the metadata of a logged model: the config of its run
 LONGEST_DESCRIPTION, LONGEST_TAG = 5000, 5000  # characters that MLflow's databases keep
 TIME_TAG = "latent_gpt.registered"  # of a version: when a run last came to it, ms since 1970
@@ -126,6 +127,20 @@ def tags_of(version: int, name: str) -> dict[str, str]:
     """The tags of a version: hashes of what it was made from."""
     with explained():
         return dict(mlflow_client().get_model_version(name, str(version)).tags)
+
+
+def tag(version: int, name: str, tags: dict[str, str]) -> None:
+    """Set tags of a version."""
+    client = mlflow_client()
+    with explained():
+        for key, value in tags.items():
+            client.set_model_version_tag(name, str(version), key, value)
+
+
+def tags_of_all(name: str) -> dict[int, dict[str, str]]:
+    """The tags of all versions of a registered model, the oldest first; none if there is no such model."""
+    with explained():
+        return {int(one.version): dict(one.tags) for one in _versions(mlflow_client(), name)}
 
 
 def lineage_tags(made_from: Collection[Input]) -> dict[str, str]:

@@ -21,16 +21,20 @@ from torchvision.utils import make_grid  # type: ignore[import-untyped]
 from model.config import SamplingConfig, TransformerConfig
 from model.data.images import to_image
 from model.data.token_shards import TokenReader
+from model.errors import UserError
 from model.nets.clip import TextEncoder, load_text_encoder
+from model.nets.folder import fit
 from model.nets.gpt import GPT
 from model.nets.metrics import token_nll
 from model.nets.sampler import sample
 from model.nets.tokenizers import Tokenizer, load_tokenizer
 from model.plumbing import cache
 from model.plumbing.assets import Manifest
+from model.plumbing.checkpoints import load_model
 from model.plumbing.curves import Curves
 from model.plumbing.distributed import Distributed, seed_all
 from model.plumbing.worker import Job, run_worker
+from model.steps import START
 from model.training.optim import Ema, adamw, learning_rate, muon, set_learning_rate
 from model.training.state import (
     Best,
@@ -70,6 +74,8 @@ def train(job: Job, config: TransformerConfig) -> Manifest | None:
     text = load_text_encoder(cache.folder(job.inputs["text"]), device)
     seed_all(seed, "gpt")
     gpt = GPT(config, tokens.info["vocabulary"], tokens.info["grid"], text.width).to(device)
+    if begun := job.inputs.get(START):
+        _begin_from(gpt, begun)
     optimizers: dict[str, torch.optim.Optimizer] = (
         muon(gpt, gpt.blocks, training) if config.optimizer == "muon" else {"adamw": adamw(gpt, training)}
     )
@@ -182,6 +188,15 @@ def validate(
     *nats, count = processes.sum(sums).tolist()
     names = ("nll", "nll_unconditional", "nll_shuffled")
     return {name: value / count for name, value in zip(names, nats, strict=True)}
+
+
+def _begin_from(gpt: GPT, begun: Manifest) -> None:
+    """Give a net the weights of an asset. Raises UserError: they are those of another architecture."""
+    weights, _ = load_model(cache.folder(begun))
+    try:
+        fit(gpt, weights, begun.uri)
+    except UserError as error:
+        raise UserError(f"{error}; retrain.start=scratch begins without them") from None
 
 
 def _reorder(codes: Tensor, config: TransformerConfig, step: int) -> tuple[Tensor, Tensor | None]:

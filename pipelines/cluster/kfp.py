@@ -47,6 +47,20 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Recurring:
+    """A recurring run as KFP knows it."""
+
+    id: str
+    name: str
+    cron: str  # six fields, seconds first
+    paused: bool
+    made: float  # in seconds since 1970
+    pipeline: str = ""  # id
+    description: str = ""
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Uploaded:
     """A version of a pipeline."""
 
@@ -144,15 +158,9 @@ class Kfp:
         Raises:
             UserError: the pipeline has no version, or KFP refuses a parameter.
         """
-        versions = self.versions(pipeline)
-        if not versions:
-            raise UserError(f"KFP at {self.endpoint} has no version of this pipeline; `make upload` first")
         body = {
             "display_name": name,
-            "pipeline_version_reference": {
-                "pipeline_id": pipeline,
-                "pipeline_version_id": versions[0]["pipeline_version_id"],
-            },
+            "pipeline_version_reference": self._newest(pipeline),
             "runtime_config": {"parameters": parameters},
         }
         if self.several_users:
@@ -196,6 +204,53 @@ class Kfp:
         """Have a run that failed or was cancelled go on where it stopped."""
         self._ask("POST", f"runs/{identity}:retry")
 
+    # ── what starts of itself ───────────────────────────────────────────────────────────────────────────
+
+    def recurring(self, pipelines: set[str]) -> list[Recurring]:
+        """The recurring runs of these pipelines (ids), the newest first."""
+        asked = {"sort_by": "created_at desc", "namespace": self.namespace}
+        found = map(_recurring, self._all("recurringruns", "recurringRuns", **asked))
+        return [one for one in found if one.pipeline in pipelines]
+
+    def repeat(
+        self, pipeline: str, name: str, cron: str, description: str, parameters: dict[str, Any]
+    ) -> str:
+        """Have runs of a pipeline's newest version start at the times of a cron; returns an id for that.
+
+        One runs at a time, and what was missed is not made up for. KFP cannot change a recurring run.
+
+        Args:
+            pipeline: its id.
+            name: of the recurring run, for people; there may be another one of that name.
+            cron: six fields.
+            description: for people.
+            parameters: of the pipeline.
+
+        Raises:
+            UserError: the pipeline has no version, or KFP refuses.
+        """
+        body = {
+            "display_name": name,
+            "description": description,
+            "pipeline_version_reference": self._newest(pipeline),
+            "runtime_config": {"parameters": parameters},
+            "trigger": {"cron_schedule": {"cron": cron}},
+            "max_concurrency": "1",
+            "no_catchup": True,
+            "mode": "ENABLE",
+        }
+        if self.several_users:
+            body["experiment_id"] = self._experiment()
+        return str(self._ask("POST", "recurringruns", body=body)["recurring_run_id"])
+
+    def pause(self, recurring: str, paused: bool = True) -> None:
+        """Have no more runs start of a recurring run, or again some."""
+        self._ask("POST", f"recurringruns/{recurring}:{'disable' if paused else 'enable'}")
+
+    def stop(self, recurring: str) -> None:
+        """Delete a recurring run; runs that it started go on."""
+        self._ask("DELETE", f"recurringruns/{recurring}")
+
     def page(self, identity: str) -> str:
         """Where a run is looked at; "": KFP's page is not at the address of its API, which it passes on."""
         try:
@@ -206,6 +261,13 @@ class Kfp:
         return f"{self.endpoint}/#/runs/details/{identity}" if shown else ""
 
     # ── asking ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def _newest(self, pipeline: str) -> dict[str, str]:
+        """How KFP is told of a pipeline's newest version."""
+        versions = self.versions(pipeline)
+        if not versions:
+            raise UserError(f"KFP at {self.endpoint} has no version of this pipeline; `make upload` first")
+        return {"pipeline_id": pipeline, "pipeline_version_id": str(versions[0]["pipeline_version_id"])}
 
     def _experiment(self) -> str:
         """The id of the experiment of our runs, which a KFP with several users wants to be named."""
@@ -317,11 +379,31 @@ def _run(found: dict[str, Any]) -> Run:
     )
 
 
+def _recurring(found: dict[str, Any]) -> Recurring:
+    reference = found.get("pipeline_version_reference") or {}
+    return Recurring(
+        id=found["recurring_run_id"],
+        name=found.get("display_name", ""),
+        cron=((found.get("trigger") or {}).get("cron_schedule") or {}).get("cron", ""),
+        paused=found.get("status") == "DISABLED" or found.get("mode") == "DISABLE",
+        made=_seconds(found.get("created_at")),
+        pipeline=reference.get("pipeline_id", ""),
+        description=found.get("description", ""),
+        parameters=(found.get("runtime_config") or {}).get("parameters") or {},
+    )
+
+
 def _tasks(found: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the steps of whatever has a pipeline's spec."""
+    """Names of the steps of whatever has a pipeline's spec, those within a part of it among them."""
     spec = found.get("pipeline_spec") or {}
-    dag = spec.get("pipeline_spec", spec).get("root", {}).get("dag", {})
-    return tuple(dag.get("tasks", {}))
+    spec = spec.get("pipeline_spec", spec)
+
+    def steps(component: dict[str, Any]) -> Iterator[str]:
+        for name, task in component.get("dag", {}).get("tasks", {}).items():
+            within = spec.get("components", {}).get(task.get("componentRef", {}).get("name"), {})
+            yield from steps(within) if "dag" in within else (name,)
+
+    return tuple(steps(spec.get("root", {})))
 
 
 def _state(found: dict[str, Any]) -> str:

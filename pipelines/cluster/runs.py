@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from components.parameters import PRESET_GPUS, TEXT_TO_IMAGE, VQVAE, pipeline_of, resolve
-from model.config import load_config
+from components.parameters import PRESET_GPUS, RETRAINING, TEXT_TO_IMAGE, VQVAE, pipeline_of, resolve
+from model.config import RunConfig, load_config
 from model.data.sources import DRAWN, recognise
 from model.errors import Unavailable, UserError
 from model.plumbing import environment, speech
@@ -24,7 +24,7 @@ from pipelines.cluster.settings import built
 from pipelines.cluster.steps import RUN, Steps, condensed, remembered
 from pipelines.terminal import Follower
 
-PIPELINES = (TEXT_TO_IMAGE, VQVAE)
+PIPELINES = (TEXT_TO_IMAGE, VQVAE, RETRAINING)
 LOOK = 2.0  # seconds between two looks of who follows
 AWAY = 600.0  # seconds for which KFP may be away while a run is followed
 LISTED = 20  # runs
@@ -32,7 +32,7 @@ UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 
 def upload() -> None:
-    """Compile both pipelines for the image that was pushed, and make them the newest versions in KFP.
+    """Compile all pipelines for the image that was pushed, and make them the newest versions in KFP.
 
     Raises:
         UserError: no image was pushed, or KFP does not take them.
@@ -78,10 +78,7 @@ def submit(
         UserError: what is wrong with the config, from here; or KFP refuses.
     """
     file = Path(preset) if preset.endswith((".yaml", ".yml")) else None
-    _in_reach_of_pods(data)
-    config = load_config(preset, overrides, recognise(data))
-    source = config.data.source
-    _in_reach_of_pods(source.urls if source.kind == "webdataset" else getattr(source, "path", ""))
+    config = config_for_pods(preset, overrides, data)
     pipeline = pipeline_of(config)
     text = file.read_text() if file else ""
     asked = {
@@ -193,13 +190,16 @@ def retry(which: str) -> None:
 
 
 def remove(kfp: Kfp, kubectl: Kubectl, limit: float = 180.0) -> None:
-    """End all runs of ours, and take our pipelines out of KFP; its record of runs stays.
+    """End all runs of ours, those to come too, and take our pipelines out of KFP; its record of runs stays.
 
     Args:
         kfp: that one.
         kubectl: of the namespace in which their steps run.
         limit: seconds to wait until runs have ended.
     """
+    for one in kfp.recurring(set(_pipelines(kfp))):
+        kfp.stop(one.id)
+        print(f"deleted recurring run {one.name}")
     found = {run.id: run for run in kfp.runs(set(_pipelines(kfp)), 1000)}
     for pod in kubectl.objects(
         "get", "pods", "-l", LABEL
@@ -221,6 +221,15 @@ def remove(kfp: Kfp, kubectl: Kubectl, limit: float = 180.0) -> None:
     for name in PIPELINES:
         if kfp.remove(name):
             print(f"removed pipeline {name} from KFP")
+
+
+def config_for_pods(preset: str, overrides: tuple[str, ...], data: str) -> RunConfig:
+    """The config of a run on a cluster. Raises UserError: it is wrong, or its pictures are on this machine."""
+    _in_reach_of_pods(data)
+    config = load_config(preset, overrides, recognise(data))
+    source = config.data.source
+    _in_reach_of_pods(source.urls if source.kind == "webdataset" else getattr(source, "path", ""))
+    return config
 
 
 def _in_reach_of_pods(data: str) -> None:

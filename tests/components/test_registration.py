@@ -102,7 +102,7 @@ def test_the_registered_version_is_the_asset_with_its_lineage_and_draws(
         "evaluation": evaluation.as_input,
     }
     assert registry.config_of(1, run.registered_model) == run
-    assert tags[registry.FINGERPRINT_TAG] == steps.fingerprint(run)
+    assert tags[registry.FINGERPRINT_TAG] == steps.fingerprint(steps.parts(run))
     shutil.rmtree(tmp_path / "cache")
     folder = registry.resolve(f"models:/{run.registered_model}@champion")
     assert (folder / "manifest.json").read_bytes() == model.text
