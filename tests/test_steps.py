@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, get_args
 
@@ -13,6 +15,7 @@ from pydantic import BaseModel
 
 from model import steps
 from model.config import (
+    AssetRef,
     PretrainedCLIPConfig,
     PretrainedTokenizerConfig,
     RunConfig,
@@ -226,3 +229,56 @@ def test_a_vqvae_is_tracked_in_the_experiment_of_its_phase(store: str) -> None:
     assert job("text", config, "r", images).tracking.experiment == "latent-gpt-custom-vqvae"
     alone = load_config("smoke", ["transformer=null"])
     assert job("tokenizer", alone, "r", images).tracking.experiment == alone.experiment
+
+
+def test_what_is_new_is_said_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.data.sources.fingerprint", lambda source: "as it was")
+    before = load_config("smoke")
+    parts = steps.parts(before)
+    assert steps.changes(parts, steps.parts(before)) == []
+    assert steps.changes(json.loads(json.dumps(parts)), steps.parts(before)) == [], "as a tag has them"
+    after = load_config(
+        "smoke", ["transformer.depth=3", "seed=7", "jobs.memory=1Gi", "retrain.start=scratch"]
+    )
+    said = steps.changes(parts, steps.parts(after))
+    assert said == ["setting seed 0 -> 7", "setting transformer.depth 1 -> 3"]
+    monkeypatch.setattr("model.data.sources.fingerprint", lambda source: "as it is")
+    assert steps.changes(parts, steps.parts(before)) == ["pictures of the source"]
+    monkeypatch.setitem(STEPS, "tokens", replace(STEPS["tokens"], version=9))
+    assert steps.changes(parts, steps.parts(before))[0] == "step tokens: version 1 -> 9"
+    without = {kind: one for kind, one in parts.items() if kind != "judge"}
+    assert "step judge is new" in steps.changes(without, parts)
+    assert "step judge is gone" in steps.changes(parts, without)
+
+
+def test_a_run_is_known_by_the_pictures_that_it_had_and_not_by_what_came_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("model.data.sources.fingerprint", lambda source: "as it was")
+    run = load_config("smoke")
+    had, then = settings("images", run), steps.fingerprint(steps.parts(run))
+    monkeypatch.setattr("model.data.sources.fingerprint", lambda source: "more came")
+    assert steps.fingerprint(steps.parts(run)) != then
+    assert steps.fingerprint(steps.parts(run, had)) == then
+    assert steps.fingerprint(steps.parts(run, {**had, "grown_from": "0123"})) == then
+
+
+def test_what_a_retraining_starts_from_is_no_part_of_what_it_is_known_by(store: str) -> None:
+    run = load_config("smoke")
+    inputs = {kind: AssetWriter(kind, {"of": "test"}, {}).finish({}) for kind in STEPS["transformer"].needs}
+    champion = AssetWriter("transformer", {"of": "test"}, {}).finish({})
+    ref = AssetRef(key=champion.key, sha256=champion.sha256)
+    again = run.model_copy(update={"origin": {"transformer": ref}})
+    assert steps.parts(again) == steps.parts(run)
+    plain, started = (job("transformer", one, "run", inputs) for one in (run, again))
+    assert started.inputs == {**plain.inputs, steps.START: champion.as_input}
+    assert started.output != plain.output
+    assert steps.taken_over("transformer", again) is None, "it is trained"
+    frozen = run.model_copy(update={"origin": {"text": AssetRef(key=inputs["text"].key, sha256="00")}})
+    with pytest.raises(UserError, match="is not the asset that was used"):
+        steps.taken_over("text", frozen)
+    frozen = run.model_copy(
+        update={"origin": {"text": AssetRef(key=inputs["text"].key, sha256=inputs["text"].sha256)}}
+    )
+    assert steps.taken_over("text", frozen) == inputs["text"]
+    assert steps.taken_over("judge", frozen) is None

@@ -224,7 +224,7 @@ def remove(kfp: Kfp, kubectl: Kubectl, limit: float = 180.0) -> None:
 
 
 def config_for_pods(preset: str, overrides: tuple[str, ...], data: str) -> RunConfig:
-    """The config of a run on a cluster. Raises UserError: it is wrong, or its pictures are on this machine."""
+    """The config of a run on a cluster. Raises UserError: it is wrong, or its pictures are here."""
     _in_reach_of_pods(data)
     config = load_config(preset, overrides, recognise(data))
     source = config.data.source

@@ -10,15 +10,19 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from model.config import RunConfig
-from model.data.token_shards import TokenShard
+from model.config import AssetRef, RunConfig
+from model.data.token_shards import TokenReader, TokenShard
+from model.errors import UserError
 from model.nets.clip import architecture, build_clip, load_text_encoder, tokenize
 from model.nets.gpt import load_gpt
+from model.nets.metrics import token_nll
 from model.nets.vqvae import VQVAE
 from model.plumbing import assets
 from model.plumbing.assets import AssetWriter, Manifest
 from model.plumbing.checkpoints import Checkpointer
 from model.plumbing.distributed import setup
+from model.steps import START
+from model.steps import job as make_spec
 from model.training import transformer
 from tests.instances import config, make, make_in_rank
 from tests.ranks import two_ranks
@@ -179,6 +183,53 @@ def test_a_killed_job_continues_as_if_nothing_had_happened(
     assert history(continued) == history(whole)
     assert continued.info == whole.info
     assert continued.files == whole.files  # names, sizes, SHA-256
+
+
+@pytest.mark.slow
+def test_a_retraining_begins_from_the_champions_weights_and_resumes_from_its_own(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = {"dropout": 0.0, "condition_dropout": 0.0, "random_order": 0.0}
+    run = run_config()
+    sets = publish(run)
+    champion = fit(run, sets)
+    assert run.transformer
+    training = run.transformer.training.model_copy(update={"log_every": 1, "accumulate": 1})
+    again = run.model_copy(
+        update={
+            "transformer": run.transformer.model_copy(update={**plain, "training": training}),
+            "origin": {"transformer": AssetRef(key=champion.key, sha256=champion.sha256)},
+        }
+    )
+    assert make_spec("transformer", again, "test", sets).inputs[START] == champion.as_input
+
+    begin = Checkpointer.begin
+    saved: list[int] = []
+
+    def begin_and_die(self: Checkpointer, step: int, *args: object) -> None:
+        begin(self, step, *args)  # type: ignore[arg-type]
+        saved.append(step)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpointer, "begin", begin_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        fit(again, sets)
+    monkeypatch.setattr(Checkpointer, "begin", begin)
+    continued = fit(again, sets)
+    assert saved == [10]
+    first = history(continued)["train/nll"][0][1]
+    batch = next(TokenReader(sets["tokens"], "train", 16, again.seed).batches(0))
+    text = load_text_encoder(sets["text"].uri)
+    logits = load_gpt(champion.uri)(batch.codes, *text.encode(batch.ids))
+    assert first == pytest.approx(token_nll(logits, batch.codes).mean().item(), abs=1e-5)
+    assert first < history(champion)["train/nll"][0][1] - 0.5, "and not where scratch begins"
+
+    (Path(continued.uri) / "manifest.json").unlink()
+    whole = fit(again, sets)
+    assert (history(whole), whole.files) == (history(continued), continued.files), "a checkpoint wins"
+    other = again.model_copy(update={"transformer": again.transformer.model_copy(update={"depth": 3})})
+    with pytest.raises(UserError, match=r"do not fit GPT: blocks\.2.* is missing.*retrain\.start=scratch"):
+        fit(other, sets)
 
 
 def test_random_order_ends_when_it_should() -> None:
