@@ -43,6 +43,7 @@ RESAMPLES = 2000  # of the bootstrap
 POWER = 0.9  # share of models better by twice the margin that pass
 RANGE = {"clip_score": 10.0}  # largest difference that a prompt makes; 1 where scores are shares
 SPEED = "pictures_per_second"
+COPIES_SEEN, COPIES_HELD_OUT = f"{SEEN}/near_duplicates", "held_out/near_duplicates"
 
 WORDS = {  # of figures, for people
     "oracle": "all attributes right",
@@ -57,6 +58,7 @@ WORDS = {  # of figures, for people
     "train": "captions seen",
     "validation": "captions held out",
     "composition": "combinations held out",
+    "held_out": "all that is held out",
 }
 
 
@@ -86,6 +88,18 @@ class Measured(_Plain):
         """Those that there are prompts of."""
         there = {split for scores in self.scores.values() for split, one in scores.items() if one}
         return [split for split in (*HELD_OUT, SEEN) if split in there]
+
+    def figure(self, name: str) -> float | None:
+        """A figure by its name, or None: also of all samples held out, which each split is too few of."""
+        if name != COPIES_HELD_OUT:
+            return self.figures.get(name)
+        splits = [split for split in self.splits if split != SEEN]
+        shares = [self.figures.get(f"{split}/near_duplicates") for split in splits]
+        sizes = [next(len(one[split]) for one in self.scores.values() if split in one) for split in splits]
+        known = [share for share in shares if share is not None]
+        if not shares or len(known) < len(shares):
+            return None
+        return sum(share * size for share, size in zip(known, sizes, strict=True)) / sum(sizes)
 
 
 class Guard(_Plain):
@@ -305,11 +319,13 @@ def _guards(gate: GateConfig, challenger: Measured, champion: Measured | None) -
         _guard(f"{held}/diversity", challenger, champion, less, gate.less_diversity, share=True),
         _guard("bundle_bytes", challenger, champion, more, gate.more_bundle_bytes, share=True),
     ]
-    for split in splits:
-        figure = f"{split}/near_duplicates"
-        most = gate.max_near_duplicates.seen if split == SEEN else gate.max_near_duplicates.held_out
-        found.append(_guard(figure, challenger, champion, more, gate.more_near_duplicates))
-        found.append(_bounded(figure, challenger, more, most))
+    for figure, most, there in (
+        (COPIES_SEEN, gate.max_near_duplicates.seen, SEEN in splits),
+        (COPIES_HELD_OUT, gate.max_near_duplicates.held_out, held != SEEN),
+    ):
+        if there:
+            found.append(_guard(figure, challenger, champion, more, gate.more_near_duplicates))
+            found.append(_bounded(figure, challenger, more, most))
     if gate.speed_ratio and champion:
         found.append(_guard(SPEED, challenger, champion, less, 1 - gate.speed_ratio, share=True))
     return found
@@ -333,9 +349,9 @@ def _guard(
         allowed: how much worse it may be.
         share: as a share of the champion's.
     """
-    theirs = champion.figures.get(figure, math.nan) if champion else math.nan
-    if not math.isfinite(theirs):  # nothing to be worse than
-        value = challenger.figures.get(figure)
+    theirs = champion.figure(figure) if champion else None
+    if theirs is None or not math.isfinite(theirs):  # nothing to be worse than
+        value = challenger.figure(figure)
         said = f"{_words(figure)}: {_shown(figure, value)}, with nothing of the champion's to compare it with"
         return Guard(figure=figure, value=value, bound=None, holds=value is not None, said=said)
     return _bounded(figure, challenger, worse, theirs + worse * allowed * (theirs if share else 1), theirs)
@@ -344,7 +360,7 @@ def _guard(
 def _bounded(
     figure: str, challenger: Measured, worse: int, bound: float, theirs: float | None = None
 ) -> Guard:
-    value = challenger.figures.get(figure)
+    value = challenger.figure(figure)
     holds = value is not None and worse * (value - bound) <= 1e-9 * max(1.0, abs(bound))
     than = f"{'above' if worse > 0 else 'below'} {_shown(figure, bound)}"
     of = f", as the champion's is {_shown(figure, theirs)}" if theirs is not None else ""
