@@ -37,12 +37,20 @@ def launched(kind: Kind, config: RunConfig, run: str, inputs: dict[str, Manifest
     from model import steps
     from model.plumbing import speech
 
+    spec = steps.job(kind, config, run, inputs)
+    use(kind, config, run, spec.output, *(one.uri for one in inputs.values()))
     if found := steps.taken_over(kind, config):
         speech.reused(kind, found.uri)
         return Made(found, True)
-    spec = steps.job(kind, config, run, inputs)
     reused = is_made(spec.output)
     return Made(launch(spec), reused)
+
+
+def use(name: str, config: RunConfig, run: str, *uris: str) -> None:
+    """Say that a step uses these assets from now on, and what a retraining starts from: see `uses.use`."""
+    from model.plumbing import assets, uses
+
+    uses.use(name, run, *uris, *(assets.place(kind, ref.key) for kind, ref in config.origin.items()))
 
 
 def is_made(uri: str) -> bool:

@@ -29,17 +29,19 @@ def evaluation(
     """
     from pathlib import Path
 
-    from components.artifacts import config_of, launched, read, write
+    from components.artifacts import config_of, launched, read, use, write
     from components.step import step
 
     with step("evaluation", run):
         from components.page import SAMPLES, left
         from model.inference.bundle import make_bundle
         from model.plumbing import storage
+        from model.steps import writer
 
-        parts = {"tokenizer": tokenizer, "text": text, "judge": judge, "transformer": transformer}
-        settings = config_of(config)
-        model = make_bundle(settings, {name: read(part) for name, part in parts.items()})
+        artifacts = {"tokenizer": tokenizer, "text": text, "judge": judge, "transformer": transformer}
+        settings, parts = config_of(config), {name: read(part) for name, part in artifacts.items()}
+        use("evaluation", settings, run, writer("model", settings, parts).uri)
+        model = make_bundle(settings, parts)
         made = launched("evaluation", settings, run, {"images": read(images), "model": model})
         write(made, evaluation, config, metrics)
         Path(report.path).write_bytes(storage.read_bytes(made.manifest.where("report.html")))

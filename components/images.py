@@ -24,7 +24,7 @@ def images(
     """
     from pathlib import Path
 
-    from components.artifacts import Made, config_of, is_made, write
+    from components.artifacts import Made, config_of, is_made, use, write
     from components.step import step
 
     with step("images", run):
@@ -36,6 +36,7 @@ def images(
 
         settings = config_of(config)
         output = writer("images", settings, {})
+        use("images", settings, run, output.uri)
         with alone("images", output.uri):
             reused = is_made(output.uri)
             made = ingest(settings.data, output)

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -33,6 +34,7 @@ LEFT = "left"  # who leaves what is still under way writes it last: so that "nob
 RELEASED = ".released"  # ending of what says that a lock is nobody's any more
 LOOKS = (0.1, 2.0)  # seconds from look to look of one who waits for a lock: at first, and later
 GLANCE = 0.2  # seconds until it sees that a holder on its own machine has died
+LOCKS = "locks"  # folder of the store
 RUNS = "runs"  # folder of the store: what becomes of each run that may not be over
 CARRIED, WAITS = b"carried", b"waits for its next step"
 NEXT_STEP = 3600.0  # seconds that a step may take to start: its pod may wait for room
@@ -148,7 +150,7 @@ def age(uri: str) -> float | None:
 
 
 @contextmanager
-def alone(name: str, work: str) -> Iterator[None]:
+def alone(name: str, work: str) -> Iterator[Callable[[], None]]:
     """Wait until no other run is at the same work, then do it; the next one finds it done.
 
     One that dies keeps nobody waiting on its own machine, and a minute and a half elsewhere.
@@ -156,24 +158,90 @@ def alone(name: str, work: str) -> Iterator[None]:
     Args:
         name: of the step, for what is said.
         work: URI of what is made, or any name: the same for all who are not to do it at once.
+
+    Yields:
+        What raises a UserError once the lock may soon be another's, as it was not renewed: before what must
+        not be done by two.
     """
     lock = _Lock(work)
-    wait, longest = LOOKS
-    waits = False
-    while not lock.take():
-        if not waits:
-            waits = True
-            speech.say(name, "waits for another run that does the same")
-        lock.wait(wait)
-        wait = min(1.2 * wait, longest)
-    renewal = _Renewal(name, "its lock", lock.renew)
+    _wait_while(lambda: not lock.take(), lock, name, "waits for another run that does the same")
+    renewed = _now()
+
+    def renew() -> None:
+        nonlocal renewed
+        began = _now()
+        lock.renew()
+        renewed = began
+
+    def still_ours() -> None:
+        if _now() - renewed > 2 * RENEWAL:
+            raise UserError(
+                f"{name}: its lock was not renewed in time, and may be another's; run it again"
+            )
+
+    renewal = _Renewal(name, "its lock", renew)
     renewal.start()
     try:
-        yield
+        yield still_ours
     finally:
         renewal.stop()
         with suppress(UserError, OSError), storage.hasty(*QUICK):  # where this fails, it runs out
             lock.release()
+
+
+def wait_for(name: str, work: str, saying: str) -> None:
+    """Return when nobody is at some work that is done alone.
+
+    Args:
+        name: of the step.
+        work: as of `alone`.
+        saying: what the step says where it waits.
+    """
+    lock = _Lock(work)
+    _wait_while(lock.is_held, lock, name, saying)
+
+
+@dataclass(frozen=True)
+class Lock:
+    """What the store has of a lock."""
+
+    held: bool  # by somebody who lives, as far as the store tells
+    names: list[str]  # of its objects, below `<store>/locks`
+    age: float  # seconds since the last one was written
+
+
+def locks() -> dict[str, Lock]:
+    """All locks of this store by their work; of assets `<kind>/<key>`.
+
+    Raises:
+        UserError: the store does not answer.
+    """
+    works: dict[str, dict[str, float]] = {}
+    for path, age in storage.ages(storage.join(storage.store_root(), LOCKS)).items():
+        work, _, name = path.rpartition("/")
+        works.setdefault(work, {})[name] = age
+    found = {}
+    for work, ages in works.items():
+        highest = _name(_highest(ages))
+        held = f"{highest}{RELEASED}" not in ages and ages.get(highest, LIVE) < LIVE
+        found[work] = Lock(held, [f"{work}/{name}" for name in ages], min(ages.values()))
+    return found
+
+
+def _wait_while(condition: Callable[[], bool], lock: _Lock, name: str, saying: str) -> None:
+    wait, longest = LOOKS
+    waits = False
+    while condition():
+        if not waits:
+            waits = True
+            speech.say(name, saying)
+        lock.wait(wait)
+        wait = min(1.2 * wait, longest)
+
+
+def _now() -> float:
+    """Seconds that pass while the machine sleeps, too."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class _Lock:
@@ -185,7 +253,7 @@ class _Lock:
 
     def __init__(self, work: str) -> None:
         root = storage.store_root()
-        self.uri = storage.join(root, "locks", work.removeprefix(root))  # an asset may be deleted as a whole
+        self.uri = storage.join(root, LOCKS, work.removeprefix(root))  # an asset may be deleted as a whole
         self._holder = {"holder": os.urandom(8).hex(), **_this_process()}
         self._content = json.dumps(self._holder).encode()
         self._number = self._seen = 0  # ours, and the highest at the last look
@@ -193,15 +261,9 @@ class _Lock:
 
     def take(self) -> bool:
         """Whether it is ours from now on."""
-        ages = self._ages()
-        highest = self._seen = _highest(ages)
-        if highest and not (
-            f"{_name(highest)}{RELEASED}" in ages
-            or ages[_name(highest)] >= LIVE
-            or _is_dead(self._read(highest))
-        ):
+        if self.is_held():
             return False
-        self._number = highest + 1
+        self._number = self._seen + 1
         try:
             storage.write_bytes(self._at(self._number), self._content, if_absent=True)
         except FileExistsError:
@@ -215,6 +277,16 @@ class _Lock:
             if int(name.removesuffix(RELEASED)) < self._number:
                 storage.delete(storage.join(self.uri, name))
         return True
+
+    def is_held(self) -> bool:
+        """Whether it is somebody's now."""
+        ages = self._ages()
+        highest = self._seen = _highest(ages)
+        return bool(highest) and not (
+            f"{_name(highest)}{RELEASED}" in ages
+            or ages[_name(highest)] >= LIVE
+            or _is_dead(self._read(highest))
+        )
 
     def wait(self, seconds: float) -> None:
         """Return after so long, or when a holder on this machine has died."""
@@ -329,10 +401,18 @@ def given_up() -> list[str]:
     Raises:
         UserError: the store does not answer.
     """
+    return [run for run, lives in _runs().items() if not lives]
+
+
+def living() -> list[str]:
+    """The pipeline runs of this store that a step carries, or that wait for the next. Raises as above."""
+    return [run for run, lives in _runs().items() if lives]
+
+
+def _runs() -> dict[str, bool]:
+    """Whether each run of this store lives."""
     ages = storage.ages(storage.join(storage.store_root(), RUNS))
-    return [
-        run for run, age in ages.items() if age >= NEXT_STEP or (age >= LIVE and _became_of(run) == CARRIED)
-    ]
+    return {run: age < LIVE or (age < NEXT_STEP and _became_of(run) != CARRIED) for run, age in ages.items()}
 
 
 def forget(run: str) -> None:

@@ -25,9 +25,10 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -45,6 +46,7 @@ THREADS = 8  # parts under way at once
 READ_AHEAD = MIB  # bytes that a stream buffers
 TEMPORARY = ".partial-"  # prefix of local files that are not complete yet; never listed
 ATTEMPTS = 11  # of a request, the first included; boto3 spreads them over some 20 s if all are refused
+AT_ONCE = 1000  # objects that S3 lists and deletes in one request, at most
 IN_MEMORY = 256 * MIB  # bytes that are read whole, at most
 BUSY = ("SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "Throttling")
 SLOWEST = 8 << 10  # bytes per second of a connection; who is slower is given up
@@ -250,13 +252,21 @@ def list_sizes(uri: str) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def ages(uri: str) -> dict[str, float]:
-    """Names, relative to the folder `uri`, of everything below it, and seconds since each was last written.
+@dataclass(frozen=True)
+class Stored:
+    """What is known of an object without reading it."""
 
-    By the store's own clock, whatever this machine's says, and to a second: S3 tells whole ones. A thousand
-    objects are one request.
+    size: int  # bytes
+    age: float  # seconds since it was last written
+
+
+def listing(uri: str) -> dict[str, Stored]:
+    """Names, relative to the folder `uri`, of everything below it, and what is known of each, sorted by name.
+
+    Ages are by the store's own clock, whatever this machine's says, and to a second: S3 tells whole ones. A
+    thousand objects are one request.
     """
-    found: dict[str, float] = {}
+    found: dict[str, Stored] = {}
     if is_s3(uri):
         bucket, key = split(uri)
         prefix = f"{key}/" if key else ""
@@ -265,7 +275,7 @@ def ages(uri: str) -> dict[str, float]:
                 now = _date(uri, page["ResponseMetadata"]["HTTPHeaders"])
                 for item in page.get("Contents", []):
                     age = (now - item["LastModified"]).total_seconds()
-                    found[item["Key"].removeprefix(prefix)] = max(0.0, age)
+                    found[item["Key"].removeprefix(prefix)] = Stored(item["Size"], max(0.0, age))
     elif Path(uri).is_dir():
         with explained(uri), tempfile.TemporaryFile(prefix=TEMPORARY, dir=uri) as probe:
             now_here = os.fstat(probe.fileno()).st_mtime  # a folder of the network has a clock of its own
@@ -274,8 +284,14 @@ def ages(uri: str) -> dict[str, float]:
                     with contextlib.suppress(FileNotFoundError):  # somebody has just deleted it
                         status = path.stat()
                         if stat.S_ISREG(status.st_mode):
-                            found[path.relative_to(uri).as_posix()] = max(0.0, now_here - status.st_mtime)
+                            age = max(0.0, now_here - status.st_mtime)
+                            found[path.relative_to(uri).as_posix()] = Stored(status.st_size, age)
     return dict(sorted(found.items()))
+
+
+def ages(uri: str) -> dict[str, float]:
+    """The ages alone, see `listing`."""
+    return {name: one.age for name, one in listing(uri).items()}
 
 
 def _date(uri: str, headers: Mapping[str, str]) -> datetime.datetime:
@@ -291,6 +307,34 @@ def list_uris(uri: str) -> list[str]:
     return [join(uri, name) for name in list_sizes(uri)]
 
 
+def delete_all(uri: str, names: Iterable[str]) -> None:
+    """Remove what has these names below the folder `uri`; on S3 a thousand are one request.
+
+    Of local folders those that are left empty go, too.
+    """
+    names = list(names)
+    if is_s3(uri):
+        bucket, key = split(uri)
+        prefix = f"{key}/" if key else ""
+        with explained(uri):
+            for start in range(0, len(names), AT_ONCE):
+                batch = [{"Key": f"{prefix}{name}"} for name in names[start : start + AT_ONCE]]
+                answer = client().delete_objects(Bucket=bucket, Delete={"Objects": batch, "Quiet": True})  # type: ignore[typeddict-item]
+                for failed in answer.get("Errors", []):
+                    raise UserError(f"{uri}: {failed.get('Key')} cannot be deleted: {failed.get('Message')}")
+        return
+    with explained(uri):
+        for name in names:
+            Path(uri, name).unlink(missing_ok=True)
+            for folder in Path(uri, name).parents:
+                try:
+                    folder.rmdir()
+                except OSError:  # it is not empty, or gone
+                    break
+                if folder == Path(uri):
+                    break
+
+
 def delete_prefix(uri: str) -> None:
     """Remove everything below the folder `uri`.
 
@@ -298,16 +342,9 @@ def delete_prefix(uri: str) -> None:
         UserError: `uri` is a whole bucket or the root of the file system.
     """
     if is_s3(uri):
-        bucket, key = split(uri)
-        if not key:
+        if not split(uri)[1]:
             raise UserError(f"{uri}: refusing to delete a whole bucket; name a folder in it")
-        names = list(list_sizes(uri))
-        with explained(uri):
-            for start in range(0, len(names), 1000):
-                batch = [{"Key": f"{key}/{name}"} for name in names[start : start + 1000]]
-                answer = client().delete_objects(Bucket=bucket, Delete={"Objects": batch, "Quiet": True})  # type: ignore[typeddict-item]
-                for failed in answer.get("Errors", []):
-                    raise UserError(f"{uri}: {failed.get('Key')} cannot be deleted: {failed.get('Message')}")
+        delete_all(uri, list_sizes(uri))
     else:
         if Path(uri).absolute().parent == Path(uri).absolute():
             raise UserError(f"{uri}: refusing to delete the root of the file system; name a folder")

@@ -1,0 +1,178 @@
+"""The store as `garbage` sees it, and the deletion of what nobody needs.
+
+What is looked at are the folders of assets, of locks, of uses; whatever else lies in the store is somebody
+else's. An asset's manifest goes before its files: half an asset is no asset, and is made anew.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import get_args
+
+from model.errors import UserError
+from model.plumbing import leases, storage, uses
+from model.plumbing.assets import NAME, SCHEMA_VERSION, Kind, Manifest
+from model.plumbing.garbage import Asset, Garbage, Id, garbage
+from model.plumbing.storage import Stored
+
+ID = re.compile(r"([a-z]+/[0-9a-f]{16})/(.+)")
+SPEC = re.compile(r"job-[0-9a-f]+\.json")
+LEASES = "leases/"
+
+
+@dataclass(frozen=True)
+class Needed:
+    """What registered models were made from: assets by kind and key, and hashes of manifests."""
+
+    ids: frozenset[Id]
+    hashes: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What of a store goes."""
+
+    assets: Mapping[Id, Asset]  # all there are
+    needed: frozenset[Id]  # of them, by registered models, directly
+    garbage: Garbage
+    uses: list[str]  # that have run out
+    locks: list[str]  # likewise
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """By kind how many assets go, or what is left of them, and bytes; as "scratch", of those that stay."""
+        found: dict[str, tuple[int, int]] = {}
+        parts = [(one.partition("/")[0], one, names) for one, names in self.garbage.assets.items()]
+        parts += [("scratch", one, names) for one, names in self.garbage.scratch.items()]
+        for kind, one, names in parts:
+            count, size = found.get(kind, (0, 0))
+            freed = sum(self.assets[one].objects[name].size for name in names)
+            found[kind] = count + 1, size + freed
+        return found
+
+
+def look(needed: Callable[[], Needed], spared: float) -> Found:
+    """Find what of the store nobody needs.
+
+    Args:
+        needed: asks for what registered models were made from, when runs' uses are known: what is registered
+            meanwhile is a living run's.
+        spared: seconds for which anything stays that was written.
+
+    Raises:
+        UserError: the store cannot be read, or a later latent-gpt writes there, too.
+    """
+    living = set(leases.living())
+    said = uses.said()
+    counts = {name for name, age in said.items() if age < spared or name.partition("/")[0] in living}
+    used = {name.rpartition("/")[2].replace("-", "/", 1) for name in counts}
+    locks = leases.locks()
+    used |= {work for work, lock in locks.items() if lock.held}
+    objects = _objects()
+    used |= {one for one, names in objects.items() if any(map(_wants, names.items()))}
+    manifests = _read(objects)
+    assets = {one: _asset(found, manifests[one]) for one, found in objects.items()}
+    asked = needed()
+    registered = {
+        one
+        for one in assets
+        if one in asked.ids or (isinstance(made := manifests[one], Manifest) and made.sha256 in asked.hashes)
+    }
+    return Found(
+        assets,
+        frozenset(registered),
+        garbage(assets, registered, used, spared),
+        [name for name in said if name not in counts],
+        [
+            name
+            for work, lock in locks.items()
+            # The numbers of a lock begin anew where it is deleted: nobody may be about to take it.
+            if ID.fullmatch(f"{work}/-") and work not in used and lock.age >= spared
+            for name in lock.names
+        ],
+    )
+
+
+def sweep(found: Found, still_ours: Callable[[], None]) -> None:
+    """Delete what was found, within `uses.sweep`.
+
+    Args:
+        found: in the same sweep.
+        still_ours: what the sweep yields.
+
+    Raises:
+        UserError: the store cannot be written, or the sweep is over. What was not deleted is found again.
+    """
+    root = storage.store_root()
+    for part in (found.garbage.assets, found.garbage.scratch):
+        for one, names in part.items():
+            for start in range(0, len(names), storage.AT_ONCE):
+                still_ours()
+                if start == 0 and names[0] == NAME:
+                    storage.delete(storage.join(root, one, NAME))
+                storage.delete_all(storage.join(root, one), names[start : start + storage.AT_ONCE])
+    still_ours()
+    uses.forget(found.uses)
+    storage.delete_all(storage.join(root, leases.LOCKS), found.locks)
+
+
+def _objects() -> dict[Id, dict[str, Stored]]:
+    """All that lies at the places of assets."""
+    found: dict[Id, dict[str, Stored]] = {}
+    for kind in get_args(Kind):
+        for path, one in storage.listing(storage.join(storage.store_root(), kind)).items():
+            if match := ID.fullmatch(f"{kind}/{path}"):
+                found.setdefault(match[1], {})[match[2]] = one
+    return found
+
+
+def _read(objects: Mapping[Id, Collection[str]]) -> dict[Id, Manifest | frozenset[Id]]:
+    """The manifest of each complete asset; of others, what the jobs are to read that make them."""
+
+    def read(one: Id) -> Manifest | frozenset[Id]:
+        place = storage.join(storage.store_root(), one)
+        try:
+            if NAME in objects[one]:
+                return _manifest(storage.read_bytes(storage.join(place, NAME)), place)
+            specs = [
+                storage.read_bytes(storage.join(place, name)) for name in filter(SPEC.fullmatch, objects[one])
+            ]
+            inputs = [other for spec in specs for other in json.loads(spec)["inputs"].values()]
+            return frozenset(f"{other['kind']}/{other['key']}" for other in inputs)
+        except (storage.NotFound, ValueError, KeyError, TypeError):  # gone meanwhile, or of no use to anybody
+            return frozenset()
+
+    with ThreadPoolExecutor(storage.THREADS) as pool:
+        return dict(zip(objects, pool.map(read, objects), strict=True))
+
+
+def _manifest(data: bytes, place: str) -> Manifest:
+    """Raises ValueError, KeyError or TypeError: it is damaged, or an earlier release's."""
+    values = json.loads(data)
+    if (schema := int(values["schema_version"])) > SCHEMA_VERSION:
+        raise UserError(
+            f"{place} has schema {schema} and this version reads {SCHEMA_VERSION}: update latent-gpt, which"
+            " does not know what those need who use this store"
+        )
+    return Manifest.model_validate(values).at(place)
+
+
+def _asset(objects: Mapping[str, Stored], read: Manifest | frozenset[Id]) -> Asset:
+    if not isinstance(read, Manifest):
+        return Asset(objects, inputs=read)
+    grown_from = read.settings.get("grown_from")
+    return Asset(
+        objects,
+        files=frozenset({NAME, *(file.name for file in read.files)}),
+        inputs=frozenset(f"{other.kind}/{other.key}" for other in read.inputs.values()),
+        taken=frozenset((file.asset, file.name) for file in read.files if file.asset),
+        grown_from=f"images/{grown_from}" if grown_from else "",
+    )
+
+
+def _wants(one: tuple[str, Stored]) -> bool:
+    """Whether an object at an asset's place is the lease of somebody who wants it."""
+    return one[0].startswith(LEASES) and one[1].age < leases.LIVE

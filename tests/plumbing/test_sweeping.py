@@ -1,0 +1,221 @@
+"""A store is swept: what registered models, runs and jobs need stays, in a folder and on S3."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from model.errors import UserError
+from model.plumbing import assets, leases, storage, uses
+from model.plumbing.assets import AssetWriter, Manifest
+from model.plumbing.jobs import JobSpec, TrackingIds, write_spec
+from model.plumbing.sweeping import Found, Needed, look, sweep
+from tests import ROOT
+from tests.instances import config
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
+def root(request: pytest.FixtureRequest) -> str:
+    """An empty store of each kind."""
+    if request.param == "local":
+        return str(request.getfixturevalue("store"))
+    return str(request.getfixturevalue("services")["LATENT_GPT_STORE"])
+
+
+def made(kind: str, seed: int, **inputs: Manifest) -> Manifest:
+    """A complete asset with what led to it, and what is only looked at."""
+    writer = AssetWriter(kind, {"seed": seed}, inputs)  # type: ignore[arg-type]
+    writer.add_bytes("part/weights", b"w" * 100)
+    for name in ("checkpoints/step-1/tensors", "attempts/1/rank-0.log", "pictures/some.png"):
+        storage.write_bytes(storage.join(writer.uri, name), b"s" * 10)
+    return writer.finish({}, scratch="nothing")
+
+
+def needed(*manifests: Manifest, by: str = "key") -> Needed:
+    ids = frozenset(f"{one.kind}/{one.key}" for one in manifests)
+    return (
+        Needed(ids, frozenset())
+        if by == "key"
+        else Needed(frozenset(), frozenset(m.sha256 for m in manifests))
+    )
+
+
+def swept(by: Needed, spared: float = 0.0) -> Found:
+    with uses.sweep() as still_ours:
+        found = look(lambda: by, spared)
+        sweep(found, still_ours)
+    return found
+
+
+def there(root: str) -> set[str]:
+    """What lies in the store, but for the lock of the sweep itself."""
+    return {name for name in storage.list_sizes(root) if not name.startswith(f"{leases.LOCKS}/{uses.SWEEP}/")}
+
+
+@pytest.mark.parametrize("by", ["key", "hash"])
+def test_what_a_version_was_made_from_stays_and_the_rest_goes(root: str, by: str) -> None:
+    images = made("images", 0)
+    tokens, other = made("tokens", 0, images=images), made("tokens", 1, images=images)
+    storage.write_bytes(storage.join(root, "mlflow/1/artifact"), b"MLflow's")
+    storage.write_bytes(storage.join(root, "images/notes.txt"), b"somebody's")
+    found = swept(needed(tokens, by=by))
+    assert there(root) == {
+        *(f"{one.kind}/{one.key}/{name}" for one in (images, tokens)
+          for name in (assets.NAME, "part/weights", "pictures/some.png")),
+        "mlflow/1/artifact",
+        "images/notes.txt",
+    }  # fmt: skip
+    whole = len(other.text) + 100 + 3 * 10
+    assert found.sizes() == {"tokens": (1, whole), "scratch": (2, 40)}
+    assert look(lambda: needed(tokens), 0.0).sizes() == {}
+
+
+def test_nothing_young_goes(root: str) -> None:
+    made("tokens", 0, images=made("images", 0))
+    before = there(root)
+    assert swept(needed(), spared=3600).sizes() == {}
+    assert there(root) == before
+
+
+def test_what_a_run_uses_stays_as_long_as_it_lives(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = made("images", 0)
+    tokens = made("tokens", 0, images=images)
+    with leases.carried("tokens", "smoke-1"):
+        uses.use("tokens", "smoke-1", tokens.uri)
+        before = set(storage.list_sizes(tokens.uri))
+        swept(needed())
+        assert set(storage.list_sizes(tokens.uri)) == before, (
+            "what led to it, too: a job may be at work there"
+        )
+    swept(needed())
+    assert assets.find(tokens.uri), "its next step may come yet"
+    assert assets.find(images.uri), "what it was made from stays with it"
+    monkeypatch.setattr(leases, "LIVE", 0.0)
+    monkeypatch.setattr(leases, "NEXT_STEP", 0.0)
+    found = swept(needed())
+    assert found.uses == [f"smoke-1/tokens-{tokens.key}"]
+    assert there(root) == {"runs/smoke-1"}, "which whoever ends it in MLflow forgets"
+
+
+def job(images: Manifest) -> JobSpec:
+    run = config()
+    return JobSpec(
+        kind="tokenizer", module="model.training.vqvae", config=run, settings={},
+        inputs={"images": images.as_input}, tracking=TrackingIds(experiment="e", run="r", step="tokenizer"),
+    )  # fmt: skip
+
+
+def test_a_job_under_way_keeps_what_it_reads_and_its_checkpoints(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = made("images", 0)
+    spec = job(images)
+    write_spec(spec)
+    storage.write_bytes(storage.join(spec.checkpoints, "step-00000001/complete.json"), b"{}")
+    with leases.Lease(spec.leases, "tokenizer"):
+        before = there(root) - {name for name in there(root) if images.key in name}
+        swept(needed())
+        assert there(root) >= before
+        assert assets.find(images.uri)
+    with leases.alone("tokenizer", spec.output):
+        swept(needed())
+        assert assets.find(images.uri), "a lock says the same"
+        assert storage.list_sizes(spec.checkpoints)
+    assert len(swept(needed()).locks) == 2, "its lock, and that it was released"
+    assert there(root) == set()
+
+
+def test_a_store_that_a_later_release_uses_is_left_alone(root: str) -> None:
+    images = made("images", 0)
+    values = json.loads(images.text) | {"schema_version": assets.SCHEMA_VERSION + 1}
+    storage.write_bytes(storage.join(images.uri, assets.NAME), json.dumps(values).encode())
+    with pytest.raises(UserError, match="update latent-gpt"):
+        look(lambda: needed(), 0.0)
+
+
+@pytest.mark.parametrize("manifest", [b"{}", b"no JSON", b'{"schema_version": 1}'])
+def test_what_cannot_be_read_is_no_asset(store: str, manifest: bytes) -> None:
+    images = made("images", 0)
+    storage.write_bytes(storage.join(images.uri, assets.NAME), manifest)
+    swept(needed(images))
+    assert there(store) == set()
+
+
+KILLED = """
+import os, signal, sys
+from model.plumbing import storage, uses
+from model.plumbing.sweeping import Needed, look, sweep
+
+left = int(sys.argv[1])
+def counted(real):
+    def delete(*arguments):
+        global left
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        real(*arguments)
+    return delete
+with uses.sweep() as still_ours:
+    found = look(lambda: Needed(frozenset(), frozenset()), 0.0)
+    storage.delete, storage.delete_all = counted(storage.delete), counted(storage.delete_all)
+    sweep(found, still_ours)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deletions", range(4))
+def test_one_that_is_killed_leaves_a_smaller_store_and_nobody_waiting(store: str, deletions: int) -> None:
+    images = made("images", 0)
+    tokens = made("tokens", 0, images=images)
+    before = there(store)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(deletions)], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert there(store) <= before
+    for one in (images, tokens):
+        if storage.exists(storage.join(one.uri, assets.NAME)):
+            assert assets.find(one.uri), "what has a manifest is whole"
+    began = time.monotonic()
+    uses.use("images", "run", images.uri)
+    assert time.monotonic() - began < 5
+    uses.forget(uses.said())
+    swept(needed())
+    assert there(store) == set()
+
+
+@pytest.mark.slow
+def test_a_sweep_that_stood_still_too_long_deletes_nothing_more(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made("images", 0)
+    before = there(store)
+    with uses.sweep() as still_ours:
+        found = look(lambda: needed(), 0.0)
+        now = leases._now()
+        monkeypatch.setattr(leases, "_now", lambda: now + 2 * leases.RENEWAL + 1)  # a laptop slept
+        with pytest.raises(UserError, match="was not renewed in time"):
+            sweep(found, still_ours)
+    assert there(store) == before
+
+
+def test_no_more_than_a_thousand_objects_are_deleted_at_a_time(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "AT_ONCE", 2)
+    folder = Path(made("images", 0).uri)
+    asked = 0
+
+    def still_ours() -> None:
+        nonlocal asked
+        asked += 1
+
+    sweep(look(lambda: needed(), 0.0), still_ours)
+    assert asked == 4, "five objects, and what is said of uses and locks"
+    assert not folder.exists()
