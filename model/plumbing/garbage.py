@@ -61,7 +61,7 @@ def garbage(
     """
     young = {one for one, asset in assets.items() if asset.age < spared}
     held = _reached(assets, [*used, *young])
-    reached = {one for one in _reached(assets, registered) if assets[one].complete}
+    reached = _reached({one: asset for one, asset in assets.items() if asset.complete}, registered)
     superseded = _superseded(assets, reached)
     whole = held | (reached - superseded)
     # That an older one is superseded is known by those between: they stay as long as that one does.

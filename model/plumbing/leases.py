@@ -175,9 +175,7 @@ def alone(name: str, work: str) -> Iterator[Callable[[], None]]:
 
     def still_ours() -> None:
         if _now() - renewed > 2 * RENEWAL:
-            raise UserError(
-                f"{name}: its lock was not renewed in time, and may be another's; run it again"
-            )
+            raise UserError(f"{name}: its lock was not renewed in time, and may be another's; run it again")
 
     renewal = _Renewal(name, "its lock", renew)
     renewal.start()

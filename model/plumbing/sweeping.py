@@ -43,7 +43,7 @@ class Found:
     locks: list[str]  # likewise
 
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """By kind how many assets go, or what is left of them, and bytes; as "scratch", of those that stay."""
+        """By kind how many assets go, or what is left of them, and bytes; "scratch" is of those that stay."""
         found: dict[str, tuple[int, int]] = {}
         parts = [(one.partition("/")[0], one, names) for one, names in self.garbage.assets.items()]
         parts += [("scratch", one, names) for one, names in self.garbage.scratch.items()]

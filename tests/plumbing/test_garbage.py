@@ -83,7 +83,8 @@ def test_nothing_that_is_needed_ever_goes_and_all_else_does(
     went = set(gone(garbage(assets, registered, used, SPARED)))
     fresh = {one for one in assets if any(part.age < SPARED for part in assets[one].objects.values())}
     in_use = all_needs(assets, used | fresh)
-    made_from = {one for one in all_needs(assets, registered) if assets[one].complete}
+    whole = {one: asset for one, asset in assets.items() if asset.complete}
+    made_from = all_needs(whole, registered & whole.keys())
     staying = in_use | (made_from - outgrown(assets, made_from))
     for one, asset in assets.items():
         for name, part in asset.objects.items():
