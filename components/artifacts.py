@@ -37,11 +37,12 @@ def launched(kind: Kind, config: RunConfig, run: str, inputs: dict[str, Manifest
     from model import steps
     from model.plumbing import speech
 
-    spec = steps.job(kind, config, run, inputs)
-    use(kind, config, run, spec.output, *(one.uri for one in inputs.values()))
+    use(kind, config, run)
     if found := steps.taken_over(kind, config):
         speech.reused(kind, found.uri)
         return Made(found, True)
+    spec = steps.job(kind, config, run, inputs)
+    use(kind, config, run, spec.output, *(one.uri for one in inputs.values()))
     reused = is_made(spec.output)
     return Made(launch(spec), reused)
 

@@ -34,7 +34,8 @@ def use(name: str, run: str, *uris: str) -> None:
     for uri in uris:
         kind, key = uri.rstrip("/").split("/")[-2:]
         storage.write_bytes(storage.join(root, FOLDER, run or NOBODY, f"{kind}-{key}"), name.encode())
-    leases.wait_for(name, SWEEP, "waits for `latent-gpt gc`, which is at work")
+    if uris:
+        leases.wait_for(name, SWEEP, "waits for `latent-gpt gc`, which is at work")
 
 
 def said() -> dict[str, float]:
