@@ -33,6 +33,13 @@ class News(NamedTuple):
     model: str  # name of the registered model
 
 
+def with_start(start: str, overrides: str) -> str:
+    """Overrides with the choice of a start before them. Raises UserError: there is no such start."""
+    if start not in ("", "champion", "scratch"):
+        raise UserError(f"start is '{start}'; it is champion, scratch, or empty for what the config says")
+    return f"retrain.start={start}\n{overrides}" if start else overrides
+
+
 def look(model: str, start: str, asked: Mapping[str, str | int]) -> News:
     """Compare what a run would make now with what each registered version was made from.
 
@@ -44,7 +51,7 @@ def look(model: str, start: str, asked: Mapping[str, str | int]) -> News:
     Raises:
         UserError: a parameter is wrong, the source is not there, or MLflow or the store cannot be reached.
     """
-    asked = {**asked, "overrides": _with_start(start, str(asked["overrides"]))}
+    asked = {**asked, "overrides": with_start(start, str(asked["overrides"]))}
     config = resolve(TEXT_TO_IMAGE, **asked)  # type: ignore[arg-type]
     name = model or config.registered_model
     versions = registry.tags_of_all(name)
@@ -71,12 +78,6 @@ def look(model: str, start: str, asked: Mapping[str, str | int]) -> News:
         found, why = _origin(config, former, name, champion, max(versions))
         config, said = config.model_copy(update={"origin": found}), [*said, *why]
     return News(True, [verdict, *said], config, name)
-
-
-def _with_start(start: str, overrides: str) -> str:
-    if start not in ("", "champion", "scratch"):
-        raise UserError(f"start is '{start}'; it is champion, scratch, or empty for what the config says")
-    return f"retrain.start={start}\n{overrides}" if start else overrides
 
 
 def _config_of(champion: int, name: str) -> tuple[RunConfig | None, list[str]]:

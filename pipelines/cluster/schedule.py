@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from components.parameters import PRESET_GPUS, RETRAINING, TEXT_TO_IMAGE, resolve
-from model.config import RunConfig
+from components.retraining import with_start
 from model.errors import UserError
 from model.plumbing import environment
 from pipelines.cluster.cron import Cron, zone_of
@@ -66,7 +66,7 @@ def schedule(
         "experiment_name": experiment_name,
         "config": file.read_text() if file else "",
     }
-    _checked({**asked, "preset": preset})
+    _check({**asked, "preset": preset})
     kfp = connected()
     how_known = _check_zone(zone, Kubectl(environment.NAMESPACE.get()))
     upload()
@@ -138,19 +138,22 @@ def _named(kfp: Kfp, name: str) -> list[Recurring]:
     raise UserError(f"no recurring run is called '{name}': {which}")
 
 
-def _checked(asked: dict[str, str | int]) -> RunConfig:
-    """The config of a first training, by which all parameters but two are checked."""
-    of_news = ("model", "start")
-    return resolve(TEXT_TO_IMAGE, **{key: value for key, value in asked.items() if key not in of_news})  # type: ignore[arg-type]
+def _check(asked: dict[str, str | int]) -> None:
+    """Refuse parameters that the first step would refuse."""
+    overrides = with_start(str(asked["start"]), str(asked["overrides"]))
+    of_run = {key: value for key, value in asked.items() if key not in ("model", "start")}
+    resolve(TEXT_TO_IMAGE, **{**of_run, "overrides": overrides})  # type: ignore[arg-type]
 
 
 def _check_zone(zone: str, kubectl: Kubectl) -> str:
     """Refuse a zone that is not that of KFP's controller; says how it is known."""
     for namespace in dict.fromkeys((kubectl.namespace, USUAL_NAMESPACE)):
         try:
-            (found,) = Kubectl(namespace).objects("get", "deployment", CONTROLLER)
-            its = _zone_of(found, Kubectl(namespace))
-        except UserError:
+            found = Kubectl(namespace).objects("get", "deployment", CONTROLLER)
+            its = _zone_of(found[0], Kubectl(namespace)) if found else ""
+        except UserError:  # no such Deployment, or not for our eyes
+            continue
+        if not its:
             continue
         if zone_of(its).key != zone:
             raise UserError(

@@ -1,0 +1,187 @@
+"""Whether there is anything new, and what a run starts from: the real MLflow, the real S3, empty assets."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components import page
+from components.retraining import News, look
+from model import steps
+from model.config import RunConfig, load_config
+from model.errors import UserError
+from model.plumbing import registry, storage
+from model.plumbing.assets import AssetWriter, Kind, Manifest
+from model.plumbing.jobs import TrackingIds
+from model.plumbing.tracking import mlflow_client
+
+pytestmark = pytest.mark.slow
+
+Version = Callable[..., dict[Kind, Manifest]]
+TAKEN = ("images", "tokenizer", "text", "transformer")
+
+
+@pytest.fixture
+def source(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the source says of itself: its last word."""
+    said = ["forty pictures"]
+    monkeypatch.setattr("model.data.sources.fingerprint", lambda source: said[-1])
+    return said
+
+
+@pytest.fixture
+def name() -> str:
+    return f"model-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def version(services: dict[str, str], name: str, source: list[str], tmp_path: Path) -> Version:
+    """Registers a version, as a run of a config leaves it, and returns the assets that it was made from."""
+    import mlflow
+
+    class Nothing(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined, misc]
+        def predict(self, context: Any, model_input: list[str]) -> list[str]:
+            return model_input
+
+    def make(
+        config: RunConfig, number: int, champion: bool = True, old: bool = False
+    ) -> dict[Kind, Manifest]:
+        made: dict[Kind, Manifest] = {}
+        for kind in ("images", "tokenizer", "text", "judge", "transformer"):
+            settings = steps.settings(kind, config) if kind == "images" else {"number": number, "of": name}
+            made[kind] = AssetWriter(kind, settings, {}).finish({"number": number})
+        tags = {registry.MODEL_TAG: str(number)}
+        if not old:
+            parts = steps.parts(config, made["images"].settings)
+            tags |= {registry.FINGERPRINT_TAG: steps.fingerprint(parts)}
+            tags |= {registry.PARTS_TAG: json.dumps(parts)}
+            tags |= registry.lineage_tags([one.as_input for one in made.values()])
+
+        def log(bundle: Path, name: str) -> Any:
+            metadata = {} if old else {registry.CONFIG: config.model_dump(mode="json")}
+            return mlflow.pyfunc.log_model(
+                name=name, python_model=Nothing(), metadata=metadata, pip_requirements=[]
+            )
+
+        ids = TrackingIds(experiment="retraining", run=f"run-{name}-{number}", step="register")
+        assert registry.register(ids, tmp_path, log, tags, name) == number
+        if champion:
+            mlflow_client().set_registered_model_alias(name, registry.CHAMPION, str(number))
+        return made
+
+    return make
+
+
+def asked(name: str, start: str = "", **changes: str | int) -> News:
+    usual: dict[str, str | int] = {"preset": "smoke", "data": "", "workers": 0, "gpus_per_worker": -1}
+    return look(name, start, {**usual, "overrides": "", "experiment_name": "", "config": "", **changes})
+
+
+def test_the_first_is_a_plain_training(services: dict[str, str], name: str, source: list[str]) -> None:
+    seen = asked(name)
+    assert (seen.new, seen.said) == (True, [f"new: {name} has no version yet"])
+    assert seen.config == load_config("smoke", [f"model_name={name}"])
+    assert not seen.config.origin
+
+
+def test_a_run_that_would_make_the_same_is_none(name: str, version: Version, source: list[str]) -> None:
+    config = load_config("smoke", [f"model_name={name}", "transformer.depth=2"])
+    version(config, 1)
+    seen = asked(name)
+    assert (seen.new, seen.said) == (False, [f"nothing new since version 1 of {name} (champion)"])
+    assert not asked(name, overrides="jobs.memory=9Gi\nretrain.start=scratch").new, "they decide no content"
+
+    source.append("fifty pictures")
+    version(config, 2, champion=False)
+    seen = asked(name)
+    assert (seen.new, seen.said) == (False, [f"nothing new since version 2 of {name} (not champion)"])
+    source.append("forty pictures")
+    assert not asked(name).new, "that was learned once"
+    assert "nothing new" in page.news(seen)
+
+
+def test_new_pictures_grow_and_all_else_is_the_champions(
+    name: str, version: Version, source: list[str]
+) -> None:
+    config = load_config("smoke", [f"model_name={name}", "transformer.depth=2"])
+    first = version(config, 1)
+    source.append("thirty pictures")
+    refused = version(config, 2, champion=False)
+    source.append("fifty pictures")
+    seen = asked(name, workers=2)
+    assert seen.said[0] == f"new since version 2 of {name}: pictures of the source"
+    assert {kind: one.key for kind, one in seen.config.origin.items()} == {
+        "images": refused["images"].key,  # of the newest, as older ones may hold what was deleted
+        **{kind: first[kind].key for kind in ("tokenizer", "text", "transformer")},
+    }
+    assert seen.config.transformer == config.transformer, "and not the preset's"
+    assert seen.config.jobs == config.jobs.model_copy(update={"workers": 2})
+    assert "images grow from those of version 2" in page.news(seen)
+
+
+@pytest.mark.parametrize(
+    ("how", "kept", "said"),
+    [
+        ({"start": "scratch"}, {"images", "tokenizer"}, "from scratch, as retrain.start says"),
+        ({"overrides": "retrain.tokenizer=trained"}, {"images"}, "as retrain.tokenizer says"),
+        ({"overrides": "tokenizer.codebook_size=8"}, {"images"}, "settings of the tokenizer have changed"),
+        (
+            {"overrides": "clip.context_length=20"},
+            {"images", "tokenizer"},
+            "of the text encoder changed",
+        ),
+        ({"overrides": "transformer.dropout=0.3"}, set(TAKEN), "whose weights the transformer begins from"),
+    ],
+)
+def test_what_is_not_taken_over_is_said(
+    name: str, version: Version, source: list[str], how: dict[str, str], kept: set[str], said: str
+) -> None:
+    version(load_config("smoke", [f"model_name={name}"]), 1)
+    source.append("fifty pictures")
+    seen = asked(name, **how)
+    assert set(seen.config.origin) == kept
+    assert said in " ".join(seen.said)
+
+
+@pytest.mark.parametrize(
+    ("gone", "kept"),
+    [
+        ("images", {"tokenizer", "text", "transformer"}),
+        ("tokenizer", {"images"}),
+        ("text", {"images", "tokenizer"}),
+        ("transformer", {"images", "tokenizer"}),
+    ],
+)
+def test_an_asset_that_is_gone_is_made_anew(
+    name: str, version: Version, source: list[str], gone: Kind, kept: set[str]
+) -> None:
+    made = version(load_config("smoke", [f"model_name={name}"]), 1)
+    storage.delete_prefix(made[gone].uri)
+    source.append("fifty pictures")
+    seen = asked(name)
+    assert set(seen.config.origin) == kept
+    assert f"{gone} of version 1 is not taken over, and made anew" in " ".join(seen.said)
+
+
+def test_a_champion_of_an_earlier_release_is_begun_anew(
+    name: str, version: Version, source: list[str]
+) -> None:
+    version(load_config("smoke", [f"model_name={name}", "transformer.depth=2"]), 1, old=True)
+    seen = asked(name)
+    assert seen.new
+    assert seen.config == load_config("smoke", [f"model_name={name}"])
+    assert seen.said == [
+        f"new: version 1 of {name} does not say what it was made from",
+        f"from scratch, with the preset's settings: version 1 of {name} is of an earlier release and has no"
+        " config",
+    ]
+
+
+def test_a_start_that_there_is_not_is_refused(services: dict[str, str], name: str) -> None:
+    with pytest.raises(UserError, match="start is 'champoin'; it is champion, scratch, or empty"):
+        asked(name, "champoin")
