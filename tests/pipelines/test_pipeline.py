@@ -288,3 +288,23 @@ def test_the_other_phases_take_the_same_steps_into_their_own_experiments(
     assert {experiment for step, *_, experiment in runs if step == "pipeline"} == {
         "latent-gpt-pretrained-vqvae", "vqvae-training", "latent-gpt-custom-vqvae",
     }  # fmt: skip
+
+
+def test_a_retraining_ends_at_once_where_nothing_is_new_and_else_goes_on_from_the_champion(
+    first: First, state: Path
+) -> None:
+    began = time.monotonic()
+    done = latent_gpt("retrain", "--preset", "smoke", state=state)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert time.monotonic() - began < 60
+    assert re.search(r"nothing new since version 1 of latent-gpt-smoke \(champion\)", done.stdout)
+    assert re.findall(r"^\[\d+/\d+\] (\w+)$", done.stdout, re.MULTILINE) == ["news"]
+
+    done = latent_gpt("retrain", "--preset", "smoke", "--set", "transformer.dropout=0.1", state=state)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "setting transformer.dropout 0.0 -> 0.1" in done.stdout
+    assert "whose weights the transformer begins from" in done.stdout
+    (line,) = re.findall(r"^reused +(.*)$", done.stdout, re.MULTILINE)
+    assert {"images", "tokenizer", "text", "judge", "tokens"} <= set(line.split(", "))
+    assert re.search(r"\[10/10\] register", done.stdout)
+    assert re.search(r"^model +latent-gpt-smoke version \d", done.stdout, re.MULTILINE)
