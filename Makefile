@@ -48,7 +48,7 @@ COMPILE := $(UV) pip compile --universal --python-version 3.11 --generate-hashes
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help run retrain generate mlflow-ui preflight build-and-deploy build push secrets deploy upload submit schedule undeploy \
+.PHONY: help run retrain generate mlflow-ui gc preflight build-and-deploy build push secrets deploy upload submit schedule undeploy \
 	cluster cluster-addons test test-fast test-cluster mutants lint lint-k8s lock bench bench-gpu clean
 
 ##@ Use
@@ -64,6 +64,9 @@ generate: .venv/run.stamp ## A picture from the registered champion (PROMPT="red
 
 mlflow-ui: .venv/run.stamp ## Open MLflow on what the runs left
 	@$(BIN)/latent-gpt mlflow-ui
+
+gc: .venv/run.stamp ## List what no model and no run needs any more (ARGS="--delete" deletes it)
+	@$(BIN)/latent-gpt gc $(ARGS)
 
 ##@ On a cluster
 

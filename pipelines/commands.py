@@ -148,6 +148,24 @@ def logs(
             print_logs(stored_logs(run), step, rank, follow)
 
 
+def gc(
+    delete: Annotated[bool, typer.Option("--delete", help="Do it; left out, it is only listed.")] = False,
+    hours: Annotated[float, typer.Option(min=0, help="What was written since then stays.")] = 168,
+    versions: Annotated[
+        int, typer.Option(min=1, help="Newest of each registered model whose assets stay.")
+    ] = 5,
+) -> None:
+    """List what no registered model and no run needs any more, or delete it."""
+    from model.plumbing import environment
+    from pipelines.cluster.kubectl import Kubectl
+    from pipelines.gc import gc
+    from pipelines.run import state_folder
+
+    with _services_of_runs():
+        cluster = Kubectl(environment.NAMESPACE.get()) if environment.KFP_ENDPOINT.get() else None
+        gc(delete, hours, versions, state_folder(), cluster)
+
+
 def mlflow_ui() -> None:
     """Keep MLflow and S3 running on what the runs left, until Ctrl-C."""
     from pipelines.embedded.servers import link

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -26,11 +26,15 @@ from model.errors import UserError
 from model.plumbing import assets, cache, environment, leases, storage
 from model.plumbing.assets import File, Input, Kind, Manifest
 from model.plumbing.jobs import TrackingIds
+from model.plumbing.sweeping import Needed
 from model.plumbing.tracking import Tracker, explained, mlflow_client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+    from mlflow.store.entities import PagedList
+
+T = TypeVar("T")
 
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous-champion"
 MODEL_TAG = "latent_gpt.model"  # of a version: hash of its manifest
@@ -349,6 +353,86 @@ def _known_aliases(found: dict[str, int]) -> Aliases:
     return Aliases(
         champion=found.get(CHAMPION), previous=found.get(PREVIOUS), challenger=found.get(CHALLENGER)
     )
+
+
+def needed(newest: int) -> tuple[dict[str, Needed], list[str]]:
+    """What must stay in the store for the registered models of ours, and who asks for it.
+
+    Args:
+        newest: of each model so many versions count, and whatever has an alias.
+
+    Returns:
+        What versions were made from, and what they are measured on, each by a name for people; the versions
+        that do not count.
+
+    Raises:
+        UserError: MLflow cannot be reached.
+    """
+    client = mlflow_client()
+    wanted: dict[str, Needed] = {}
+    others = []
+    with explained():
+        for model in _all(client.search_registered_models):
+            names: dict[int, list[str]] = {}
+            for alias, number in model.aliases.items():
+                names.setdefault(int(number), []).append(alias)
+            found = _all(client.search_model_versions, f"name='{model.name}'")
+            versions = sorted(
+                (one for one in found if one.tags.keys() & {MODEL_TAG, OLD_TAG}),
+                key=lambda one: int(one.version),
+                reverse=True,
+            )
+            for place, one in enumerate(versions):
+                plays = names.get(int(one.version), [])
+                playing = f" ({', '.join(sorted(plays))})" if plays else ""
+                name = f"{model.name} version {one.version}{playing}"
+                if place < newest or plays:
+                    wanted[name] = _needs(one.tags)
+                else:
+                    others.append(name)
+            key, _, sha256 = model.tags.get(BENCHMARK_TAG, "").partition("/")
+            if versions and sha256:
+                ids, hashes = frozenset({f"benchmark/{key}"}), frozenset({sha256})
+                wanted[f"{model.name}, what its versions are measured on"] = Needed(ids, hashes)
+    return wanted, others
+
+
+def in_deleted_experiments() -> list[str]:
+    """The versions of ours whose experiments are marked as deleted: these must not be deleted for good.
+
+    Raises:
+        UserError: MLflow cannot be reached.
+    """
+    from mlflow.exceptions import MlflowException
+
+    client = mlflow_client()
+    held = []
+    with explained():
+        for one in _all(client.search_model_versions):
+            with suppress(MlflowException):  # its run is gone for good already
+                experiment = client.get_run(one.run_id or "").info.experiment_id
+                if client.get_experiment(experiment).lifecycle_stage == "deleted":
+                    held.append(f"{one.name} version {one.version}")
+    return held
+
+
+def _needs(tags: dict[str, str]) -> Needed:
+    """What the tags of a version say that it was made from."""
+    keys: dict[str, str] = json.loads(tags.get(KEYS_TAG, "{}"))
+    hashes = (value for tag, value in tags.items() if tag.removeprefix("latent_gpt.") in get_args(Kind))
+    return Needed(frozenset(f"{kind}/{key}" for kind, key in keys.items()), frozenset(hashes))
+
+
+def _all(search: Callable[..., PagedList[T]], query: str | None = None) -> list[T]:
+    """All that a search finds, page by page."""
+    found: list[T] = []
+    page = ""
+    while True:
+        some = search(query, max_results=1000, page_token=page)
+        found += some
+        page = some.token or ""
+        if not page:
+            return found
 
 
 class Listed(BaseModel):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import reduce
 from typing import get_args
 
 from model.errors import UserError
@@ -26,10 +27,13 @@ LEASES = "leases/"
 
 @dataclass(frozen=True)
 class Needed:
-    """What registered models were made from: assets by kind and key, and hashes of manifests."""
+    """What registered models were made from: assets by kind and key, or by the hashes of their manifests."""
 
-    ids: frozenset[Id]
-    hashes: frozenset[str]
+    ids: frozenset[Id] = frozenset()
+    hashes: frozenset[str] = frozenset()
+
+    def __or__(self, other: Needed) -> Needed:
+        return Needed(self.ids | other.ids, self.hashes | other.hashes)
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,11 @@ class Found:
             freed = sum(self.assets[one].objects[name].size for name in names)
             found[kind] = count + 1, size + freed
         return found
+
+
+def union(some: Iterable[Needed]) -> Needed:
+    """What any of them is about."""
+    return reduce(lambda one, other: one | other, some, Needed())
 
 
 def look(needed: Callable[[], Needed], spared: float) -> Found:
@@ -90,7 +99,7 @@ def look(needed: Callable[[], Needed], spared: float) -> Found:
             name
             for work, lock in locks.items()
             # The numbers of a lock begin anew where it is deleted: nobody may be about to take it.
-            if ID.fullmatch(f"{work}/-") and work not in used and lock.age >= spared
+            if work.partition("/")[0] in get_args(Kind) and work not in used and lock.age >= spared
             for name in lock.names
         ],
     )

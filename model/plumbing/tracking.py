@@ -495,6 +495,30 @@ def reopen_pipeline_run(run: str) -> None:
             _go_on(client, found)
 
 
+def deleted_runs() -> dict[str, str]:
+    """The runs that are marked as deleted, and where their artifacts are.
+
+    Raises:
+        UserError: MLflow cannot be reached.
+    """
+    from mlflow.entities import ViewType
+
+    client = mlflow_client()
+    found: dict[str, str] = {}
+    with explained():
+        experiments = [one.experiment_id for one in client.search_experiments(ViewType.ALL)]
+        page = ""
+        while experiments:
+            some = client.search_runs(
+                experiments, run_view_type=ViewType.DELETED_ONLY, max_results=AT_ONCE, page_token=page
+            )
+            found |= {one.info.run_id: one.info.artifact_uri for one in some}
+            page = some.token or ""
+            if not page:
+                break
+    return found
+
+
 def note_asset(run: str, step: str, uri: str) -> None:
     """Note on a pipeline run what one of its steps makes, or finds made: there its job's logs are.
 

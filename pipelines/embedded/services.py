@@ -28,6 +28,7 @@ from model.plumbing import environment, storage
 from model.plumbing.tracking import MLFLOW_SETTINGS, check_server
 from pipelines.embedded import keeper
 from pipelines.embedded.servers import BUCKET, HOST, MLflowServer, S3Server, Server, write_secret
+from pipelines.embedded.tracking_server import DATABASE
 
 MLFLOW_TO_S3 = ("MLFLOW_S3_", "MLFLOW_BOTO_")  # variables that say how MLflow reaches S3
 START_PATIENCE = 180.0  # seconds until a server must answer; a machine under load takes its time
@@ -82,6 +83,14 @@ def services(state_dir: str | Path) -> Iterator[dict[str, str]]:
         if s3 and not storage.is_s3(storage.store_root()):
             storage.check_store(storage.store_root())
         yield {name: os.environ[name] for name in names if name in os.environ}
+
+
+def database(state_dir: str | Path, uri: str) -> Path | None:
+    """The database of the embedded MLflow at an address, if it is one of this state folder's."""
+    for described in Path(state_dir).expanduser().absolute().glob("mlflow*/server.json"):
+        if uri == f"http://{HOST}:{json.loads(described.read_text())['ports'][0]}":
+            return described.with_name(DATABASE)
+    return None
 
 
 class _Used:

@@ -1,0 +1,181 @@
+"""`latent-gpt gc`, against the real MLflow and S3: what registered models need stays, all else goes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from PIL import Image
+
+from model.errors import UserError
+from model.plumbing import assets, registry, storage
+from model.plumbing.assets import AssetWriter, Manifest
+from model.plumbing.jobs import TrackingIds
+from model.plumbing.tracking import deleted_runs, mlflow_client, open_pipeline_run
+from pipelines import gc as module
+from pipelines.embedded.servers import BUCKET
+from pipelines.embedded.services import services as start
+from pipelines.gc import IN_POD, gc
+from tests.kubectl import FakeKubectl
+from tests.plumbing.test_registry import log_model
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A state folder whose services run; the environment leads to them."""
+    folder = tmp_path_factory.mktemp("state")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("S3_ENDPOINT_URL", "MLFLOW_TRACKING_URI", "LATENT_GPT_STORE"):
+            patch.delenv(name, raising=False)
+        with start(folder):
+            yield folder
+
+
+def made(kind: str, seed: int, *inputs: Manifest) -> Manifest:
+    """A complete asset."""
+    writer = AssetWriter(kind, {"seed": seed}, {one.kind: one for one in inputs})  # type: ignore[arg-type]
+    writer.add_bytes("weights", b"w" * 100)
+    return writer.finish({})
+
+
+def registered(name: str, seed: int) -> tuple[int, Manifest, Manifest]:
+    """A version, its bundle and the images that it was made from."""
+    images = made("images", seed)
+    model = made("model", seed, images)
+    ids = TrackingIds(experiment="e", run=f"run-{uuid.uuid4().hex[:8]}", step="register")
+    tags = registry.lineage_tags([model.as_input, images.as_input])
+    from model.plumbing import cache
+
+    return registry.register(ids, cache.folder(model), log_model, tags, name), model, images
+
+
+def there() -> set[str]:
+    """The assets that are complete."""
+    return {
+        name.removesuffix(f"/{assets.NAME}")
+        for name in storage.list_sizes(BUCKET)
+        if name.endswith(f"/{assets.NAME}") and not name.startswith("mlflow/")
+    }
+
+
+def ids(*manifests: Manifest) -> set[str]:
+    return {f"{one.kind}/{one.key}" for one in manifests}
+
+
+def test_the_whole_way(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lost = made("model", 99)
+    with pytest.raises(UserError, match="has registered none: is it the one that belongs to this store"):
+        gc(True, 0, 2, state)
+    assert there() == ids(lost)
+    old, second, third, newest = (registered("pictures", seed) for seed in range(4))
+    registry.promote(old[0], "pictures")
+    benchmark, forgotten = made(BENCHMARK, 0), made(BENCHMARK, 1)
+    registry.pin(benchmark.key, benchmark.sha256, "pictures")
+    other = registered("others", 10)
+    run = open_pipeline_run("e", "a-run")
+    mlflow_client().log_image(run, Image.new("RGB", (64, 64)), artifact_file="a.png")
+    mlflow_client().delete_run(run)
+    capsys.readouterr()
+
+    everything = there()
+    gc(False, 0, 1, state)
+    said = capsys.readouterr().out
+    assert there() == everything, "only listed"
+    assert "stays: what was needed for pictures version 1 (champion)" in said
+    assert "registered still, but what it was made from may go: pictures version 2" in said
+    assert "this would go; --delete does it:" in said
+    assert run in deleted_runs()
+
+    before = sum(storage.list_sizes(BUCKET).values())
+    gc(True, 0, 2, state)
+    said = capsys.readouterr().out
+    stays = ids(*old[1:], *third[1:], *newest[1:], *other[1:], benchmark)
+    assert there() == stays
+    assert not ids(*second[1:], lost, forgotten) & there()
+    assert run not in deleted_runs(), "for good"
+    freed = before - sum(storage.list_sizes(BUCKET).values())
+    told = said.splitlines()[-1].split()
+    assert told[:2] == ["in", "all"]
+    assert abs(float(told[2]) * {"B": 1, "kB": 1000}[told[3]] - freed) < 200, "bytes; notes of runs apart"
+    assert registry.resolve(f"models:/pictures/{old[0]}").is_dir()
+    assert registry.resolve(f"models:/pictures/{second[0]}").is_dir(), "no version goes"
+
+
+def test_a_version_outlives_the_run_that_made_it(state: Path) -> None:
+    number, *_ = registered("orphan", 20)
+    client = mlflow_client()
+    run = client.get_model_version("orphan", str(number)).run_id
+    assert run
+    client.delete_run(run)
+    gc(True, 0, 1, state)
+    assert run not in deleted_runs()
+    assert registry.resolve(f"models:/orphan/{number}").is_dir()
+
+
+def test_a_deleted_experiment_that_holds_a_version_is_left(
+    state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    number, *_ = registered("held", 30)
+    client = mlflow_client()
+    experiment = client.get_run(client.get_model_version("held", str(number)).run_id or "").info.experiment_id
+    client.delete_experiment(experiment)
+    gc(True, 0, 1, state)
+    assert "hold held version 1" in capsys.readouterr().out.replace("orphan version 1, ", "")
+    client.restore_experiment(experiment)
+    assert registry.resolve(f"models:/held/{number}").is_dir()
+
+
+def test_mlflow_of_somebody_else_is_not_touched(
+    state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = open_pipeline_run("e", "another-run")
+    mlflow_client().delete_run(run)
+    gc(True, 0, 1, tmp_path)
+    assert (
+        "where that MLflow runs: mlflow gc --backend-store-uri … --older-than 0h" in capsys.readouterr().out
+    )
+    assert run in deleted_runs()
+
+
+class Running(FakeKubectl):
+    """Runs here what is to run in the pod of MLflow."""
+
+    def __init__(self, database: Path) -> None:
+        super().__init__()
+        object.__setattr__(self, "database", database)
+
+    def __call__(self, *arguments: str, stdin: str = "") -> str:
+        assert arguments[:4] == ("exec", "-i", "deployment/latent-gpt-mlflow", "--container")
+        assert arguments[5:9] == ("--", "sh", "-c", IN_POD)
+        uri = os.environ["MLFLOW_TRACKING_URI"]
+        assert arguments[9] == "http://127.0.0.1:5000"
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_TRACKING_")}
+        kept |= {"MLFLOW_BACKEND_STORE_URI": f"sqlite:///{self.database}", "PATH": f"{BIN}:{kept['PATH']}"}  # type: ignore[attr-defined]
+        command = ["sh", "-c", IN_POD, uri, arguments[10]]
+        subprocess.run(command, env=kept, input=stdin, text=True, check=True)
+        return ""
+
+    def objects(self, *_: str) -> list[Any]:
+        return [{}]
+
+
+BENCHMARK = "benchmark" if "benchmark" in get_args(assets.Kind) else "judge"
+BIN = Path(__file__).resolve().parents[2] / ".venv/bin"
+
+
+def test_on_a_cluster_it_is_done_in_the_pod(
+    state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = open_pipeline_run("e", "run-on-a-cluster")
+    mlflow_client().delete_run(run)
+    found = module.database(state, os.environ["MLFLOW_TRACKING_URI"])
+    assert found
+    gc(True, 0, 1, tmp_path, Running(found))
+    assert run not in deleted_runs(), capsys.readouterr().out
