@@ -36,7 +36,7 @@ from model.plumbing import cache, worker
 from model.plumbing.assets import AssetWriter, Manifest
 from model.plumbing.checkpoints import save_model
 from model.plumbing.parallel import cores, parallel_map, single_threaded
-from model.steps import image_settings, job
+from model.steps import STEPS, image_settings, job
 from model.training import tokenize
 from model.training.tokenize import BATCH_PIXELS
 
@@ -391,7 +391,7 @@ def _run(folder: Path) -> RunConfig:
 
 def ingest(data: DataConfig) -> Manifest:
     """The images of a config, at their place in the store."""
-    return ingesting.ingest(data, AssetWriter("images", image_settings(data), {}))
+    return ingesting.ingest(data, AssetWriter("images", image_settings(data), {}, STEPS["images"].version))
 
 
 def _models(run: RunConfig) -> dict[str, Manifest]:

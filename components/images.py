@@ -29,14 +29,22 @@ def images(
 
     with step("images", run):
         from components import page
+        from model.data.growth import GROWN_FROM, Unfit, earlier
         from model.data.ingest import ingest
         from model.errors import UserError
+        from model.plumbing import speech
         from model.plumbing.leases import alone
-        from model.steps import writer
+        from model.steps import STEPS, writer
 
         settings = config_of(config)
+        use("images", settings, run)  # what they may grow from, before it is looked for
         output = writer("images", settings, {})
         use("images", settings, run, output.uri)
+        if (ref := settings.origin.get("images")) and GROWN_FROM not in output.settings:
+            try:
+                earlier(ref, settings.data, STEPS["images"].version)
+            except Unfit as reason:
+                speech.say("images", f"reads all of the source: {reason}")
         with alone("images", output.uri):
             reused = is_made(output.uri)
             made = ingest(settings.data, output)

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from model.config import VQVAE_EXPERIMENT, DataConfig, RunConfig, config_hash
 from model.errors import UserError
-from model.plumbing import storage
+from model.plumbing import assets, storage
 from model.plumbing.assets import AssetWriter, Input, Kind, Manifest
 from model.plumbing.jobs import JobSpec, TrackingIds
 
@@ -53,6 +53,27 @@ def image_settings(data: DataConfig) -> Settings:
     return {"data": chosen, "fingerprint": sources.fingerprint(data.source)}
 
 
+def _images(config: RunConfig) -> Settings:
+    """Those of the source, and from which asset it grows; that one's own where nothing is other than then."""
+    settings = image_settings(config.data)
+    ref = config.origin.get("images")
+    if not ref:
+        return settings
+    from model.data import growth
+
+    version = STEPS["images"].version
+    grown = settings | {growth.GROWN_FROM: ref.key}
+    made = assets.place("images", assets.asset_key("images", grown, {}, version))
+    if storage.exists(storage.join(made, assets.NAME)):
+        return grown  # whether or not the earlier one is there still
+    try:
+        earlier = growth.earlier(ref, config.data, version)
+    except growth.Unfit:
+        return settings
+    same = {name: value for name, value in earlier.settings.items() if name != growth.GROWN_FROM} == settings
+    return dict(earlier.settings) if same else grown
+
+
 def _tokenizer(config: RunConfig) -> Settings:
     tokenizer = config.tokenizer
     if tokenizer.kind == "pretrained":
@@ -82,7 +103,7 @@ def _evaluation(config: RunConfig) -> Settings:
 
 
 STEPS: dict[Kind, Step] = {  # in the order of the pipeline
-    "images": Step("Pictures and captions", lambda config: image_settings(config.data), taken=lambda _: True),
+    "images": Step("Pictures and captions", _images, version=2, taken=lambda _: True),
     "tokenizer": Step("Tokenizer", _tokenizer, ("images",), "model.training.vqvae", taken=lambda _: True),
     "text": Step("Text encoder", _clip, ("images",), "model.training.clip"),
     "judge": Step("Judge", _clip, ("images",), "model.training.clip"),

@@ -87,7 +87,8 @@ def publish_models(folder: Path, run: RunConfig, images: Manifest, seed: int = 0
 
 def ingest(data: DataConfig) -> Manifest:
     """The images of a config, at their place in the store."""
-    return ingesting.ingest(data, AssetWriter("images", steps.image_settings(data), {}))
+    settings, version = steps.image_settings(data), steps.STEPS["images"].version
+    return ingesting.ingest(data, AssetWriter("images", settings, {}, version))
 
 
 def run_job(spec: JobSpec) -> Manifest:

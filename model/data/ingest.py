@@ -7,40 +7,42 @@ of content hashes on disk.
 
 Content is the normalised pixels: their hash names the picture, finds duplicates in other files or formats,
 and decides the split, so the same picture is always on the same side.
+
+Where the asset grows from an earlier one (`growth.py`), what is as it was comes from there, undecoded. The
+tar of a chunk then holds what is new, beside the journal, until all chunks are done and shards are made.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import sqlite3
-import tarfile
 import tempfile
 from collections import Counter, deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count, groupby, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import BinaryIO
 
 from model.config import DataConfig
-from model.data import sources
+from model.data import growth, sources
 from model.data.captions import clean_captions, damage, shown
+from model.data.growth import Earlier, Part, Wanted, Wish, pinned
+from model.data.packing import SPLITS, Entry, Seen, add_shard, shard_name, write_tar
+from model.data.records import Outcome, record_lines, records_name
 from model.data.sources import Record
 from model.errors import UserError
 from model.plumbing import speech, storage
-from model.plumbing.assets import AssetWriter, File, Manifest, find
+from model.plumbing.assets import AssetWriter, File, Manifest, find, load, place
 from model.plumbing.parallel import cores, parallel_map, single_threaded
 from model.plumbing.speech import Progress
 
-SPLITS = ("train", "validation", "composition")
 QUARANTINE = "quarantine.jsonl"
 JOURNAL = "journal"  # folder of an entry per chunk, until all are done
 BATCH = 32  # pictures per task of a worker, at most
+BATCH_KNOWN = 2048  # records of a task of which nothing is to be done
 BATCH_BYTES = 1 << 22  # of those, as they are found; fewer are taken when they are larger
 IN_FLIGHT = 1 << 28  # bytes of all tasks under way
 LISTED = 1000  # bad pictures that a refusal names one by one
@@ -52,7 +54,7 @@ class Refused(UserError):
 
 
 def ingest(config: DataConfig, writer: AssetWriter) -> Manifest:
-    """Make the images of a config, or find them made.
+    """Make the images of a config, or find them made; they grow from those that the writer's settings name.
 
     Raises:
         UserError: the source is missing, holds no usable picture, or more bad ones than `max_bad_share`; then
@@ -71,18 +73,27 @@ def ingest(config: DataConfig, writer: AssetWriter) -> Manifest:
 
 def _ingest(config: DataConfig, writer: AssetWriter, scratch: Path) -> Manifest:
     counts: Counter[str] = Counter(dict.fromkeys((*SPLITS, "duplicates", "quarantined", "read"), 0))
-    seen = Seen(scratch / "seen.sqlite")
+    earlier = _earlier(writer, scratch)
+    seen = Wanted(scratch) if earlier else Seen(scratch / "seen.sqlite")
     journal = storage.join(writer.uri, JOURNAL)
-    finished = storage.list_uris(journal)
+    finished = [entry for entry in storage.list_uris(journal) if entry.endswith(".json")]
     shards: dict[str, int] = {}  # pictures in each tar
     others: Counter[str] = Counter()
+    parts: list[Part] = []  # of what is new, where the asset grows
     total = sources.count(config.source)
     with (scratch / QUARANTINE).open("w", encoding="utf-8") as quarantine:
 
         def account(chunk: Chunk) -> None:
+            if isinstance(seen, Wanted):
+                seen.add(chunk.wanted)
+            else:
+                seen.add(chunk.hashes)
             counts.update(chunk.counts)
             others.update(chunk.others)
-            shards.update({file.name: chunk.counts[file.name.partition("-")[0]] for file in chunk.files})
+            tars = (file.name for file in chunk.files if file.name.endswith(".tar"))
+            shards.update({name: chunk.counts[growth.split_of_shard(name)] for name in tars})
+            if chunk.part:
+                parts.append(chunk.part)
             for entry in chunk.quarantined:
                 quarantine.write(json.dumps(entry, ensure_ascii=False) + "\n")
             quarantine.flush()
@@ -92,17 +103,15 @@ def _ingest(config: DataConfig, writer: AssetWriter, scratch: Path) -> Manifest:
             chunk = Chunk.from_json(storage.read_bytes(entry))
             for file in chunk.files:
                 writer.add(file)
-            seen.add(chunk.hashes)
             account(chunk)
 
         progress = Progress("images", total, "img", counted="picture", done=counts["read"])
         start = len(finished) * config.shard_images
-        records = sources.iterate(config.source, config.image_size, start)
-        with closing(_chunks(records, config, len(finished))) as chunks:
+        with closing(_chunks(_records(config, start, earlier), config, len(finished))) as chunks:
             for number, outcomes in chunks:
-                chunk = _pack(outcomes, number, config, writer, seen, scratch, progress, counts["read"])
+                packer = Packer(number, config, writer, seen, earlier, scratch)
+                chunk = _pack(outcomes, packer, progress, counts["read"])
                 storage.write_bytes(storage.join(journal, f"{number:06d}.json"), chunk.to_json())
-                seen.add(chunk.hashes)
                 account(chunk)
         _check_share(config, counts, counts["read"], scratch / QUARANTINE)
     if not counts["train"]:
@@ -111,48 +120,37 @@ def _ingest(config: DataConfig, writer: AssetWriter, scratch: Path) -> Manifest:
         )
     progress.update(counts["read"])
     speech.say("images", _tally(counts, others, total))
+    grown = {}
+    if earlier and isinstance(seen, Wanted):
+        shards, tally = growth.settle(writer, earlier, seen, parts, config.shard_images, scratch)
+        speech.say("images", _said(tally))
+        grown = {"grown": {**tally, "from": earlier.manifest.sha256}}
     writer.add_file(QUARANTINE, scratch / QUARANTINE)
-    return writer.finish(
-        {**counts, "others": others, "image_size": config.image_size, "shards": shards}, scratch=JOURNAL
-    )
+    info = {**counts, "others": others, "image_size": config.image_size, "shards": shards, **grown}
+    return writer.finish(info, scratch=JOURNAL)
+
+
+def _earlier(writer: AssetWriter, scratch: Path) -> Earlier | None:
+    """The asset that this one grows from."""
+    key = writer.settings.get(growth.GROWN_FROM)
+    return Earlier(load(place("images", key)), scratch) if key else None
+
+
+def _records(config: DataConfig, start: int, earlier: Earlier | None) -> Iterator[Record | Outcome]:
+    """Records of the source from number `start` on; in place of known ones, what had become of them."""
+    if not earlier:
+        yield from sources.iterate(config.source, config.image_size, start)
+        return
+    records = sources.iterate(config.source, config.image_size, 0, earlier.knows)
+    yield from islice(earlier.expanded(records), start, None)
 
 
 # ── records to pictures, in the workers ─────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A record that was found good."""
-
-    content: bytes  # hash of the normalised pixels, 16 bytes
-    suffix: str  # png or jpg
-    data: bytes
-    captions: list[str]
-    composition: bool
-    source: str  # the record's key
-
-
-@dataclass(frozen=True, slots=True)
-class Bad:
-    """A record that was not."""
-
-    source: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Others:
-    """No picture, but how many files of which kind are none."""
-
-    kinds: Counter[str]
-
-
-Outcome = Picture | Bad | Others
-
-
-def normalise(records: list[Record], config: DataConfig) -> list[Outcome]:
+def normalise(records: Iterable[Record | Outcome], config: DataConfig) -> list[Outcome]:
     """Judge and normalise records; what was lossy stays lossy (JPEG), what was not stays exact (PNG)."""
-    return [_normalise(record, config) for record in records]
+    return [one if isinstance(one, Outcome) else _normalise(one, config) for one in records]
 
 
 def _normalise(record: Record, config: DataConfig) -> Outcome:
@@ -163,30 +161,32 @@ def _normalise(record: Record, config: DataConfig) -> Outcome:
         is_jpeg,
     )  # torch: what is found needs none
 
+    found = Outcome(shown(record.key), record.unit, record.mark, record.place)
     if record.others:
-        return Others(record.others)
-    name = shown(record.key)
+        return replace(found, others=record.others)
     captions = clean_captions(record.captions)
     problem = record.problem or damage(record.captions) or ("" if captions else "no caption")
     if problem:
-        return Bad(name, shown(problem))
+        return replace(found, reason=shown(problem))
     try:
         pixels = decode(record.image, config)
     except BadImage as error:
-        return Bad(name, shown(str(error)))
+        return replace(found, reason=shown(str(error)))
     content = hashlib.sha256(pixels.data).digest()[:16]
     suffix, data = encode(pixels, lossless=not is_jpeg(record.image))
-    return Picture(content, suffix, data, captions, record.composition, name)
+    return replace(
+        found, content=content, suffix=suffix, data=data, captions=captions, composition=record.composition
+    )
 
 
 def _chunks(
-    records: Iterator[Record], config: DataConfig, first: int
+    records: Iterator[Record | Outcome], config: DataConfig, first: int
 ) -> Generator[tuple[int, Iterator[Outcome]], None, None]:
     """Outcomes of each chunk of records, in order, worked out on all cores ahead of their use."""
 
     flying: deque[int] = deque()  # bytes of each task under way
 
-    def batches() -> Iterator[tuple[int, list[Record]]]:
+    def batches() -> Iterator[tuple[int, list[Record | Outcome]]]:
         for number in count(first):
             chunk = islice(records, config.shard_images)
             empty = True
@@ -212,21 +212,28 @@ def _chunks(
             yield number, (outcome for _, outcomes in group for outcome in outcomes)
 
 
-def _batch(records: Iterator[Record]) -> list[Record]:
+def _batch(records: Iterator[Record | Outcome]) -> list[Record | Outcome]:
     """A task for a worker; empty when there are no more records."""
-    batch: list[Record] = []
-    size = 0
-    while len(batch) < BATCH and size < BATCH_BYTES and (record := next(records, None)):
+    batch: list[Record | Outcome] = []
+    size = unjudged = 0
+    while (
+        unjudged < BATCH
+        and len(batch) < BATCH_KNOWN
+        and size < BATCH_BYTES
+        and (record := next(records, None))
+    ):
         batch.append(record)
+        unjudged += isinstance(record, Record)
         size += _size(record)
     return batch
 
 
-def _size(record: Record) -> int:
-    return len(record.image) + sum(len(caption) for caption in record.captions if isinstance(caption, str))
+def _size(record: Record | Outcome) -> int:
+    data = record.image if isinstance(record, Record) else record.data
+    return len(data) + sum(len(caption) for caption in record.captions if isinstance(caption, str))
 
 
-def _work(task: tuple[int, list[Record]], config: DataConfig) -> tuple[int, list[Outcome]]:
+def _work(task: tuple[int, list[Record | Outcome]], config: DataConfig) -> tuple[int, list[Outcome]]:
     return task[0], normalise(task[1], config)
 
 
@@ -237,11 +244,14 @@ def _work(task: tuple[int, list[Record]], config: DataConfig) -> tuple[int, list
 class Chunk:
     """What became of one chunk: its journal entry."""
 
-    counts: Counter[str]
-    files: list[File]
-    hashes: list[bytes]  # contents that are now part of the asset
-    quarantined: list[dict[str, str]]
-    others: Counter[str]  # files that are no pictures, by kind
+    counts: Counter[str] = field(default_factory=Counter)
+    files: list[File] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)  # contents that are now part of the asset
+    quarantined: list[dict[str, str]] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)  # files that are no pictures, by kind
+    # Where the asset grows, in place of shards and hashes:
+    wanted: list[Wish] = field(default_factory=list)
+    part: Part | None = None  # those of them that are new, if any are
 
     def to_json(self) -> bytes:
         """For the journal."""
@@ -252,6 +262,8 @@ class Chunk:
                 "hashes": [content.hex() for content in self.hashes],
                 "quarantined": self.quarantined,
                 "others": self.others,
+                "wanted": self.wanted,
+                "part": self.part,
             }
         ).encode()
 
@@ -265,44 +277,47 @@ class Chunk:
             [bytes.fromhex(content) for content in values["hashes"]],
             values["quarantined"],
             Counter(values["others"]),
+            [Wish(*wish) for wish in values["wanted"]],
+            Part(*values["part"]) if values["part"] else None,
         )
 
 
-@dataclass
-class Entry:
-    """A picture that waits in the spool file until its chunk is complete."""
+@dataclass(frozen=True)
+class Packer:
+    """What the packing of a chunk needs."""
 
-    suffix: str
-    offset: int
-    size: int
-    captions: list[str]
-    composition: bool
-    sources: list[str] = field(default_factory=list)
+    number: int  # of the chunk
+    config: DataConfig
+    writer: AssetWriter
+    seen: Seen | Wanted  # pictures of the chunks before it
+    earlier: Earlier | None  # the asset that this one grows from
+    scratch: Path
+
+    def had(self, content: bytes) -> str:
+        """The split in which the earlier asset has a picture; "" if it has not."""
+        return self.earlier.split(content) if self.earlier else ""
+
+    def split(self, content: bytes, composition: bool) -> str:
+        """The split of a picture."""
+        return pinned(self.had(content), split_of(content, composition, self.config))
 
 
-def _pack(
-    outcomes: Iterator[Outcome],
-    number: int,
-    config: DataConfig,
-    writer: AssetWriter,
-    seen: Seen,
-    scratch: Path,
-    progress: Progress,
-    before: int,
-) -> Chunk:
-    """Write one chunk's tars.
+def _pack(outcomes: Iterable[Outcome], packer: Packer, progress: Progress, before: int) -> Chunk:
+    """Write one chunk's tars, and what became of its records.
 
     A duplicate within the chunk adds its captions to the first; one of an earlier chunk is left out.
     """
     entries: dict[bytes, Entry] = {}
-    chunk = Chunk(Counter(), [], [], [], Counter())
-    with tempfile.TemporaryFile(dir=scratch) as spool:
-        for outcome in outcomes:
-            if isinstance(outcome, Others):
-                chunk.others.update(outcome.kinds)
-                continue
+    chunk = Chunk()
+    records = packer.scratch / records_name(packer.number)
+    with tempfile.TemporaryFile(dir=packer.scratch) as spool:
+
+        def take(outcome: Outcome) -> None:
+            if outcome.others:
+                chunk.others.update(outcome.others)
+                return
             chunk.counts["read"] += 1
-            if isinstance(outcome, Bad):
+            if outcome.reason:
                 chunk.counts["quarantined"] += 1
                 chunk.quarantined.append({"source": outcome.source, "reason": outcome.reason})
             elif same := entries.get(outcome.content):
@@ -310,28 +325,55 @@ def _pack(
                 same.captions = list(dict.fromkeys(same.captions + outcome.captions))
                 same.composition |= outcome.composition
                 same.sources.append(outcome.source)
-            elif outcome.content in seen:
+            elif outcome.content in packer.seen:
                 chunk.counts["duplicates"] += 1
             else:
                 entries[outcome.content] = Entry(
                     outcome.suffix,
                     spool.tell(),
-                    spool.write(outcome.data),
+                    spool.write(b"" if packer.had(outcome.content) else outcome.data),
                     outcome.captions,
                     outcome.composition,
                     [outcome.source],
                 )
             progress.update(before + chunk.counts["read"])
-        chunk.hashes = list(entries)
-        for split in SPLITS:
-            members = {c: e for c, e in entries.items() if split_of(c, e.composition, config) == split}
-            if members:
-                chunk.counts[split] += len(members)
-                path = scratch / f"{split}.tar"
-                _write_tar(path, members, spool)
-                chunk.files.append(writer.add_file(f"{split}-{number:06d}.tar", path))
-                path.unlink()
+
+        def taken() -> Iterator[Outcome]:
+            for outcome in outcomes:
+                take(outcome)
+                yield outcome
+
+        with records.open("w", encoding="utf-8") as lines:
+            lines.writelines(record_lines(taken()))
+        splits = {c: packer.split(c, entry.composition) for c, entry in entries.items()}
+        chunk.counts.update(splits.values())
+        if packer.earlier:
+            chunk.wanted = [Wish(c.hex(), splits[c], e.captions, e.sources) for c, e in entries.items()]
+            if new := {content: entry for content, entry in entries.items() if entry.size}:
+                path = packer.scratch / "new.tar"
+                uri = storage.join(packer.writer.uri, JOURNAL, f"{packer.number:06d}.tar")
+                write_tar(path, new, spool)
+                storage.upload_file(path, uri)
+                chunk.part = Part(uri, storage.file_sha256(path))
+        else:
+            chunk.hashes = list(entries)
+            for split in SPLITS:
+                if members := {
+                    content: entry for content, entry in entries.items() if splits[content] == split
+                }:
+                    name = shard_name(split, packer.number)
+                    chunk.files += add_shard(packer.writer, name, members, spool, packer.scratch)
+    chunk.files.append(_records_file(records, packer))
+    records.unlink()
     return chunk
+
+
+def _records_file(path: Path, packer: Packer) -> File:
+    """The records of a chunk, stored, or taken over where they are what they were."""
+    before = packer.earlier.files.get(path.name) if packer.earlier else None
+    if packer.earlier and before and before.sha256 == storage.file_sha256(path):
+        return packer.writer.add(packer.earlier.manifest.lent(before))
+    return packer.writer.add_file(path.name, path)
 
 
 def split_of(content: bytes, composition: bool, config: DataConfig) -> str:
@@ -339,38 +381,6 @@ def split_of(content: bytes, composition: bool, config: DataConfig) -> str:
     if composition:
         return "composition"
     return "validation" if int.from_bytes(content[:8], "big") < config.validation_share * 2**64 else "train"
-
-
-def _write_tar(path: Path, members: dict[bytes, Entry], spool: BinaryIO) -> None:
-    """WebDataset layout; the same members give the same bytes."""
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for content, entry in members.items():
-            spool.seek(entry.offset)
-            notes = {"captions": entry.captions, "sources": entry.sources}
-            text = json.dumps(notes, ensure_ascii=False).encode()
-            for suffix, data in ((entry.suffix, spool.read(entry.size)), ("json", text)):
-                info = tarfile.TarInfo(f"{content.hex()}.{suffix}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-
-
-class Seen:
-    """Content hashes of all earlier chunks, on disk: 20 bytes each, and no memory."""
-
-    def __init__(self, path: Path) -> None:
-        self._table = sqlite3.connect(path, isolation_level=None)
-        self._table.execute("PRAGMA journal_mode = OFF")
-        self._table.execute("PRAGMA synchronous = OFF")
-        self._table.execute("CREATE TABLE seen (content BLOB PRIMARY KEY) WITHOUT ROWID")
-
-    def add(self, hashes: list[bytes]) -> None:
-        """Remember a chunk."""
-        self._table.execute("BEGIN")
-        self._table.executemany("INSERT OR IGNORE INTO seen VALUES (?)", ((content,) for content in hashes))
-        self._table.execute("COMMIT")
-
-    def __contains__(self, content: bytes) -> bool:
-        return self._table.execute("SELECT 1 FROM seen WHERE content = ?", (content,)).fetchone() is not None
 
 
 # ── what to say ─────────────────────────────────────────────────────────────────────────────────────────
@@ -405,3 +415,9 @@ def _tally(counts: Counter[str], others: Counter[str], announced: int) -> str:
     if others:
         tally += f"; not pictures: {', '.join(f'{n} {kind}' for kind, n in others.most_common())}"
     return tally
+
+
+def _said(tally: Counter[str]) -> str:
+    """What was taken over, and what is other than it was."""
+    found = ", ".join(f"{tally[name]} {name}" for name in ("new", "deleted", "changed"))
+    return f"takes over {tally['shards']} shards of {tally['taken']} pictures; {found}"

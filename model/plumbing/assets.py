@@ -144,6 +144,10 @@ class Manifest(_Part):
             return self.uri
         return storage.join(self.uri.removesuffix(f"/{self.kind}/{self.key}"), file.asset)
 
+    def lent(self, file: File) -> File:
+        """The entry of one of its files in the manifest of an asset that takes it over."""
+        return file.model_copy(update={"asset": file.asset or f"{self.kind}/{self.key}"})
+
     def input(self, name: str) -> Manifest:
         """The manifest of an asset that went into this one. Raises as `Input.load`."""
         return self.inputs[name].load()
@@ -263,14 +267,9 @@ class AssetWriter:
         return self.add(file)
 
     def add(self, file: File) -> File:
-        """Count a file in that is stored already, e.g. by another process of the job."""
+        """Count a file in that is stored already: by another process of the job, or in another asset."""
         self._files[file.name] = file
         return file
-
-    def take(self, manifest: Manifest, name: str) -> File:
-        """Count a file of another asset in, where it lies. Raises UserError: that one has no such file."""
-        file = manifest.file(name)
-        return self.add(file.model_copy(update={"asset": file.asset or f"{manifest.kind}/{manifest.key}"}))
 
     def finish(self, info: dict[str, Any], scratch: str = "checkpoints") -> Manifest:
         """Write the manifest, and delete what led here; returns what is now stored.

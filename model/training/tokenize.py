@@ -4,7 +4,8 @@ With a GPU, all cores decode pictures while the frozen tokenizer encodes the bat
 core decodes and encodes batches of its own. Of each picture `views` are encoded: view 0 as it is, the others
 flipped, shifted and zoomed by chances that follow from the seed and the shard's name, so a shard's bytes do
 not depend on which worker makes it, or when. Of captions only the token ids are kept: the text tower runs in
-the training step (figures in `docs/EXPERIMENTS.md`).
+the training step (figures in `docs/EXPERIMENTS.md`). Token shards of image shards that were taken over are
+taken over themselves, from the asset that was made of the earlier images in the same way.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ import numpy as np
 import torch
 
 from model.config import Augment
+from model.data.growth import GROWN_FROM
 from model.data.image_shards import TarEntry, decode_entries, tar_index
 from model.data.images import draw_views, to_tensor, warp
 from model.data.token_shards import TokenShard
 from model.errors import UserError
 from model.nets.clip import tokenize as text_ids
 from model.nets.tokenizers import Tokenizer, load_tokenizer
-from model.plumbing import cache, storage
-from model.plumbing.assets import AssetWriter, File, Manifest
+from model.plumbing import cache, speech, storage
+from model.plumbing.assets import AssetWriter, File, Input, Manifest, asset_key, find, place
 from model.plumbing.distributed import derive_seed
 from model.plumbing.parallel import parallel_map, single_threaded
 from model.plumbing.worker import Job, run_worker
@@ -52,6 +54,9 @@ def main(job: Job) -> Manifest | None:
         )
     shards: dict[str, int] = dict(sorted(images.info["shards"].items()))
     names = list(shards)
+    if processes.is_main:
+        _take_over(job, images)
+    processes.barrier()
     finished = {Path(uri).stem for uri in storage.list_uris(storage.join(output.uri, PARTS))}
     processes.barrier()  # nobody adds a part before everybody has looked
     todo = [name for name in names if token_name(name) not in finished]
@@ -74,15 +79,40 @@ def main(job: Job) -> Manifest | None:
     for name in mine:
         codes, captions = cache.use(images, [name], partial(encoded_shard, name))
         data = TokenShard.to_bytes(codes, captions, tokenizer.vocabulary)
-        file = output.add_bytes(token_name(name), data)
-        part = storage.join(output.uri, PARTS, f"{token_name(name)}.json")
-        storage.write_bytes(part, file.model_dump_json().encode())
+        _count(output, output.add_bytes(token_name(name), data))
     processes.barrier()
     made = None
     if processes.is_main:
         made = _finish(output, images, tokenizer, context_length, config.data.augment)
     processes.barrier()
     return made
+
+
+def _take_over(job: Job, images: Manifest) -> None:
+    """Count as finished what tokens of the earlier images have: the same shards, encoded the same way."""
+    from_earlier = {file.name for file in images.files if file.asset}
+    if not from_earlier:
+        return
+    output, grown_from = job.output, images.settings[GROWN_FROM]
+    was = Input(kind="images", key=grown_from, sha256=images.info["grown"]["from"])
+    key = asset_key("tokens", output.settings, {**output.inputs, "images": was}, job.spec.version)
+    try:
+        earlier = find(place("tokens", key))
+    except UserError:  # a part of it is gone
+        earlier = None
+    if not earlier:
+        return
+    wanted = {token_name(name) for name in images.info["shards"] if name in from_earlier}
+    taken = [file for file in earlier.files if file.name in wanted]
+    for file in taken:
+        _count(output, earlier.lent(file))
+    speech.say(job.spec.name, f"takes over {len(taken)} shards of {earlier.uri}")
+
+
+def _count(output: AssetWriter, file: File) -> None:
+    """Note that a shard is finished."""
+    part = storage.join(output.uri, PARTS, f"{file.name}.json")
+    storage.write_bytes(part, file.model_dump_json().encode())
 
 
 def _context_length(text: Manifest) -> int:

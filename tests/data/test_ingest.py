@@ -144,9 +144,10 @@ def test_an_asset_that_is_found_costs_no_import_of_torch(store):
     made = ingest(wanted)
     program = (
         "import sys; from model.config import DataConfig; from model.data.ingest import ingest;"
-        " from model.plumbing.assets import AssetWriter; from model.steps import image_settings;"
+        " from model.plumbing.assets import AssetWriter; from model.steps import STEPS, image_settings;"
         " data = DataConfig.model_validate_json(sys.argv[1]);"
-        " ingest(data, AssetWriter('images', image_settings(data), {})); assert 'torch' not in sys.modules"
+        " ingest(data, AssetWriter('images', image_settings(data), {}, STEPS['images'].version));"
+        " assert 'torch' not in sys.modules"
     )
     command = [sys.executable, "-c", program, wanted.model_dump_json()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -190,7 +190,7 @@ def test_names_stay_inside_the_asset(name: str) -> None:
 def grown(old: Manifest) -> Manifest:
     """An asset that takes a file of another one over, and has one of its own."""
     writer = AssetWriter("images", {"grown_from": old.key}, {})
-    writer.take(old, "b/train-00000.tar")
+    writer.add(old.lent(old.file("b/train-00000.tar")))
     writer.add_bytes("b/train-00001.tar", b"new")
     return writer.finish({})
 

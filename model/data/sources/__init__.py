@@ -1,11 +1,15 @@
 """Where captioned pictures come from: one module per kind of source, one interface.
 
-A source module has two functions. `iterate(config, side, start)` yields every picture once, always in one
-order and without holding all in memory; the first `start` are passed over, without reading them where the
+A source module has two functions. `iterate(config, side, start, known)` yields every picture once, always in
+one order and without holding all in memory; the first `start` are passed over, without reading them where the
 format allows. `fingerprint(config)` says in a few bytes what it will yield, so that an asset made from the
 same source is found again, and refuses a source that is not there. Pictures are passed on as the bytes that
 were found, and only `model.data.images` judges them; sources that draw theirs draw them for a wanted `side`.
 Where no picture has to be read to know, `count(config)` says how many records there are.
+
+A **unit** is what a source can tell the state of without reading it: a picture's file with its captions, a
+tar, a parquet file, a drawing's number. Before it reads one, `iterate` asks `known(unit, mark)`, and in place
+of the records of one that is as it was yields a single one that says so.
 
 One rule for what is found: it is a picture, and ends in the asset or in quarantine with its reason; or it
 says what a picture shows; or it is counted among `others`. What is hidden (.name) is not looked at. Only
@@ -14,9 +18,10 @@ regular files are opened, and sizes are looked at before anything is read.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import PurePosixPath
@@ -38,6 +43,8 @@ LARGEST_PICTURE = 128 << 20  # bytes of a picture's file; larger ones are quaran
 KNOWN = "tar shards (s3://bucket/{000..999}.tar), parquet files, `openmoji` or `shapes`"
 KINDS = 50  # of other files that are told apart
 
+Known = Callable[[str, str], bool]  # whether the unit of this name had this mark
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -51,15 +58,36 @@ class Record:
     others: Counter[str] = field(
         default_factory=Counter
     )  # no picture, but how many files of which kind are none
+    unit: str = ""  # that it is part of
+    mark: str = ""  # of that unit; empty where only reading tells its state
+    place: int = 0  # number within its unit
+    known: bool = False  # stands for all records of its unit, which is as it was
 
 
-def iterate(config: Source, side: int, start: int = 0) -> Iterator[Record]:
-    """Every record of a source from number `start` on; `side` is the pictures' side in the asset, pixels.
+def nothing_known(unit: str, mark: str) -> bool:
+    """Whether a unit is as it was, where nobody knows how it was."""
+    return False
+
+
+def marked(*parts: object) -> str:
+    """A mark over what a source knows of a unit's state: 16 hex digits."""
+    text = "\0".join(map(str, parts))
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def iterate(config: Source, side: int, start: int = 0, known: Known = nothing_known) -> Iterator[Record]:
+    """Every record of a source from number `start` on.
+
+    Args:
+        config: of the source.
+        side: of the pictures in the asset, pixels.
+        start: records that are passed over; 0 where anything is known.
+        known: whether a unit is as it was, and need not be read.
 
     Raises:
         UserError: when the source is missing, empty or not what its kind promises.
     """
-    records: Iterator[Record] = _module(config).iterate(config, side, start)
+    records: Iterator[Record] = _module(config).iterate(config, side, start, known)
     return records
 
 

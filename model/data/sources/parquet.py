@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatch
 from typing import Any, BinaryIO
 
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 
 from model.config import ParquetSource
 from model.data.captions import LARGEST_TEXT, as_list, decode
-from model.data.sources import LARGEST_PICTURE, Record, suffix, too_large
+from model.data.sources import LARGEST_PICTURE, Known, Record, marked, nothing_known, suffix, too_large
 from model.errors import UserError
 from model.plumbing import storage
 
@@ -36,25 +37,37 @@ MOST_CAPTIONS = 10_000  # of a picture
 SIDE_BY_SIDE = 16  # files looked at together
 
 
-def iterate(config: ParquetSource, side: int, start: int = 0) -> Iterator[Record]:
-    """Rows in the order of the files' names; whole files and row groups before `start` are not read."""
-    for uri in _files(config):
+def iterate(
+    config: ParquetSource, side: int, start: int = 0, known: Known = nothing_known
+) -> Iterator[Record]:
+    """Rows in the order of the files' names; whole files and row groups before `start` are not read.
+
+    A file is a unit.
+    """
+    for uri, state in _marks(config):
+        mark = marked(state, config.image_column, config.caption_column)
+        if known(uri, mark):
+            yield Record(uri, b"", unit=uri, mark=mark, known=True)
+            continue
         with storage.open_read(uri) as file, _opened(file, uri, config) as table:
             count = table.metadata.num_rows
             wanted = [config.image_column, config.caption_column]
             for number, row in enumerate(rows(table, file, uri, wanted, start), start):
-                yield _record(f"{os.path.basename(uri)}:{number}", *(row[name] for name in wanted))
+                record = _record(f"{os.path.basename(uri)}:{number}", *(row[name] for name in wanted))
+                yield replace(record, unit=uri, mark=mark, place=number)
         start = max(0, start - count)
 
 
 def fingerprint(config: ParquetSource) -> str:
     """A hash over the files' names and marks."""
-    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-        uris = _files(config)
-        listing = "\n".join(
-            f"{uri}\0{mark}" for uri, mark in zip(uris, pool.map(storage.mark, uris), strict=True)
-        )
+    listing = "\n".join(f"{uri}\0{mark}" for uri, mark in _marks(config))
     return hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
+
+
+def _marks(config: ParquetSource) -> list[tuple[str, str]]:
+    uris = _files(config)
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        return list(zip(uris, pool.map(storage.mark, uris), strict=True))
 
 
 def count(config: ParquetSource) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from model.config import ShapesSource
-from model.data.sources import Record
+from model.data.sources import Known, Record, marked, nothing_known
 
 COLOURS: dict[str, tuple[int, int, int]] = {  # RGB
     "red": (220, 40, 40),
@@ -165,9 +165,21 @@ def random_scene(rng: random.Random, things: int = 2) -> Scene:
     return Scene(drawn, rng.choice(list(RELATIONS)) if things == 2 else "")
 
 
-def iterate(config: ShapesSource, side: int, start: int = 0) -> Iterator[Record]:
-    """`config.count` pictures, each captioned from either thing's side; the n-th is always the same."""
+def iterate(
+    config: ShapesSource, side: int, start: int = 0, known: Known = nothing_known
+) -> Iterator[Record]:
+    """`config.count` pictures, each captioned from either thing's side; the n-th is always the same.
+
+    Each is a unit.
+    """
+    mark = marked(
+        fingerprint(config), config.seed, config.shapes_per_image, config.hold_out_compositions, side
+    )
     for number in range(start, config.count):
+        unit = f"{number:08d}"
+        if known(unit, mark):
+            yield Record(unit, b"", unit=unit, mark=mark, known=True)
+            continue
         rng = random.Random(f"{config.seed}/{number}")
         scene = random_scene(rng, config.shapes_per_image)
         tellings = [scene, scene.converse()] if scene.relation else [scene]
@@ -178,7 +190,7 @@ def iterate(config: ShapesSource, side: int, start: int = 0) -> Iterator[Record]
         buffer = io.BytesIO()
         Image.fromarray(scene.draw(side, rng)).save(buffer, "PNG", compress_level=1)
         composition = config.hold_out_compositions and scene.composition
-        yield Record(f"{number:08d}", buffer.getvalue(), captions, composition)
+        yield Record(unit, buffer.getvalue(), captions, composition, unit=unit, mark=mark)
 
 
 def fingerprint(config: ShapesSource) -> str:

@@ -22,7 +22,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import IO, Any, BinaryIO, NamedTuple
 
@@ -34,7 +34,10 @@ from model.data.sources import (
     LARGEST_PICTURE,
     OTHER_SUFFIXES,
     SUFFIXES,
+    Known,
     Record,
+    marked,
+    nothing_known,
     pass_over,
     suffix,
     too_large,
@@ -55,19 +58,35 @@ MOST_SPOOLED = 1 << 33  # bytes of their pictures, on disk
 TEXTS = (".txt", ".json")
 
 
-def iterate(config: WebDatasetSource, side: int, start: int = 0) -> Iterator[Record]:
-    """Samples of all shards, in the order of the range and of each tar."""
-    yield from islice((record for uri in _uris(config) for record in _shard(uri)), start, None)
+def iterate(
+    config: WebDatasetSource, side: int, start: int = 0, known: Known = nothing_known
+) -> Iterator[Record]:
+    """Samples of all shards, in the order of the range and of each tar. A shard is a unit."""
+    yield from islice(_records(config, known), start, None)
+
+
+def _records(config: WebDatasetSource, known: Known) -> Iterator[Record]:
+    for uri, state in _marks(config):  # of before any of them is read
+        mark = marked(state)
+        if known(uri, mark):
+            yield Record(uri, b"", unit=uri, mark=mark, known=True)
+            continue
+        for place, record in enumerate(_shard(uri)):
+            yield replace(record, unit=uri, mark=mark, place=place)
 
 
 def fingerprint(config: WebDatasetSource) -> str:
     """A hash over every shard's name and mark."""
     digest = hashlib.sha256()
+    for uri, mark in _marks(config):
+        digest.update(f"{uri}\0{mark}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _marks(config: WebDatasetSource) -> list[tuple[str, str]]:
     uris = _uris(config)
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-        for uri, mark in zip(uris, pool.map(storage.mark, uris), strict=True):
-            digest.update(f"{uri}\0{mark}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
+        return list(zip(uris, pool.map(storage.mark, uris), strict=True))
 
 
 def count(config: WebDatasetSource) -> int:
