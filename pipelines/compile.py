@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +52,25 @@ def _complete(pipeline: dict[str, Any], presets: list[str]) -> None:
     parameters["preset"]["literals"] = presets
     for parameter in parameters.values():  # which kfp takes from a docstring as its lines are
         parameter["description"] = " ".join(parameter["description"].split())
+    for component in pipeline["components"].values():
+        for defined in (component.get("inputDefinitions", {}), component.get("outputDefinitions", {})):
+            for one in (*defined.get("parameters", {}).values(), *defined.get("artifacts", {}).values()):
+                one.pop("description", None)  # of a step, which no page shows; see `_bare`
     for name, executor in pipeline["deploymentSpec"]["executors"].items():
         container = executor["container"]
+        container["command"] = [re.sub(" {2,}", " ", word) for word in container["command"][:-1]] + [
+            _bare(container["command"][-1])
+        ]
         container["resources"] = pod_of(name.removeprefix("exec-")).resources
         container["image"] = environment.IMAGE.get()
-        container["command"][-1] = _bare(container["command"][-1])
         container["env"] = [{"name": key, "value": value} for key, value in FIXED.items()]
 
 
 def _bare(source: str) -> str:
     """A step's code without its docstring, which the specification has already.
 
-    A run's Workflow holds all of a step six times, and is packed away from whoever reads it above 1 MiB.
+    A run's Workflow holds all that is said of a step six times and more, and is packed away from whoever
+    reads it above 1 MiB. The largest has some 1,000 KB: that of a retraining, with the config in it.
     """
     module = ast.parse(source)
     for function in module.body:

@@ -495,6 +495,35 @@ MUTANTS = [
         f"{CLUSTER}test_kfp.py::test_a_cancelled_run_is_called_so[states4-cancelled-True]",
     ),
     Mutant(
+        "retraining: a run that had fewer pictures is not known by those that came meanwhile",
+        "model/steps.py",
+        'made = kind == "images" and images is not None',
+        "made = False",
+        "tests/test_steps.py::test_a_run_is_known_by_the_pictures_that_it_had_and_not_by_what_came_meanwhile",
+    ),
+    Mutant(
+        "retraining: other weights to begin from make another asset",
+        "model/steps.py",
+        "made_from[START] = start.as_input",
+        "pass",
+        "tests/test_steps.py::test_what_a_retraining_starts_from_is_no_part_of_what_it_is_known_by",
+    ),
+    Mutant(
+        "schedule: what fails leaves one of them",
+        "pipelines/cluster/schedule.py",
+        "    for one in before:  # last, so that whatever fails leaves one of them",
+        "    for one in before[1:]:",
+        f"{CLUSTER}test_schedule.py::test_whatever_fails_leaves_a_schedule",
+    ),
+    Mutant(
+        "schedule: five fields are refused",
+        "pipelines/cluster/cron.py",
+        'if len(fields) == 5 and not fields[0].startswith(("@", "TZ=")):',
+        "if False:",
+        f"{CLUSTER}test_cron.py::test_a_cron_that_kfp_would_not_take_or_take_amiss_is_refused"
+        "[0 3 * * *-cron '0 3 * * *' has five fields; KFP's begin with seconds: write '0 0 3 * * *']",
+    ),
+    Mutant(
         "runs: a wrong config is not sent",
         "pipelines/cluster/runs.py",
         'resolve(pipeline, **{**asked, "preset": preset})',

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,19 @@ def test_a_steps_code_is_whole_and_holds_no_prose(compiled: dict[str, Path]) -> 
             assert function.name == step == container["args"][-1]
             assert ast.get_docstring(function) is None
             assert any(isinstance(one, ast.With) for one in function.body), step
+
+
+def test_what_a_run_repeats_is_short(compiled: dict[str, Path]) -> None:
+    """A Workflow is packed away above 1 MiB. What it holds of each step and part was counted on real ones."""
+    for path in compiled.values():
+        pipeline, platform = yaml.safe_load_all(path.read_text())
+        steps = [one for one in pipeline["components"].values() if "executorLabel" in one]
+        said = json.dumps([steps, pipeline["deploymentSpec"], platform])
+        parts = len(pipeline["components"]) - len(steps)
+        size = 11 * len(said) + 45_000 * len(steps) + 15_000 * parts
+        assert size < 1_020_000, f"{len(said)} characters for {len(steps)} steps"
+        assert '"description"' not in said
+        assert "   --component_module_path" not in said
 
 
 def test_nobodys_error_is_tried_again(compiled: dict[str, Path]) -> None:
