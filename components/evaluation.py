@@ -34,15 +34,22 @@ def evaluation(
 
     with step("evaluation", run):
         from components.page import SAMPLES, left
+        from model.evaluation.benchmark import benchmark_writer, make_benchmark
         from model.inference.bundle import make_bundle
         from model.plumbing import storage
         from model.steps import writer
 
         artifacts = {"tokenizer": tokenizer, "text": text, "judge": judge, "transformer": transformer}
         settings, parts = config_of(config), {name: read(part) for name, part in artifacts.items()}
+        pictures = read(images)
+        use("evaluation", settings, run, benchmark_writer(settings, pictures, parts["judge"]).uri)
+        benchmark = make_benchmark(settings, pictures, parts["judge"])
+        if settings.sweep.configured:
+            swept = launched("sampling", settings, run, {"images": pictures, **parts})
+            parts["sampling"] = swept.manifest
         use("evaluation", settings, run, writer("model", settings, parts).uri)
-        model = make_bundle(settings, parts)
-        made = launched("evaluation", settings, run, {"images": read(images), "model": model})
+        measured_on = {"images": pictures, "model": make_bundle(settings, parts), "benchmark": benchmark}
+        made = launched("evaluation", settings, run, measured_on)
         write(made, evaluation, config, metrics)
         Path(report.path).write_bytes(storage.read_bytes(made.manifest.where("report.html")))
         Path(samples.path).write_bytes(next(data for name in SAMPLES if (data := left(made.manifest, name))))

@@ -109,7 +109,7 @@ def _judge(config: RunConfig, evaluation: Manifest, name: str, version: int) -> 
             f" with models:/{name}/{version}, or give this task a name of its own: model_name"
         )
     try:
-        verdict = compare(evaluation.info, remeasure(config, evaluation, generator))
+        verdict = compare(evaluation.info, remeasure(evaluation, generator))
     except Unfit as error:
         return True, f"the champion, version {champion}, cannot be used: {error}"
     return verdict.better, verdict.reason

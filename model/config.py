@@ -308,14 +308,27 @@ class SamplingConfig(Section):
     best_of: Few = 1  # draws per picture; the CLIP judge keeps the best
 
 
+class SweepConfig(Section):
+    """Sampling settings tried on captions that nothing is measured on; the model draws by the best. What
+    `sampling` says takes part; without another value nothing is tried."""
+
+    cfg_scale: list[Annotated[float, Field(ge=0)]] = []  # tried first, at the temperature of `sampling`
+    temperature: list[Annotated[float, Field(ge=0)]] = []  # tried at the best of them
+    prompts: Positive = 128  # captions drawn for each; where there are fewer, nothing is tried
+
+    @property
+    def configured(self) -> bool:
+        """Whether there is anything to try."""
+        return bool(self.cfg_scale or self.temperature)
+
+
 class EvaluationConfig(Section):
     """What evaluate measures and shows; seeds and prompts are pinned so that models can be compared."""
 
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 1234  # of the first picture; the next ones count on
     prompts: list[str] = []  # prompts of the grid; empty takes captions spread over the training set
     samples_per_prompt: Few = 4
-    pictures: Positive = 256  # captions sampled for CLIP score and retrieval
-    cfg_sweep: list[Annotated[float, Field(ge=0)]] = []  # guidance scales compared; empty compares none
+    pictures: Positive = 256  # captions of each split that are measured on
 
     @model_validator(mode="after")
     def _drawable(self) -> Self:
@@ -429,6 +442,7 @@ class RunConfig(Section):
     tokenizer: Tokenizer
     transformer: TransformerConfig | None  # null stops after the tokenizer (phase 2 alone)
     sampling: SamplingConfig = SamplingConfig()
+    sweep: SweepConfig = SweepConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     jobs: JobConfig = JobConfig()
     gate: GateConfig = GateConfig()

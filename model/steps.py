@@ -41,8 +41,9 @@ class Step:
     module: str = ""  # what a job runs; empty where no job is launched
     version: int = 1
     taken: Callable[[RunConfig], bool] = lambda config: config.transformer is not None
-    within: Kind | None = None  # the step whose component makes it, where it has none of its own
+    within: str = ""  # the step whose component makes it, where it has none of its own
     one_process: bool = False
+    also: tuple[Kind, ...] = ()  # assets that it is made from, too, in runs that have them
 
 
 def image_settings(data: DataConfig) -> Settings:
@@ -98,8 +99,21 @@ def _transformer(config: RunConfig) -> Settings:
     return {"transformer": _plain(config.transformer), "seed": config.seed}
 
 
+def _sampling(config: RunConfig) -> Settings:
+    return {
+        "sweep": _plain(config.sweep),
+        "sampling": _plain(config.sampling),
+        "seed": config.evaluation.seed,
+    }
+
+
+def _benchmark(config: RunConfig) -> Settings:
+    chosen = config.evaluation.model_dump(mode="json", include={"seed", "pictures"})
+    return {"evaluation": chosen, "augment": _moves(config.data)}
+
+
 def _evaluation(config: RunConfig) -> Settings:
-    return {"evaluation": _plain(config.evaluation), "augment": _moves(config.data)}
+    return {"evaluation": config.evaluation.model_dump(mode="json", exclude={"seed", "pictures"})}
 
 
 STEPS: dict[Kind, Step] = {  # in the order of the pipeline
@@ -111,18 +125,38 @@ STEPS: dict[Kind, Step] = {  # in the order of the pipeline
     "transformer": Step(
         "Transformer", _transformer, ("tokens", "text", "tokenizer"), "model.training.transformer"
     ),
+    "sampling": Step(
+        "Sampling settings",
+        _sampling,
+        ("images", "tokenizer", "text", "judge", "transformer"),
+        "model.evaluation.sweep",
+        taken=lambda config: config.transformer is not None and config.sweep.configured,
+        within="evaluation",
+        one_process=True,
+    ),
     "model": Step(
         "Model",
         lambda config: {"sampling": _plain(config.sampling)},
         ("tokenizer", "text", "judge", "transformer"),
+        also=("sampling",),
         within="evaluation",
     ),
+    # Names its images by hash in its settings, and not among its inputs: see `evaluation/benchmark.py`.
+    "benchmark": Step("Benchmark", _benchmark, ("images", "judge"), within="evaluation"),
     "evaluation": Step(
         "Evaluation",
         _evaluation,
-        ("images", "model"),
+        ("images", "model", "benchmark"),
         "model.evaluation.evaluate",
         version=2,
+        one_process=True,
+    ),
+    "measurement": Step(
+        "Measurement",
+        lambda config: {},
+        ("images", "model", "benchmark"),
+        "model.evaluation.measure",
+        within="register",
         one_process=True,
     ),
 }
@@ -221,7 +255,8 @@ def _origin(kind: Kind, config: RunConfig) -> Manifest | None:
 def writer(kind: Kind, config: RunConfig, inputs: Mapping[str, Manifest]) -> AssetWriter:
     """The writer of an asset, at its place. Raises as `settings`."""
     step = STEPS[kind]
-    assert inputs.keys() == set(step.needs), f"{kind} needs {step.needs}, not {list(inputs)}"
+    known = {*step.needs, *step.also}
+    assert set(step.needs) <= inputs.keys() <= known, f"{kind} needs {step.needs}, not {list(inputs)}"
     return AssetWriter(kind, step.settings(config), inputs, step.version)
 
 

@@ -32,6 +32,7 @@ def results(make: Callable[..., Manifest] = make) -> dict[str, Any]:
     run = config(
         tokenizer=tiny.tokenizer.model_dump() | {"training": TRAINING},
         clip=tiny.clip.model_dump() | {"training": TRAINING},
+        sweep={"cfg_scale": [1.0, 3.0], "temperature": [0.9], "prompts": 4},
         transformer={**tiny.transformer.model_dump(), "dropout": 0.1, "training": TRAINING},  # type: ignore[union-attr]
         data={
             **tiny.data.model_dump(),
@@ -41,12 +42,13 @@ def results(make: Callable[..., Manifest] = make) -> dict[str, Any]:
     made: dict[Kind, Manifest] = {"images": ingest(run.data)}
     for kind, step in STEPS.items():
         if kind not in made:
-            made[kind] = make(kind, run, {name: made[name] for name in step.needs})
+            needed = (name for name in (*step.needs, *step.also) if name in made)
+            made[kind] = make(kind, run, {name: made[name] for name in needed})
     return {kind: {"version": STEPS[kind].version, **_result(made[kind])} for kind in STEPS}
 
 
 def _result(made: Manifest) -> dict[str, Any]:
-    if made.kind in ("images", "model"):
+    if made.kind in ("images", "model", "benchmark"):
         numbers = (".safetensors", "history.json")  # which other CPUs round otherwise
         names = [file.name for file in made.files if not file.name.endswith(numbers)]
         data = b"".join(storage.read_bytes(storage.join(made.uri, name)) for name in names)
@@ -55,7 +57,9 @@ def _result(made: Manifest) -> dict[str, Any]:
         batches = list(TokenReader(made, "train", 1).ordered())
         return {"codes": [batch.codes[0].tolist() for batch in batches[:16]],
                 "ids": [batch.ids[0].tolist() for batch in batches[:4]]}  # fmt: skip
-    if made.kind == "evaluation":
+    if made.kind == "sampling":
+        return made.info
+    if made.kind in ("evaluation", "measurement"):
         figures = made.info["figures"].items()
         return {"metrics": {name: value for name, value in figures if isinstance(value, float)}}
     return {"history": json.loads(storage.read_bytes(storage.join(made.uri, "history.json")))}

@@ -12,6 +12,7 @@ import torch
 from model import steps
 from model.config import DataConfig, RunConfig, TrainedCLIPConfig, VQVAEConfig, parse_config
 from model.data import ingest as ingesting
+from model.evaluation.benchmark import make_benchmark
 from model.inference.bundle import make_bundle
 from model.nets.clip import architecture, build_clip
 from model.nets.gpt import GPT
@@ -100,7 +101,9 @@ def run_job(spec: JobSpec) -> Manifest:
 
 
 def make(kind: Kind, run: RunConfig, inputs: Mapping[str, Manifest]) -> Manifest:
-    """The asset of a kind, by its job, in this process and without MLflow; the bundle, which has no job."""
+    """The asset of a kind, by its job, in this process and without MLflow; or where it has none, as it is."""
+    if kind == "benchmark":
+        return make_benchmark(run, **inputs)
     if kind == "model":
         return make_bundle(run, inputs)
     return run_job(steps.job(kind, run, "test", inputs))

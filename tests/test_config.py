@@ -139,6 +139,7 @@ POSITIVE = [
     "sampling.best_of",
     "evaluation.samples_per_prompt",
     "evaluation.pictures",
+    "sweep.prompts",
     "jobs.workers",
     "jobs.processes_per_worker",
     "jobs.deadline_hours",
@@ -316,12 +317,13 @@ def sections(part: object) -> set[type[Section]]:
         ("data.background=[0, 0, -1]", "data.background.2: Input should be greater than or equal to 0"),
         (f"evaluation.seed={2**62}", f"evaluation.seed: Input should be less than {2**62}"),
         (
-            "evaluation.cfg_sweep=[1, -1]",
-            "evaluation.cfg_sweep.1: Input should be greater than or equal to 0",
+            "sweep.cfg_scale=[1, -1]",
+            "sweep.cfg_scale.1: Input should be greater than or equal to 0",
         ),
         ("sampling.temperature=.inf", "sampling.temperature: Input should be a finite number"),
         ("sampling.cfg_scale=.nan", "sampling.cfg_scale: Input should be a finite number"),
-        ("evaluation.cfg_sweep=[1, .inf]", "evaluation.cfg_sweep.1: Input should be a finite number"),
+        ("evaluation.cfg_sweep=[1, 2]", "evaluation.cfg_sweep: unknown key"),
+        ("sweep.cfg_scale=[1, .inf]", "sweep.cfg_scale.1: Input should be a finite number"),
         ("tokenizer.beta=.nan", "tokenizer.beta: Input should be a finite number"),
         ("seed=1.5", "seed: Input should be a valid integer, got a number with a fractional part"),
         (
@@ -382,10 +384,10 @@ def test_settings_cannot_be_changed_behind_the_back_of_their_rules() -> None:
 def test_overrides_are_yaml_and_the_last_one_holds() -> None:
     config = load_config(
         "smoke",
-        ["seed=1", "seed=2", "evaluation.cfg_sweep=[1, 2.5]", "data.source={kind: folder, path: a=b}"],
+        ["seed=1", "seed=2", "sweep.cfg_scale=[1, 2.5]", "data.source={kind: folder, path: a=b}"],
     )
     assert config.seed == 2
-    assert config.evaluation.cfg_sweep == [1.0, 2.5]
+    assert config.sweep.cfg_scale == [1.0, 2.5]
     assert config.data.source.model_dump() == {"kind": "folder", "path": "a=b"}
 
 

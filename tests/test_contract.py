@@ -105,7 +105,8 @@ def test_the_table_of_steps_in_the_docs_is_the_table_of_steps() -> None:
         job = (
             f"`{step.module}`" if step.module else f"none; within `{step.within}`" if step.within else "none"
         )
-        lines.append(f"| `{kind}` | {', '.join(step.needs)} | {decided_by} | {job} | {step.version} |")
+        made_from = ", ".join([*step.needs, *(f"({other})" for other in step.also)])
+        lines.append(f"| `{kind}` | {made_from} | {decided_by} | {job} | {step.version} |")
     table = "\n".join(lines)
     assert table in (ROOT / "docs/ARCHITECTURE.md").read_text(), f"it should read\n{table}"
 

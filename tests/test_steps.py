@@ -35,7 +35,7 @@ DECIDES: dict[str, set[str]] = {
     "seed": {"tokenizer", "text", "judge", "tokens", "transformer"},
     "data": {"images"},
     "data.max_bad_share": set(),  # whether ingest goes on, not what it makes
-    "data.augment": {"tokenizer", "text", "judge", "tokens", "evaluation"},
+    "data.augment": {"tokenizer", "text", "judge", "tokens", "benchmark"},
     "data.augment.views": {"tokens"},
     "tokenizer": {"tokenizer"},
     "tokenizer.training.log_every": set(),
@@ -46,8 +46,11 @@ DECIDES: dict[str, set[str]] = {
     "transformer": {"transformer"},
     "transformer.training.log_every": set(),
     "transformer.training.checkpoint_every": set(),
-    "sampling": {"model"},
+    "sampling": {"sampling", "model"},
+    "sweep": {"sampling"},
     "evaluation": {"evaluation"},
+    "evaluation.seed": {"benchmark", "sampling"},
+    "evaluation.pictures": {"benchmark"},
     "jobs": set(),  # where a job runs, not what it makes
     "gate": set(),  # which version is in use, not what it is
     "retrain": set(),  # what the next run starts from

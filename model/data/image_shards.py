@@ -37,16 +37,30 @@ def load_images(manifest: Manifest, split: str, limit: int = 0) -> tuple[torch.T
     Raises:
         UserError: when the split is empty, or a shard is not what the manifest says.
     """
-    shards = shards_of(manifest, split)
-    count = min(limit or sum(shards.values()), sum(shards.values()))
-    entries = list(islice((entry for name in shards for entry in _index(manifest, name)), count))
-    parts = [entries[first : first + 64] for first in range(0, count, 64)]
+    entries = index(manifest, split, limit)
+    parts = [entries[first : first + 64] for first in range(0, len(entries), 64)]
 
     def decode(part: list[TarEntry]) -> torch.Tensor:
         return _decode(manifest, part)
 
-    pixels = map(decode, parts) if count <= 64 else parallel_map(decode, parts, threads=True)
+    pixels = map(decode, parts) if len(parts) == 1 else parallel_map(decode, parts, threads=True)
     return torch.cat(list(pixels)), [entry.captions for entry in entries]
+
+
+def index(manifest: Manifest, split: str, limit: int = 0) -> list[TarEntry]:
+    """A split's first `limit` pictures (0: all) in their fixed order, from headers and captions alone.
+
+    Raises:
+        UserError: as `load_images`.
+    """
+    shards = shards_of(manifest, split)
+    count = min(limit or sum(shards.values()), sum(shards.values()))
+    return list(islice((entry for name in shards for entry in _index(manifest, name)), count))
+
+
+def stored(manifest: Manifest, entry: TarEntry) -> bytes:
+    """The bytes of a picture's file, PNG or JPEG. Raises UserError: its shard cannot be had."""
+    return cache.use(manifest, [entry.tar.name], lambda: _bytes(entry))
 
 
 def image_batches(
@@ -114,9 +128,15 @@ class TarEntry(NamedTuple):
     """Where a picture lies in a local tar, and its captions."""
 
     tar: Path
+    name: str  # of the member
     offset: int
     size: int
     captions: list[str]
+
+    @property
+    def content(self) -> str:
+        """The hash of its pixels, hex digits."""
+        return self.name.partition(".")[0]
 
 
 def _index(manifest: Manifest, name: str) -> list[TarEntry]:
@@ -139,7 +159,7 @@ def tar_index(path: Path) -> list[TarEntry]:
                 assert notes
                 entries[-1].captions.extend(json.load(notes)["captions"])
             else:
-                entries.append(TarEntry(path, member.offset_data, member.size, []))
+                entries.append(TarEntry(path, member.name, member.offset_data, member.size, []))
     return entries
 
 
@@ -147,9 +167,12 @@ def decode_entries(entries: Sequence[TarEntry]) -> torch.Tensor:
     """Pictures of shards as uint8 (B, 3, H, W); they are normalised already."""
     pixels = []
     for entry in entries:
-        with entry.tar.open("rb") as tar:
-            tar.seek(entry.offset)
-            data = tar.read(entry.size)
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+        with Image.open(io.BytesIO(_bytes(entry)), formats=("PNG", "JPEG")) as image:
             pixels.append(np.asarray(image))
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+
+
+def _bytes(entry: TarEntry) -> bytes:
+    with entry.tar.open("rb") as tar:
+        tar.seek(entry.offset)
+        return tar.read(entry.size)

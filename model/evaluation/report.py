@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from model.config import RunConfig
+from model.config import RunConfig, SamplingConfig
 from model.evaluation import sheets
 from model.evaluation.sheets import Curves, Pairs
 from model.nets import metrics
@@ -26,6 +26,7 @@ from model.steps import STEPS
 
 TILE = 96  # side of a picture on the page, pixels
 FEWEST = 16  # held-out pictures that the figures on top may rest on
+SETTINGS = {"cfg_scale": "guidance scale", "temperature": "temperature"}
 TEMPLATES = Path(__file__).parent / "templates"
 SPLIT_NAMES = {
     "train": "captions seen in training",
@@ -52,14 +53,16 @@ class Page:
     config: RunConfig
     images: Manifest
     model: Manifest  # names its parts
+    benchmark: Manifest  # that it was measured on
     metrics: dict[str, float]
     parameters: dict[str, int]  # weights per net
     grids: list[Grid]
     reconstructions: Pairs
     unconditional: Tensor  # (N, 3, H, W)
-    sweep: Curves  # over the guidance scale
+    sampling: SamplingConfig  # that the model draws with
     histories: dict[str, Curves]  # per part of the model
     pictures: dict[str, int]  # scored, per split
+    searched: int  # training pictures among which near-duplicates were searched
 
     @property
     def headline(self) -> list[Figure]:
@@ -119,7 +122,7 @@ def render(page: Page) -> str:
     environment.filters |= {"embedded": _embedded, "png": _data_uri, "quantity": quantity}
     side = page.reconstructions.originals.shape[-1]
     charts = _charts(page)
-    sweep = [(name, {name: points}) for name, points in page.sweep.items()]
+    swept = page.model.info.get("sampling", {})
     return environment.get_template("report.html").render(
         page=page,
         metrics=page.metrics,
@@ -130,11 +133,12 @@ def render(page: Page) -> str:
         grids={grid.kind: grid for grid in page.grids},
         pairs=list(zip(*page.reconstructions, strict=True)),
         charts=sheets.plot(charts, "step") if charts else None,
-        sweep=sheets.plot(sweep, "guidance scale", marked=True) if sweep else None,
+        swept=swept,
+        sweeps=_sweeps(swept),
         judge=judge_name(page.config, page.model),
         shown=TILE,
         pixelated=side < TILE and TILE % side == 0,
-        lineage=_lineage(page.images, page.model),
+        lineage=_lineage(page),
         near_duplicate=metrics.NEAR_DUPLICATE,
         config=yaml.safe_dump(
             page.config.model_dump(mode="json", exclude={"jobs", "experiment_name"}),
@@ -210,11 +214,11 @@ def judge_name(config: RunConfig, model: Manifest) -> str:
 
 
 def _parts(model: Manifest) -> dict[str, dict[str, File]]:
-    """The files of each part of a model, by their names within it."""
+    """The files of each part of a model, by their names within it; its settings lie in no folder."""
     parts: dict[str, dict[str, File]] = defaultdict(dict)
     for file in model.files:
         part, _, name = file.name.rpartition("/")
-        parts[part][name] = file.model_copy(update={"name": name})
+        parts[part or "sampling"][name] = file.model_copy(update={"name": name})
     return parts
 
 
@@ -254,12 +258,23 @@ def _charts(page: Page) -> list[tuple[str, Curves]]:
     ]
 
 
-def _lineage(images: Manifest, model: Manifest) -> list[dict[str, Any]]:
+def _sweeps(swept: dict[str, Any]) -> list[tuple[str, bytes]]:
+    """A chart for each sampling setting that was tried: every figure over its values."""
+    return [
+        (SETTINGS[name], sheets.plot([(figure, {figure: points}) for figure, points in curves.items()],
+                                     SETTINGS[name], marked=True))
+        for name, curves in swept.get("curves", {}).items()
+    ]  # fmt: skip
+
+
+def _lineage(page: Page) -> list[dict[str, Any]]:
     """What the evaluation was made from: by key and hash, as places differ from store to store."""
-    files = {"images": list(images.files), "model": list(model.files)}
+    images, model, benchmark = page.images, page.model, page.benchmark
+    files: dict[str, list[File]] = {one.kind: list(one.files) for one in (images, model, benchmark)}
     files |= {part: list(named.values()) for part, named in _parts(model).items()}
     info = {"images": images.info, **{part: model.info.get(part, {}) for part in model.inputs}}
-    named = {"images": images.as_input, **model.inputs, "model": model.as_input}
+    named = {"images": images.as_input, **model.inputs}
+    named |= {one.kind: one.as_input for one in (model, benchmark)}
     return [
         {
             "name": name,

@@ -23,8 +23,8 @@ def make_bundle(config: RunConfig, parts: Mapping[str, Manifest]) -> Manifest:
     """The bundle of these parts; found where it is already. S3 copies for itself, each copy is verified.
 
     Args:
-        config: `sampling` decides.
-        parts: the assets `tokenizer`, `text`, `transformer` and `judge`.
+        config: `sampling` decides, where no sweep did.
+        parts: the assets `tokenizer`, `text`, `transformer` and `judge`; `sampling` of a run with a sweep.
 
     Raises:
         UserError: a part is damaged, or is no model.
@@ -32,12 +32,18 @@ def make_bundle(config: RunConfig, parts: Mapping[str, Manifest]) -> Manifest:
     writer = steps.writer("model", config, parts)
     if found := assets.find(writer.uri):
         return found
-    for part, manifest in parts.items():
+    for part in PARTS:
+        manifest = parts[part]
         with_history = any(file.name == HISTORY for file in manifest.files)
         for name in (*FILES, HISTORY) if with_history else FILES:
             file = manifest.file(name)
             target = storage.join(writer.uri, part, name)
             storage.copy(manifest.where(name), target, file.sha256)
             writer.add(file.model_copy(update={"name": f"{part}/{name}", "asset": ""}))
-    writer.add_bytes(SAMPLING, config.sampling.model_dump_json(indent=2).encode())
+    if swept := parts.get("sampling"):
+        file = swept.file(SAMPLING)
+        storage.copy(swept.where(SAMPLING), storage.join(writer.uri, SAMPLING), file.sha256)
+        writer.add(file.model_copy(update={"asset": ""}))
+    else:
+        writer.add_bytes(SAMPLING, config.sampling.model_dump_json(indent=2).encode())
     return writer.finish({part: manifest.info for part, manifest in parts.items()})

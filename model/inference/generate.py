@@ -70,7 +70,6 @@ class Generator:
                 finite number.
         """
         folder = Path(folder)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if not (folder / SAMPLING).is_file():
             raise Unfit(
                 f"{folder} is no model: it has no {SAMPLING}; a model folder has {', '.join(PARTS)} and that"
@@ -80,12 +79,27 @@ class Generator:
             sampling = SamplingConfig.model_validate(without_retired(stored))
         except ValidationError as error:
             raise UserError(f"{folder / SAMPLING}: {error.errors()[0]['msg']}") from None
-        gpt = load_gpt(folder / "transformer", device)
+        parts = {part: folder / part for part in PARTS}
+        if not parts["judge"].is_dir():
+            del parts["judge"]
+        return cls.open(parts, sampling, device, pictures)
+
+    @classmethod
+    def open(
+        cls,
+        parts: Mapping[str, Path],
+        sampling: SamplingConfig,
+        device: str | torch.device | None = None,
+        pictures: int = 1,
+    ) -> Generator:
+        """The generator of the folders of its parts, which need be no bundle yet; else as `load`."""
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        gpt = load_gpt(parts["transformer"], device)
         if device.type == "cuda" and gpt.config.training.precision == "bf16":
             gpt = gpt.bfloat16()
-        judge = load_judge(folder / "judge", device) if (folder / "judge").is_dir() else None
-        tokenizer = load_tokenizer(folder / "tokenizer", device)
-        text = load_text_encoder(folder / "text", device)
+        judge = load_judge(parts["judge"], device) if "judge" in parts else None
+        tokenizer = load_tokenizer(parts["tokenizer"], device)
+        text = load_text_encoder(parts["text"], device)
         return cls(tokenizer, text, gpt, judge, sampling, compile=pays(device, pictures))
 
     @property

@@ -25,6 +25,7 @@ from model.config import VQVAEConfig
 SCORES_CPU, SCORES_CUDA = 2**19, 2**26
 BLOCK = 64  # codes that share a maximum in the search on CPU
 
+NEAR = 8  # codes of a learned codebook that count as neighbours of one
 CODEBOOK_DECAY = 0.95  # share of a used code that stays in one update; 0.99 lags behind short trainings
 KMEANS_ITERATIONS = 10
 
@@ -41,6 +42,17 @@ def nearest_codes(latents: Float[Tensor, "N D"], codebook: Float[Tensor, "K D"])
     for piece, found in zip(latents.split(rows), codes.split(rows), strict=True):
         found.copy_(_argmax(torch.mm(piece, codebook.t(), out=scores[: len(piece)])))
     return codes
+
+
+def nearest_others(
+    rows: Float[Tensor, "M D"], codebook: Float[Tensor, "K D"], own: Int[Tensor, " M"]
+) -> Int[Tensor, "M _"]:
+    """Indices of the `NEAR` rows of `codebook` nearest to each of `rows`, its own left out."""
+    found = []
+    for some, mine in zip(rows.split(1024), own.split(1024), strict=True):
+        distances = torch.cdist(some, codebook).scatter(1, mine[:, None], torch.inf)
+        found.append(distances.topk(min(NEAR, len(codebook) - 1), largest=False).indices)
+    return torch.cat(found)
 
 
 def _argmax(scores: Float[Tensor, "N K"]) -> Int[Tensor, " N"]:
@@ -112,6 +124,11 @@ class VectorQuantizer(nn.Module):
     def lookup(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B D h w"]:
         """The codebook's vectors at `codes`, as a grid."""
         return _to_grid(F.normalize(self.codebook, dim=1)[codes.flatten()], *codes.shape)
+
+    def neighbours(self, codes: Int[Tensor, " M"]) -> Int[Tensor, "M _"]:
+        """The (up to `NEAR`) other codes that are most like each of `codes`."""
+        codebook = F.normalize(self.codebook, dim=1)
+        return nearest_others(codebook[codes], codebook, codes)
 
     @torch.no_grad()
     def _gather(self, latents: Float[Tensor, "N D"], codes: Int[Tensor, " N"]) -> None:
@@ -192,6 +209,15 @@ class FiniteScalarQuantizer(nn.Module):
         half = self.levels // 2
         places = (codes[..., None] // self.basis) % self.levels
         return ((places - half) / half).movedim(-1, 1)
+
+    def neighbours(self, codes: Int[Tensor, " M"]) -> Int[Tensor, "M _"]:
+        """The codes one level off in one dimension; at an edge the one inwards counts twice."""
+        places = (codes[:, None] // self.basis) % self.levels  # (M, D)
+        up, down = places + 1 < self.levels, places > 0
+        higher = torch.where(up, 1, -1) * self.basis
+        lower = torch.where(down, -1, 1) * self.basis
+        moves = torch.stack([higher, lower], dim=2)[:, self.levels > 1].flatten(1)
+        return codes[:, None] + moves
 
     def update(self) -> None:
         """Nothing to learn."""

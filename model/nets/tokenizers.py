@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from model.config import PretrainedTokenizerConfig, VQVAEConfig
 from model.errors import UserError
 from model.nets.folder import load
-from model.nets.quantize import nearest_codes
+from model.nets.quantize import nearest_codes, nearest_others
 from model.nets.vqvae import VQVAE, check_sides
 from model.plumbing import storage
 from model.plumbing.assets import AssetWriter, Manifest
@@ -171,6 +171,16 @@ FAMILIES: dict[str, type[Janus] | type[Diffusers] | type[Emu3]] = {
     "diffusers": Diffusers,
     "emu3": Emu3,
 }
+
+
+def neighbours(tokenizer: Tokenizer, codes: Int[Tensor, " M"]) -> Int[Tensor, "M _"] | None:
+    """Codes that are most like each of `codes`; None for a tokenizer whose codebook is out of reach."""
+    match tokenizer:
+        case VQVAE():
+            return tokenizer.quantizer.neighbours(codes)
+        case Pretrained():
+            return nearest_others(tokenizer.codebook[codes], tokenizer.codebook, codes)
+    return None
 
 
 # ── assets ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -27,7 +27,19 @@ NAME = "manifest.json"
 PICTURES = "pictures"  # folder of an asset with what is only looked at, and is in no manifest:
 RECONSTRUCTIONS = "reconstructions.png"  # by a tokenizer
 
-Kind = Literal["images", "tokenizer", "text", "judge", "tokens", "transformer", "model", "evaluation"]
+Kind = Literal[
+    "images",
+    "tokenizer",
+    "text",
+    "judge",
+    "tokens",
+    "transformer",
+    "sampling",
+    "model",
+    "benchmark",
+    "evaluation",
+    "measurement",
+]
 
 
 class _Part(BaseModel):
@@ -238,7 +250,7 @@ class AssetWriter:
         self,
         kind: Kind,
         settings: Mapping[str, Any],
-        inputs: Mapping[str, Manifest],
+        inputs: Mapping[str, Manifest | Input],
         version: int = 1,
     ) -> None:
         """
@@ -249,7 +261,9 @@ class AssetWriter:
             version: of the step that makes it.
         """
         self.kind, self.settings = kind, dict(settings)
-        self.inputs = {name: manifest.as_input for name, manifest in sorted(inputs.items())}
+        self.inputs = {
+            name: one if isinstance(one, Input) else one.as_input for name, one in sorted(inputs.items())
+        }
         self.key = asset_key(kind, self.settings, self.inputs, version)
         self.uri = place(kind, self.key)
         self._files: dict[str, File] = {}

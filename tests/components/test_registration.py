@@ -15,7 +15,7 @@ from components.registration import Registered, register_model
 from model import steps
 from model.config import RunConfig
 from model.errors import UserError
-from model.evaluation.benchmark import load_benchmark
+from model.evaluation.benchmark import load_benchmark, make_benchmark
 from model.inference.bundle import make_bundle
 from model.inference.generate import Generator
 from model.plumbing import cache, registry, storage
@@ -39,10 +39,12 @@ def evaluated(services: dict[str, str], tmp_path: Path, monkeypatch: pytest.Monk
     def make(seed: int, score: float, **changes: object) -> tuple[RunConfig, Manifest]:
         run = config(**{"model_name": name, **changes})
         images = ingest(run.data)
-        model = make_bundle(run, publish_models(tmp_path / str(seed), run, images, seed))
-        benchmark = load_benchmark(run, images, model.inputs["judge"].sha256)
-        count = sum(len(split.captions) for split in benchmark.splits.values())
-        writer = AssetWriter("evaluation", {"score": score}, {"images": images, "model": model})
+        parts = publish_models(tmp_path / str(seed), run, images, seed)
+        model = make_bundle(run, parts)
+        benchmark = make_benchmark(run, images, parts["judge"])
+        count = load_benchmark(benchmark).count
+        given = {"images": images, "model": model, "benchmark": benchmark}
+        writer = AssetWriter("evaluation", {"score": score}, given)
         writer.add_bytes("report.html", b"<html>")
         info = {
             "scores": {"oracle": {"train": [score] * count}},

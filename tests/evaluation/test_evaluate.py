@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sized
 from pathlib import Path
 
 import pytest
-import torch
 
 from model.config import RunConfig
 from model.errors import UserError
 from model.evaluation import evaluate as evaluation
-from model.evaluation.benchmark import Benchmark, Drawn, load_benchmark
+from model.evaluation import measure
+from model.evaluation.benchmark import make_benchmark
 from model.evaluation.evaluate import Verdict, compare, remeasure
+from model.evaluation.measure import SHARES
 from model.inference.bundle import make_bundle
 from model.inference.generate import Generator, Unfit
 from model.nets.vqvae import VQVAE
 from model.plumbing import assets, storage
 from model.plumbing.assets import Manifest
-from model.plumbing.speech import Progress
 from tests.instances import config, ingest, make, publish_models
 
 
 @pytest.fixture(scope="module")
 def run() -> RunConfig:
-    return config(evaluation={"samples_per_prompt": 2, "pictures": 6, "cfg_sweep": [1.0, 2.0]})
+    return config(evaluation={"samples_per_prompt": 2, "pictures": 4})
 
 
 @pytest.fixture(scope="module")
@@ -43,26 +42,14 @@ def inputs(root: Path, tmp_path_factory: pytest.TempPathFactory, run: RunConfig)
     """Shapes ingested for real, and a model with random weights."""
     images = ingest(run.data)
     parts = publish_models(tmp_path_factory.mktemp("models"), run, images)
-    return {"images": images, "model": make_bundle(run, parts)}
+    benchmark = make_benchmark(run, images, parts["judge"])
+    return {"images": images, "model": make_bundle(run, parts), "benchmark": benchmark}
 
 
 @pytest.fixture(scope="module")
 def made(inputs: dict[str, Manifest], run: RunConfig) -> Manifest:
     """The evaluation of this model."""
     return make("evaluation", run, inputs)
-
-
-def benchmark_of(run: RunConfig, inputs: dict[str, Manifest]) -> Benchmark:
-    return load_benchmark(run, inputs["images"], inputs["model"].inputs["judge"].sha256)
-
-
-@pytest.fixture
-def drawn(run: RunConfig, inputs: dict[str, Manifest]) -> Drawn:
-    """What the model makes of the benchmark, nothing of it computed yet."""
-    generator = Generator.load(inputs["model"].uri)
-    assert generator.judge
-    progress = Progress("test", 0, "img", enabled=False)
-    return Drawn(generator, generator.judge, benchmark_of(run, inputs), progress)
 
 
 def test_an_evaluation_holds_report_pictures_and_metrics(made: Manifest) -> None:
@@ -78,15 +65,16 @@ def test_an_evaluation_holds_report_pictures_and_metrics(made: Manifest) -> None
         assert 0 < figures[f"{split}/nearest_distance"] < 1
         for name, scores in made.info["scores"].items():
             figure = "oracle_all_right" if name == "oracle" else name
-            assert len(scores[split]) == 6
-            assert sum(scores[split]) / 6 == pytest.approx(figures[f"{split}/{figure}"], abs=1e-4)
-        assert made.info["chance"]["retrieval"][split] == figures[f"{split}/retrieval_chance"] == 1 / 6
+            assert len(scores[split]) == 4
+            assert sum(scores[split]) / 4 == pytest.approx(figures[f"{split}/{figure}"], abs=1e-4)
+        assert made.info["chance"]["retrieval"][split] == figures[f"{split}/retrieval_chance"] == 1 / 4
         assert figures[f"{split}/oracle_all_right_real"] >= 0.5  # of real pictures; 16 px is little
         assert figures[f"{split}/oracle_all_right"] == 0  # of noise
     assert made.info["scores"].keys() == {"retrieval", "clip_score", "oracle"}
     assert figures["bundle_bytes"] == sum(file.size for file in made.input("model").files)
     assert figures["train/near_duplicates_reconstructed"] < 1  # a random tokenizer leaves nothing
-    assert json.loads(storage.read_bytes(f"{made.uri}/metrics.json"))["guidance"]["CLIP score"][0][0] == 1.0
+    assert json.loads(storage.read_bytes(f"{made.uri}/metrics.json"))["figures"] == figures
+    assert made.info["benchmark"] == made.inputs["benchmark"].key
 
 
 def test_a_finished_evaluation_is_found(
@@ -104,44 +92,11 @@ def test_evaluating_twice_gives_the_same_bytes(
     assert make("evaluation", run, inputs).sha256 == made.sha256
 
 
-def test_the_benchmark_is_pinned_by_data_judge_and_config(
-    inputs: dict[str, Manifest], run: RunConfig
-) -> None:
-    one, two = benchmark_of(run, inputs), benchmark_of(run, inputs)
-    assert one.key == two.key
-    for split, chosen in one.splits.items():
-        assert chosen.captions == two.splits[split].captions
-        assert torch.equal(chosen.images, two.splits[split].images)
-        assert len(chosen.captions) == len(chosen.images) == 6
-    seeds = [seed for split in one.splits for seed in one.seeds(split)]
-    assert len(set(seeds)) == len(seeds)
-    other = run.evaluation.model_copy(update={"seed": 1})
-    assert benchmark_of(run.model_copy(update={"evaluation": other}), inputs).key != one.key
-
-
-def test_remeasuring_the_same_model_gives_its_own_scores(
-    made: Manifest, inputs: dict[str, Manifest], run: RunConfig, drawn: Drawn
-) -> None:
-    champion = remeasure(run, made, drawn.generator)
+def test_remeasuring_the_same_model_gives_its_own_scores(made: Manifest, inputs: dict[str, Manifest]) -> None:
+    champion = remeasure(made, Generator.load(inputs["model"].uri))
     assert champion["benchmark"] == made.info["benchmark"]
     assert champion["scores"] == made.info["scores"]
-    judged = evaluation.judgement(drawn)
-    assert judged["validation/clip_score"] == made.info["figures"]["validation/clip_score"]
     assert not compare(made.info, champion).better, "a model cannot beat itself"
-
-
-def test_likelihoods_are_those_of_the_codes(drawn: Drawn) -> None:
-    figures = evaluation.likelihoods(drawn)
-    codes = drawn.codes["validation"]
-    with torch.no_grad():
-        logits = drawn.generator.gpt(codes).log_softmax(-1)
-    expected = -logits.gather(2, codes[..., None]).mean()
-    assert figures["validation/bits_per_token_unconditional"] == pytest.approx(
-        expected.item() / math.log(2), abs=1e-4
-    )
-    assert figures["bits_per_token_gap"] == pytest.approx(
-        figures["validation/bits_per_token"] - figures["train/bits_per_token"]
-    )
 
 
 class Counted:
@@ -160,30 +115,23 @@ class Counted:
 def test_every_picture_is_encoded_decoded_and_drawn_once(
     inputs: dict[str, Manifest], run: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Six pictures of each of three splits; the sweep does not draw anew at the model's own scale."""
-    again = run.model_copy(update={"evaluation": run.evaluation.model_copy(update={"seed": 7})})
-    assert run.sampling.cfg_scale in run.evaluation.cfg_sweep
+    """Four pictures of each of three splits; held-out ones are decoded again with codes replaced."""
+    once = run.evaluation.model_copy(update={"samples_per_prompt": 1})
+    again = run.model_copy(update={"evaluation": once})
     encoded, decoded = (Counted(monkeypatch, VQVAE, name) for name in ("encode", "decode"))
     asked = Counted(monkeypatch, Generator, "draw")
     make("evaluation", again, inputs)
-    grids, unconditional = 3 * 6 * run.evaluation.samples_per_prompt, evaluation.UNCONDITIONAL
-    assert encoded.pictures == 3 * 6
-    assert asked.pictures == 3 * 6 + 6 + grids + unconditional
-    assert decoded.pictures == encoded.pictures + asked.pictures
-
-
-def test_at_its_own_scale_the_sweep_says_what_was_scored(drawn: Drawn) -> None:
-    figures = evaluation.judgement(drawn)
-    curves = evaluation.guidance_sweep(drawn, [1.0, drawn.generator.sampling.cfg_scale])
-    assert curves["CLIP score"][1][1] == figures["composition/clip_score"]
-    assert curves["CLIP score"][0][1] != figures["composition/clip_score"]
+    assert encoded.pictures == 3 * 4
+    assert asked.pictures == 3 * 4 + 3 * 4 + evaluation.UNCONDITIONAL
+    assert decoded.pictures == encoded.pictures + asked.pictures + 4 * len(SHARES)
 
 
 def test_a_model_whose_figures_are_no_numbers_is_not_published(
     inputs: dict[str, Manifest], run: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    again = run.model_copy(update={"evaluation": run.evaluation.model_copy(update={"seed": 8})})
-    monkeypatch.setattr(evaluation, "MEASURES", (lambda _: {"train/bits_per_token": float("nan")},))
+    thrice = run.evaluation.model_copy(update={"samples_per_prompt": 3})
+    again = run.model_copy(update={"evaluation": thrice})
+    monkeypatch.setattr(measure, "MEASURES", (lambda _: {"train/bits_per_token": float("nan")},))
     with pytest.raises(Unfit, match="train/bits_per_token is nan; the training of this model has diverged"):
         make("evaluation", again, inputs)
 
@@ -236,8 +184,10 @@ def test_as_a_job_with_real_services(services: dict[str, str], run: RunConfig, t
     from model.steps import job
 
     images = ingest(run.data)
-    model = make_bundle(run, publish_models(tmp_path / "models", run, images))
-    spec: JobSpec = job("evaluation", run, "run-1", {"images": images, "model": model})
+    parts = publish_models(tmp_path / "models", run, images)
+    benchmark = make_benchmark(run, images, parts["judge"])
+    given = {"images": images, "model": make_bundle(run, parts), "benchmark": benchmark}
+    spec: JobSpec = job("evaluation", run, "run-1", given)
     assert spec.tracking == TrackingIds(experiment=run.experiment, run="run-1", step="evaluation")
     made = worker.run(spec, evaluation.main)
     assert made

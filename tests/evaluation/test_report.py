@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from model.config import SamplingConfig
 from model.data.images import to_pixels
 from model.evaluation import report, sheets
 from model.evaluation.report import Grid, Page
@@ -21,6 +22,22 @@ from model.plumbing.curves import panels
 from tests.instances import config
 
 FILE = File(name="model.safetensors", size=1_234_567, sha256="1" * 64)
+FILES = tuple(
+    FILE.model_copy(update={"name": name})
+    for name in (
+        *(f"{part}/{FILE.name}" for part in ("judge", "text", "tokenizer", "transformer")),
+        "sampling.json",
+    )
+)
+SWEPT = {
+    "kept": "",
+    "prompts": 64,
+    "decided_by": "all attributes right",
+    "curves": {
+        "cfg_scale": {"CLIP score": [[2.0, 18.0], [3.0, 20.0]]},
+        "temperature": {"CLIP score": [[0.9, 20.5], [1.0, 20.0]]},
+    },
+}
 SPLITS = {"train": 24, "validation": 20, "composition": 8}
 
 
@@ -60,10 +77,10 @@ def page() -> Page:
     return Page(
         config=config(),
         images=manifest("images"),
-        model=manifest("model", tokenizer="x", text="y", judge="z", transformer="w").model_copy(
-            update={"files": tuple(FILE.model_copy(update={"name": f"{part}/{FILE.name}"})
-                                   for part in ("judge", "text", "tokenizer", "transformer")),
-                    "info": {"tokenizer": {"psnr": 27.25}}}),
+        model=manifest("model", tokenizer="x", text="y", judge="z", transformer="w", sampling="v").model_copy(
+            update={"files": FILES,
+                    "info": {"tokenizer": {"psnr": 27.25}, "sampling": SWEPT}}),
+        benchmark=manifest("benchmark", judge="z"),
         metrics=figures(),
         parameters={"transformer": 2_325_824, "tokenizer": 1_327_540},
         grids=[
@@ -73,10 +90,11 @@ def page() -> Page:
         ],
         reconstructions=Pairs(images(4, seed=4), images(4, seed=5)),
         unconditional=images(16, seed=6),
-        sweep={"CLIP score": [[1.0, 18.0], [2.0, 20.0]]},
+        sampling=SamplingConfig(cfg_scale=3.0, temperature=0.9),
         histories={"transformer": {"train/nll": [[1, 3.0], [2, 2.0]], "validation/nll": [[2, 2.5]],
                                    "train/learning_rate": [[1, 0.1]]}},
         pictures=SPLITS,
+        searched=24,
     )  # fmt: skip
 
 
@@ -130,8 +148,9 @@ def test_what_the_page_says(page: Page) -> None:
     text = " ".join(Reader(report.render(page)).text.split())
     for said in (
         "75.0 %", "27.2 dB", "compact CLIP trained in this run", "2.3M weights", "Combinations held out",
-        "images/0123456789abcdef", "quarantined 3", "1.2MB", "tokenizer/x", "psnr 27.25", "4.9MB",
+        "images/0123456789abcdef", "quarantined 3", "1.2MB", "tokenizer/x", "psnr 27.25", "6.2MB",
         "codebook_size: 16", "0.123",
+        "the model draws at guidance 3.0 and temperature 0.9", "over the same 64 prompts",
         "24 captions seen in training, 20 captions held out", "latent-gpt run --preset tiny.yaml",
     ):  # fmt: skip
         assert said in text, said
@@ -163,8 +182,8 @@ def test_few_held_out_pictures_do_not_make_the_headline(page: Page) -> None:
 
 
 def test_a_judge_that_also_reads_or_chooses_is_named_so(page: Page) -> None:
-    pretrained = config(clip={"kind": "pretrained"}, sampling={"best_of": 4})
-    text = " ".join(Reader(report.render(Page(**{**page.__dict__, "config": pretrained}))).text.split())
+    changed = {"config": config(clip={"kind": "pretrained"}), "sampling": SamplingConfig(best_of=4)}
+    text = " ".join(Reader(report.render(Page(**{**page.__dict__, **changed}))).text.split())
     assert "ViT-L-14 (openai), pretrained; the same model reads the prompts" in text
     assert "among 4 draws, which flatters its scores" in text
 

@@ -1,11 +1,18 @@
-"""Metrics against values worked out by hand."""
+"""Metrics against values worked out by hand, and against those of torchmetrics."""
 
 import math
 
 import pytest
 import torch
+from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+from torchmetrics.image.fid import FrechetInceptionDistance  # the package shows it with torch-fidelity alone
+from torchmetrics.text import Perplexity
 
 from model.nets import metrics
+from model.nets.clip import Judge, architecture, build_clip
+from tests.instances import config
+
+TINY = config()
 
 
 def test_psnr_of_a_known_error() -> None:
@@ -94,3 +101,113 @@ def test_paired_difference() -> None:
     assert error == pytest.approx(1 / math.sqrt(3))
     with pytest.raises(ValueError, match="cannot be paired"):
         metrics.paired_difference([1.0], [])
+
+
+# ── against torchmetrics, with our encoder as its feature ───────────────────────────────────────────────
+
+
+class Encoder(torch.nn.Module):
+    """The image tower of a tiny CLIP of ours, as torchmetrics wants its extractor: bytes in, features out."""
+
+    num_features = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        description = {"name": "tiny", "architecture": architecture(TINY.clip, 16)}  # type: ignore[arg-type]
+        preprocess = {"size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}
+        self.judge = Judge(build_clip(description | {"preprocess": preprocess}), preprocess)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.judge.image_features(images.float() / 127.5 - 1)
+
+
+def random_pictures(count: int, seed: int, brightest: int = 256) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(brightest, (count, 3, 16, 16), generator=generator, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("count", [100, 12])  # 12 pictures have no covariance of full rank in 16 dimensions
+def test_frechet_distance_is_that_of_torchmetrics(count: int) -> None:
+    encoder = Encoder()
+    theirs = FrechetInceptionDistance(feature=encoder, normalize=False).set_dtype(torch.float64)
+    ours, real = random_pictures(count, 1, 128), random_pictures(count, 2)
+    theirs.update(real, real=True)
+    theirs.update(ours, real=False)
+    found = metrics.frechet_distance(encoder(ours), encoder(real))
+    assert found == pytest.approx(float(theirs.compute()), rel=1e-3)
+    assert found > 1e-3
+
+
+def test_frechet_distance_by_hand() -> None:
+    """In one dimension (μ - μ')² + (σ - σ')²; σ² are 1 and 9 here."""
+    one, two = torch.tensor([[-1.0], [0.0], [1.0]]), torch.tensor([[2.0], [5.0], [8.0]])
+    assert metrics.frechet_distance(one, two) == pytest.approx(25 + 4)
+    assert metrics.frechet_distance(two, two) == pytest.approx(0, abs=1e-9)
+    assert metrics.frechet_distance(one[:1], two[:1]) == pytest.approx(9), "single pictures have no spread"
+
+
+def test_ssim_is_that_of_torchmetrics() -> None:
+    reference = StructuralSimilarityIndexMeasure(data_range=1.0, reduction="none", return_full_image=True)
+    a, b = (random_pictures(4, seed).float() / 127.5 - 1 for seed in (1, 2))
+    for one in (b, (a + 0.1 * b).clamp(-1, 1)):
+        _, everywhere = reference(one / 2 + 0.5, a / 2 + 0.5)
+        inside = everywhere[..., 5:-5, 5:-5].flatten(1).mean(1)  # theirs reflects at the borders
+        assert metrics.ssim(one, a).tolist() == pytest.approx(inside.tolist(), abs=1e-4)
+    assert metrics.ssim(a, a).tolist() == pytest.approx([1.0] * 4)
+    small = a[:, :, :6, :6]
+    assert metrics.ssim(small, small).tolist() == pytest.approx([1.0] * 4)
+
+
+def test_psnr_is_that_of_torchmetrics() -> None:
+    reference = PeakSignalNoiseRatio(data_range=2.0, reduction="none", dim=(1, 2, 3))
+    a, b = (random_pictures(3, seed).float() / 127.5 - 1 for seed in (1, 2))
+    assert metrics.psnr(a, b).tolist() == pytest.approx(reference(a, b).tolist(), abs=1e-4)
+
+
+def test_bits_per_token_are_those_of_torchmetrics_perplexity() -> None:
+    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    codes = torch.arange(10).view(2, 5) % 7
+    ours = metrics.bits(float(metrics.token_nll(logits, codes).mean()))
+    assert 2**ours == pytest.approx(float(Perplexity()(logits, codes)), rel=1e-4)
+
+
+def test_cmmd_is_the_papers_kernel_worked_out_by_hand() -> None:
+    one, two = torch.tensor([[0.0], [10.0]]), torch.tensor([[20.0]])
+    k = {d: math.exp(-(d**2) / 200) for d in (0, 10, 20)}
+    expected = 1000 * ((2 * k[0] + 2 * k[10]) / 4 + k[0] - 2 * (k[20] + k[10]) / 2)
+    assert metrics.cmmd(one, two) == pytest.approx(expected)
+    assert metrics.cmmd(one, one) == pytest.approx(0, abs=1e-9)
+    assert metrics.cmmd(two, two + 1) > 0
+
+
+def test_precision_and_recall_by_hand() -> None:
+    """On a line, with one neighbour: real pictures at 0, 1, 10, 11 reach 1 each; samples at 0.5, 1.5, 5."""
+    real = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
+    samples = torch.tensor([[0.5], [1.5], [5.0]])
+    precision, recall = metrics.precision_recall(samples, real, neighbours=1)
+    assert precision == pytest.approx(2 / 3), "5 lies in no ball around a real picture"
+    # Samples reach 1, 1 and 3.5: 0 and 1 are near the first two, 10 and 11 are out of reach of 5.
+    assert recall == pytest.approx(2 / 4)
+    assert metrics.precision_recall(real, real) == (1.0, 1.0)
+    assert metrics.precision_recall(real[:1], real[1:2]) == (0.0, 0.0), "a single picture reaches nothing"
+
+
+def test_diversity_is_a_share_of_that_of_real_pictures() -> None:
+    real = torch.tensor([[0.0], [1.0], [2.0]])  # distances 1, 1, 2
+    assert metrics.diversity(real / 2, real) == pytest.approx(0.5)
+    assert metrics.diversity(torch.zeros(3, 1), real) == 0, "the same picture each time"
+    assert metrics.diversity(real, torch.zeros(3, 1)) == 1
+    assert metrics.diversity(real[:1], real[:1]) == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_figures_of_few_pictures_are_finite(count: int) -> None:
+    ours, theirs = (torch.randn(count, 32, generator=torch.Generator().manual_seed(n)) for n in (0, 1))
+    found = [
+        metrics.frechet_distance(ours, theirs),
+        metrics.cmmd(ours, theirs),
+        *metrics.precision_recall(ours, theirs),
+        metrics.diversity(ours, theirs),
+    ]
+    assert all(map(math.isfinite, found))

@@ -255,3 +255,30 @@ def test_config_chooses_the_quantizer() -> None:
     vq = build_quantizer(VQVAEConfig(codebook_size=64, training=training))
     fsq = build_quantizer(VQVAEConfig(quantizer="fsq", fsq_levels=[4, 4], training=training))
     assert (vq.vocabulary, fsq.vocabulary) == (64, 16)
+
+
+def test_neighbours_of_a_learned_codebook_are_the_nearest_others() -> None:
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(32, 4, beta=0.25, reset_after=0)
+    codes = torch.tensor([3, 3, 30])
+    found = quantizer.neighbours(codes)
+    assert found.shape == (3, 8)
+    rows = torch.nn.functional.normalize(quantizer.codebook, dim=1)
+    for code, near in zip(codes.tolist(), found.tolist(), strict=True):
+        order = (rows - rows[code]).norm(dim=1).argsort().tolist()
+        assert set(near) == set(order[1:9])
+    assert VectorQuantizer(3, 4, beta=0.25, reset_after=0).neighbours(codes[:1] * 0).shape == (1, 2)
+
+
+def test_neighbours_of_finite_scalars_are_one_level_off_in_one_dimension() -> None:
+    levels = [3, 1, 4]
+    quantizer = FiniteScalarQuantizer(levels)
+    every = torch.arange(12)
+    found = quantizer.neighbours(every)
+    assert found.shape == (12, 4), "nothing moves in the dimension that has a single level"
+    places = (found[..., None] // quantizer.basis) % quantizer.levels
+    own = (every[:, None, None] // quantizer.basis) % quantizer.levels
+    assert ((places - own).abs().sum(-1) == 1).all()
+    assert ((found >= 0) & (found < 12)).all()
+    inner = found[1 + 3 * 1].tolist()  # levels 1 of 3 and 1 of 4
+    assert len(set(inner)) == 4
