@@ -217,6 +217,7 @@ class KfpServer:
         return {}
 
     def _stop(self, recurring: str, query: Object, body: Any) -> Object:
+        assert query["propagation_policy"] == "ORPHAN", "Workflows that it started are deleted with it"
         if self.recurring.pop(recurring, None) is None:
             raise Refused(404, 5, f"ResourceNotFoundError: Job {recurring} not found")
         return {}

@@ -248,8 +248,8 @@ class Kfp:
         self._ask("POST", f"recurringruns/{recurring}:{'disable' if paused else 'enable'}")
 
     def stop(self, recurring: str) -> None:
-        """Delete a recurring run; runs that it started go on."""
-        self._ask("DELETE", f"recurringruns/{recurring}")
+        """Delete a recurring run; runs that it started go on, which Kubernetes would delete with their owner."""
+        self._ask("DELETE", f"recurringruns/{recurring}", propagation_policy="ORPHAN")
 
     def page(self, identity: str) -> str:
         """Where a run is looked at; "": KFP's page is not at the address of its API, which it passes on."""
