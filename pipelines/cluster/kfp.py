@@ -248,7 +248,7 @@ class Kfp:
         self._ask("POST", f"recurringruns/{recurring}:{'disable' if paused else 'enable'}")
 
     def stop(self, recurring: str) -> None:
-        """Delete a recurring run; runs that it started go on, which Kubernetes would delete with their owner."""
+        """Delete a recurring run; what it started goes on, as Kubernetes is told not to take it along."""
         self._ask("DELETE", f"recurringruns/{recurring}", propagation_policy="ORPHAN")
 
     def page(self, identity: str) -> str:

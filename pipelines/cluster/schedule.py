@@ -72,8 +72,6 @@ def schedule(
     upload()
     usual = {"workers": 0, "gpus_per_worker": PRESET_GPUS}
     parameters = {key: value for key, value in asked.items() if value != usual.get(key, "")}
-    if file:
-        parameters["preset"] = ""  # and not the pipeline's own
     name = name or usual_name(model or config.registered_model)
     pipeline = kfp.pipeline(RETRAINING)
     before = [one for one in kfp.recurring({pipeline}) if one.name == name]

@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 
+from components.parameters import RETRAINING
+from model import steps
+from model.config import load_config
 from model.errors import Unavailable, UserError
 from pipelines.cluster.kfp import Kfp, connected
+from pipelines.compile import compile
 from tests.kfpserver import KfpServer
 
 PACKAGE = (
@@ -66,6 +70,18 @@ def test_a_removed_pipeline_takes_its_versions_along_and_no_other(
     assert not kfp.remove("ours")
     assert list(server.pipelines) == [other.pipeline]
     assert len(server.uploads[other.pipeline]) == 1
+
+
+def test_steps_within_a_part_of_a_pipeline_are_steps_of_a_run(
+    kfp: Kfp, server: KfpServer, tmp_path: Path
+) -> None:
+    path = tmp_path / "retraining.yaml"
+    compile(RETRAINING, path)
+    uploaded = kfp.upload(RETRAINING, path, "")
+    run = kfp.run(
+        kfp.submit(uploaded.pipeline, "r", {"preset": "smoke", "model": "mine", "start": "scratch"})
+    )
+    assert set(kfp.tasks(run)) == {"news", *steps.names(load_config("smoke"))}
 
 
 def test_a_run_is_of_the_newest_version(kfp: Kfp, server: KfpServer, package: Path) -> None:

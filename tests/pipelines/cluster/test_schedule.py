@@ -39,7 +39,8 @@ def kfp(server: KfpServer, kubectl: FakeKubectl, tmp_path: Path, monkeypatch: py
     """Where an upload makes a new version each time."""
     kfp = Kfp(server.url, "", "kubeflow")
     package, count = tmp_path / "package.yaml", [0]
-    wanted = ", ".join(f"{name}: {{}}" for name in PIPELINES[RETRAINING].component_spec.inputs)
+    names = PIPELINES[RETRAINING].component_spec.inputs
+    wanted = ", ".join(f"{name}: {{{'literals: [smoke]' if name == 'preset' else ''}}}" for name in names)
 
     def upload() -> None:
         count[0] += 1
@@ -186,4 +187,4 @@ def test_a_file_travels_as_its_content(kfp: Kfp, server: KfpServer, tmp_path: Pa
     path.write_text((PRESETS / "smoke.yaml").read_text())
     made = schedule.schedule(NIGHTLY, preset=str(path))
     given = server.recurring[made]["runtime_config"]["parameters"]
-    assert given == {"preset": "", "config": path.read_text()}
+    assert given == {"config": path.read_text()}
