@@ -27,12 +27,14 @@ from benchmarks.harness import FLOOR, Part, Row, compare, copy_bandwidth
 from benchmarks.tokenizer import plain_codes
 from model.config import DataConfig, FolderSource, RunConfig, ShapesSource, VQVAEConfig, parse_config
 from model.data import ingest as ingesting
+from model.data.growth import GROWN_FROM
 from model.data.image_shards import decode_entries, tar_index
 from model.data.images import decode, encode, to_tensor
+from model.data.packing import SPLITS
 from model.data.token_shards import TokenReader, TokenShard
 from model.nets.tokenizers import Tokenizer, load_tokenizer
 from model.nets.vqvae import VQVAE
-from model.plumbing import cache, worker
+from model.plumbing import cache, storage, worker
 from model.plumbing.assets import AssetWriter, Manifest
 from model.plumbing.checkpoints import save_model
 from model.plumbing.parallel import cores, parallel_map, single_threaded
@@ -442,6 +444,42 @@ def ingest_memory(device: torch.device, counts: tuple[int, ...] = (10_000, 100_0
     )  # fmt: skip
 
 
+def grown(device: torch.device, count: int = 1000, new: int = 10) -> Iterator[Row]:
+    """Some pictures more in a folder: only they are read, or all of them."""
+    with tempfile.TemporaryDirectory() as scratch, store():
+        folder = Path(scratch)
+
+        def add(numbers: range) -> None:
+            for number in numbers:
+                photo(number, WIDTH, HEIGHT).save(folder / f"{number:05d}.png", compress_level=1)
+                (folder / f"{number:05d}.txt").write_text(f"picture number {number}")
+
+        data = _run(folder).data
+        add(range(count))
+        earlier = ingest(data)
+        add(range(count, count + new))
+
+        def made(settings: dict[str, Any]) -> list[int]:
+            writer = AssetWriter("images", settings, {}, STEPS["images"].version)
+            storage.delete_prefix(writer.uri)
+            manifest = ingesting.ingest(data, writer)
+            return [manifest.info[split] for split in SPLITS]
+
+        settings = image_settings(data)
+        ways = {
+            "grown": lambda: made({**settings, GROWN_FROM: earlier.key}),
+            "in full": lambda: made(settings),
+        }
+        yield compare(ways, rounds=3, same=lambda a, b: a == b).row(
+            6,
+            f"{new} pictures more in a folder of {count}",
+            amount=count + new,
+            unit="img/s",
+            goals={"in full": 10},
+            note="Without the model. What is as it was is neither read nor decoded, and its shards stay.",
+        )
+
+
 def tiny_pictures(folder: Path, count: int) -> None:
     """Parquet files of so many pictures of 16 px, no two alike."""
     import pyarrow as pa
@@ -677,7 +715,7 @@ FILES = Part("PNG files to token shards", files_to_tokens)
 BATCHES = Part("token shards to shuffled batches", batches)
 ROWS = {
     5: [PIXELS],
-    6: [FILES, Part("ingest: highest memory", ingest_memory)],
+    6: [FILES, Part("ingest: highest memory", ingest_memory), Part("ingest: a set that grows", grown)],
     8: [BATCHES, Part("token reader: highest memory", reader_memory)],
 }
 GPU_ROWS = {5: [PIXELS], 6: [FILES], 8: [BATCHES]}  # memory of processes without a GPU is measured above

@@ -179,7 +179,8 @@ class Wanted:
         return Wish(row[0], row[1], json.loads(row[2]), json.loads(row[3])) if row else None
 
     def __contains__(self, content: bytes) -> bool:
-        return self.get(content) is not None
+        found = self._table.execute("SELECT 1 FROM wanted WHERE content = ?", (content.hex(),))
+        return found.fetchone() is not None
 
 
 class Part(NamedTuple):

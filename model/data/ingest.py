@@ -124,6 +124,11 @@ def _ingest(config: DataConfig, writer: AssetWriter, scratch: Path) -> Manifest:
     if earlier and isinstance(seen, Wanted):
         shards, tally = growth.settle(writer, earlier, seen, parts, config.shard_images, scratch)
         speech.say("images", _said(tally))
+        if missing := sum(counts[split] for split in SPLITS) - sum(shards.values()):
+            raise UserError(
+                f"{earlier.manifest.uri} has not all pictures that its records name: {missing} are missing;"
+                " delete it, and run once more"
+            )
         grown = {"grown": {**tally, "from": earlier.manifest.sha256}}
     writer.add_file(QUARANTINE, scratch / QUARANTINE)
     info = {**counts, "others": others, "image_size": config.image_size, "shards": shards, **grown}

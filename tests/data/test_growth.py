@@ -23,6 +23,7 @@ from model.data.growth import Unfit, pinned
 from model.data.ingest import SPLITS
 from model.data.records import contents, contents_name
 from model.data.token_shards import TokenReader
+from model.errors import UserError
 from model.nets.vqvae import VQVAE
 from model.plumbing import assets, storage
 from model.plumbing.assets import AssetWriter, Manifest
@@ -213,6 +214,55 @@ def test_killed_at_any_write_it_ends_with_the_same_bytes(store, here, monkeypatc
     assert kills > 1
     assert made == whole
     assert {uri: storage.read_bytes(uri) for uri in storage.list_uris(whole.uri)} == stored
+
+
+def test_an_entry_of_a_list_is_as_it_was_with_its_captions(store, here, decoded):
+    def listed(*entries: tuple[str, str]) -> dict[str, Any]:
+        lines = (json.dumps({"file_name": name, "text": text}) for name, text in entries)
+        (here / "metadata.jsonl").write_text("\n".join(lines))
+        return {"kind": "folder", "path": str(here)}
+
+    write(here, {f"{n}.png": picture(n) for n in range(4)})
+    once = [("0.png", "zero"), ("1.png", "one"), ("2.png", "two"), ("0.png", "zero"), ("gone.png", "x")]
+    before = ingest(run_of(listed(*once)))
+    decoded.clear()
+    made = ingest(run_of(listed(*once[:2], ("2.png", "zwei"), *once[3:], ("3.png", "three")), before))
+    assert len(decoded) == 2
+    assert (made.info["read"], made.info["duplicates"], made.info["quarantined"]) == (6, 1, 1)
+    assert {texts for _, texts, _ in pictures(made)} == {("zero",), ("one",), ("zwei",), ("three",)}
+
+
+def test_names_that_are_no_text_and_files_that_cannot_be_read(store, here, decoded):
+    strange = os.fsdecode(b"caf\xe9")
+    write(
+        here, {f"{strange}.png": picture(1), f"{strange}.txt": "strange", "a.png": picture(2), "a.txt": "a"}
+    )
+    write(here, {"b.png": picture(3), "b.txt": "b"})
+    (here / "outside.png").symlink_to("/etc/hostname")
+    source = {"kind": "folder", "path": str(here)}
+    before = ingest(run_of(source))
+    assert before.info["quarantined"] == 1
+    write(here, {"c.png": picture(4), "c.txt": "c"})
+    decoded.clear()
+    made = ingest(run_of(source, before))
+    assert len(decoded) == 1
+    assert pictures(made) == pictures(ingest(run_of(source)))
+    (here / "outside.png").unlink()
+    write(here, {"outside.png": picture(5), "outside.txt": "inside"})
+    assert ("inside",) in {texts for _, texts, _ in pictures(ingest(run_of(source, made)))}
+
+
+def test_an_asset_that_lacks_what_it_names_is_refused(store):
+    before = ingest(run_of({"kind": "shapes", "count": 20}))
+    first = min(before.info["shards"])
+    spoiled = AssetWriter("images", before.settings, {}, steps.STEPS["images"].version)
+    for file in before.files:
+        spoiled.add(file)
+    spoiled.add_bytes(contents_name(first), b"")
+    storage.delete(storage.join(before.uri, assets.NAME))
+    made = spoiled.finish({**before.info, "shards": {**before.info["shards"], first: 0}})
+    with pytest.raises(UserError, match=r"has not all pictures that its records name: \d are missing"):
+        ingest(run_of({"kind": "shapes", "count": 21}, made))
 
 
 Files = dict[int, list[int]]  # numbers of files, each with the numbers of its samples
