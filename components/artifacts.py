@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from model.config import RunConfig
     from model.plumbing.assets import Kind, Manifest
 
@@ -40,11 +42,26 @@ def launched(kind: Kind, config: RunConfig, run: str, inputs: dict[str, Manifest
     use(kind, config, run)
     if found := steps.taken_over(kind, config):
         speech.reused(kind, found.uri)
-        return Made(found, True)
+        return noted(run, Made(found, True), inputs.values())
     spec = steps.job(kind, config, run, inputs)
     use(kind, config, run, spec.output, *(one.uri for one in inputs.values()))
     reused = is_made(spec.output)
-    return Made(launch(spec), reused)
+    return noted(run, Made(launch(spec), reused), inputs.values())
+
+
+def noted(run: str, made: Made, made_from: Iterable[Manifest] = ()) -> Made:
+    """Have MLflow show what a step made below the pipeline's run; that is book-keeping, and fails nothing."""
+    from components import page
+    from model.errors import UserError
+    from model.plumbing import environment, speech, tracking
+
+    if run and environment.MLFLOW_TRACKING_URI.get():
+        try:
+            figures = page.headline(made.manifest)
+            tracking.note_made(run, made.manifest, made.reused, figures, made_from)
+        except UserError as error:
+            speech.warn(made.manifest.kind, str(error))
+    return made
 
 
 def use(name: str, config: RunConfig, run: str, *uris: str) -> None:

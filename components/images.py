@@ -24,7 +24,7 @@ def images(
     """
     from pathlib import Path
 
-    from components.artifacts import Made, config_of, is_made, use, write
+    from components.artifacts import Made, config_of, is_made, noted, use, write
     from components.step import step
 
     with step("images", run):
@@ -53,7 +53,7 @@ def images(
                 f"data: none of {made.info['train']} pictures ({made.info['duplicates']} duplicates apart) is"
                 f" held out; give more, or raise validation_share (it is {settings.data.validation_share:g})"
             )
-        about = write(Made(made, reused), images, config, metrics)
+        about = write(noted(run, Made(made, reused), [made]), images, config, metrics)
         shown = page.examples(made)
         Path(pictures.path).write_bytes(page.sheet(shown))
         some = page.gallery(shown)

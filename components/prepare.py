@@ -49,6 +49,7 @@ def prepare(
         from components.preflight import preflight
         from model.plumbing import environment, speech
         from model.plumbing.leases import carried
+        from model.plumbing.provenance import kfp_tags
         from model.plumbing.tracking import address, open_pipeline_run
 
         resolved = resolve(pipeline, preset, data, workers, gpus_per_worker, overrides, experiment_name, yaml)
@@ -60,7 +61,8 @@ def prepare(
         Path(config.path).write_text(resolved.model_dump_json(indent=2))
         name = f"{resolved.name}-{job}"
         with carried("prepare", name):
-            opened = open_pipeline_run(resolved.experiment, name, resolved.model_dump(mode="json"))
+            shown = resolved.model_dump(mode="json")
+            opened = open_pipeline_run(resolved.experiment, name, shown, kfp_tags(job))
         config.metadata |= {
             MLFLOW: address(opened),
             "preset": resolved.name,

@@ -32,6 +32,8 @@ def step(name: str, run: str = "") -> Iterator[None]:
         with told_to_end(), leases.carried(name, run) as anew, outcome.recorded(name):
             if anew:
                 _reopen(name, run)
+            if run and environment.MLFLOW_RUN_ID.get():
+                _attach(name, run)
             yield
     except SystemExit as told:
         if run and told.code == EXIT_CODES["stopped"]:
@@ -72,6 +74,15 @@ def _reopen(name: str, run: str) -> None:
     try:
         reopen_pipeline_run(run)
     except UserError as error:  # what matters is said by whoever needs MLflow
+        speech.warn(name, str(error))
+
+
+def _attach(name: str, run: str) -> None:
+    from model.plumbing.tracking import attach
+
+    try:
+        attach(run, name)
+    except UserError as error:
         speech.warn(name, str(error))
 
 

@@ -63,7 +63,8 @@ def _complete(pipeline: dict[str, Any], presets: list[str]) -> None:
         ]
         container["resources"] = pod_of(name.removeprefix("exec-")).resources
         container["image"] = environment.IMAGE.get()
-        container["env"] = [{"name": key, "value": value} for key, value in FIXED.items()]
+        told = FIXED | {environment.IMAGE.name: environment.IMAGE.get()}  # which MLflow is shown
+        container["env"] = [{"name": key, "value": value} for key, value in told.items()]
 
 
 def _bare(source: str) -> str:

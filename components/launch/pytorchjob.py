@@ -125,7 +125,7 @@ def template(
         name=CONTAINER,
         image=image,
         command=["python", "-m", ENTRY, spec_uri],
-        env=_environment(store),
+        env=_environment(store, image),
         env_from=[
             client.V1EnvFromSource(config_map_ref=client.V1ConfigMapEnvSource(name=ACCESS)),
             client.V1EnvFromSource(secret_ref=client.V1SecretEnvSource(name=ACCESS)),
@@ -191,11 +191,12 @@ def _resources(jobs: JobConfig) -> Any:
     return client.V1ResourceRequirements(requests={"cpu": jobs.cpu, "memory": jobs.memory}, limits=limits)
 
 
-def _environment(store: str) -> list[Any]:
+def _environment(store: str, image: str) -> list[Any]:
     from kubernetes import client
 
     said = {
         environment.STORE.name: store,
+        environment.IMAGE.name: image,
         environment.CACHE.name: "/cache",
         "HOME": "/tmp",
         "PYTHONUNBUFFERED": "1",

@@ -31,6 +31,10 @@ class Variable:
         """What the environment says, or the default."""
         return os.environ.get(self.name) or self.default
 
+    def given(self) -> str:
+        """What the environment says, and no default."""
+        return os.environ.get(self.name, "")
+
     def put(self, value: str) -> None:
         """Say so from here on, here and in processes that are started later."""
         os.environ[self.name] = value
@@ -110,6 +114,9 @@ MLFLOW_FLASK_SERVER_SECRET_KEY = Variable(
 MLFLOW_UI = Variable(
     "LATENT_GPT_MLFLOW_UI", "address at which people open MLflow", "the server's address above"
 )
+KFP_UI = Variable(
+    "LATENT_GPT_KFP_UI", "address at which people open KFP", "MLflow's runs name KFP's, without a link"
+)
 STATE = Variable("LATENT_GPT_STATE", "folder of the embedded services and of run logs", "`.latent-gpt`")
 CACHE = Variable("LATENT_GPT_CACHE", "folder for copies of what lies in S3", "`cache` in that folder")
 CACHE_GIB = Number("LATENT_GPT_CACHE_GIB", "how large it may become, in GiB", 64, "GiB")
@@ -157,6 +164,11 @@ KFP_POD = Variable("KFP_POD_NAME", "the same, as KFP says it to a step")
 POD_UID = Variable("LATENT_GPT_POD_UID", "what tells it from another pod of that name")
 WORKER = Variable("LATENT_GPT_WORKER", "number of this pod among those of its job", default="0")
 
+# What an image says of itself, and KFP's plugin for MLflow to a step:
+REVISION = Variable("LATENT_GPT_REVISION", "the commit that the image was built from")
+KFP_MLFLOW_CONFIG = Variable("KFP_MLFLOW_CONFIG", "names the run that KFP has opened in MLflow, as JSON")
+MLFLOW_RUN_ID = Variable("MLFLOW_RUN_ID", "the run that it has opened for this step, below that")
+
 # What the operator says to a worker of a training job, under torchrun's names:
 MEETING_POINT = Variable("PET_RDZV_ENDPOINT", "host and port of worker 0, where all workers meet")
 MEETING_ADDRESS = Variable("PET_LOCAL_ADDR", "by which the others find this worker", "its host's name")
@@ -176,7 +188,7 @@ FOR_PEOPLE = (
     *(AWS_CA_BUNDLE, STORE, MLFLOW_TRACKING_URI),
     *(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN),
     *(MLFLOW_TRACKING_SERVER_CERT_PATH, MLFLOW_TRACKING_CLIENT_CERT_PATH, MLFLOW_TRACKING_INSECURE_TLS),
-    *(MLFLOW_REGISTRY_URI, MLFLOW_UI, MLFLOW_BACKEND_STORE_URI, MLFLOW_FLASK_SERVER_SECRET_KEY),
+    *(MLFLOW_REGISTRY_URI, MLFLOW_UI, KFP_UI, MLFLOW_BACKEND_STORE_URI, MLFLOW_FLASK_SERVER_SECRET_KEY),
     *(STATE, CACHE, CACHE_GIB, S3_PATIENCE, LAUNCHER, IMAGE, NAMESPACE, ACCOUNT),
     *(KUBECONFIG, KFP_ENDPOINT, KFP_TOKEN, OVERLAY, DEBUG),
 )
@@ -185,7 +197,7 @@ FOR_PEOPLE = (
 ON_CLUSTER = "latent-gpt"
 IN_CONFIG_MAP = (
     *(LAUNCHER, STORE, S3_ENDPOINT_URL, AWS_DEFAULT_REGION, MLFLOW_TRACKING_URI, MLFLOW_REGISTRY_URI),
-    *(MLFLOW_UI, CACHE_GIB, S3_PATIENCE, AWS_CA_BUNDLE, MLFLOW_TRACKING_SERVER_CERT_PATH),
+    *(MLFLOW_UI, KFP_UI, CACHE_GIB, S3_PATIENCE, AWS_CA_BUNDLE, MLFLOW_TRACKING_SERVER_CERT_PATH),
 )
 IN_SECRET = (
     *(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
@@ -26,8 +26,9 @@ from model.errors import UserError
 from model.plumbing import assets, cache, environment, leases, storage
 from model.plumbing.assets import File, Input, Kind, Manifest
 from model.plumbing.jobs import TrackingIds
+from model.plumbing.provenance import DIGEST
 from model.plumbing.sweeping import Needed
-from model.plumbing.tracking import Tracker, explained, mlflow_client
+from model.plumbing.tracking import AT_ONCE, Tracker, explained, log_data, mlflow_client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -72,6 +73,8 @@ def register(
     log_model: Callable[[Path, str], Any],
     lineage: dict[str, str],
     name: str,
+    figures: Mapping[str, float] | None = None,
+    data: Manifest | None = None,
 ) -> int:
     """Make a bundle a new version of a registered model; returns its number.
 
@@ -82,6 +85,8 @@ def register(
             `ModelInfo`.
         lineage: tags of the version: hashes of what it was made from, `MODEL_TAG` among them.
         name: of the registered model.
+        figures: what was measured of it.
+        data: the images that it was measured on.
 
     Raises:
         UserError: MLflow cannot be reached or refuses.
@@ -95,8 +100,25 @@ def register(
         mlflow.set_experiment(experiment_id=run.info.experiment_id)
         with mlflow.start_run(run_id=tracker.run_id):
             info = log_model(bundle, name)
+        _link(tracker.run_id, info.model_id, figures or {}, data)
         made = mlflow.register_model(info.model_uri, name, tags={**lineage, TIME_TAG: _now()})
     return int(made.version)
+
+
+def _link(run_id: str, model: str, figures: Mapping[str, float], data: Manifest | None) -> None:
+    """Have MLflow show a logged model beside its data, and what was measured of it."""
+    from mlflow.entities import LoggedModelInput, Metric
+
+    client = mlflow_client()
+    of: dict[str, Any] = {"model_id": model, "run_id": run_id}
+    if data:
+        log_data(client, run_id, [data], "evaluation")
+        client.log_inputs(run_id, models=[LoggedModelInput(model)])
+        of |= {"dataset_name": data.kind, "dataset_digest": data.sha256[:DIGEST]}
+    now = int(1000 * time.time())
+    some = [Metric(name, float(one), now, 0, **of) for name, one in figures.items()]
+    for start in range(0, len(some), AT_ONCE):
+        client.log_batch(run_id, metrics=some[start : start + AT_ONCE])
 
 
 def last_registered(shared: bool) -> str:

@@ -16,14 +16,14 @@ import threading
 import time
 import urllib.parse
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from model.errors import Stopped, Unavailable, UserError
-from model.plumbing import environment
+from model.plumbing import environment, provenance
 from model.plumbing.jobs import TrackingIds
 
 if TYPE_CHECKING:
@@ -31,12 +31,16 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
     from PIL import Image
 
+    from model.plumbing.assets import Manifest
+
 logger = logging.getLogger(__name__)
 
 RUN_TAG, STEP_TAG = "latent_gpt.pipeline_run", "latent_gpt.step"
 FAILURE_TAG = "latent_gpt.failure"  # why a run has failed
 GIVEN_UP = "its step ended without a word, or no next one came"
 ASSET_TAG = "latent_gpt.asset."  # and the step's name, on a parent run: URI of what the step makes
+REUSED_TAG = "latent_gpt.reused"  # of a step's run: there was nothing to do
+PARENT_TAG = "mlflow.parentRunId"  # MLflow's own: below which run it is shown
 PIPELINE = "pipeline"  # STEP_TAG of a parent run
 PATIENCE = 120.0  # seconds to get through what is left when a run ends: longer than a server's restart
 HASTE = 20.0  # the same for a process that was told to end
@@ -348,10 +352,10 @@ class Tracker:
         client = self._client = mlflow_client()
         with explained():
             parent = open_pipeline_run(ids.experiment, ids.run)
-            run, found = _open(self._client, ids.experiment, ids.run, ids.step, parent)
+            run, found = _open(client, ids.experiment, ids.run, ids.step, parent)
             self.run_id: str = run
-            if params and not found:
-                _log_params(self._client, run, params)
+            if params and not (found and client.get_run(run).data.params):
+                _log_params(client, run, params)
         self._outbox = _Outbox(lambda figures: client.log_batch(run, figures))
         self._stop_measuring = _measure_machine(run)
 
@@ -363,6 +367,12 @@ class Tracker:
 
         now = int(1000 * time.time())
         self._outbox.put([Metric(name, float(value), now, step) for name, value in values.items()])
+
+    def reads(self, data: Iterable[Manifest], context: str) -> None:
+        """Show what the step reads of data, for what."""
+        if self.enabled:
+            shown = list(data)
+            self._outbox.put(lambda: log_data(self._client, self.run_id, shown, context))
 
     def image(self, name: str, image: Image.Image) -> None:
         """Keep a picture under an artifact name such as `samples/step-500.png`."""
@@ -413,15 +423,37 @@ def _measure_machine(run_id: str) -> Callable[[], object]:
     return monitor.finish
 
 
-def open_pipeline_run(experiment: str, run: str, params: dict[str, Any] | None = None) -> str:
-    """The id of a pipeline run's parent run, found by tag in any experiment, or created in this one.
+def log_data(client: MlflowClient, run_id: str, data: Iterable[Manifest], context: str) -> None:
+    """Show what a run reads as its datasets; the same ones once."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    shown = [provenance.dataset(one, context) for one in data if one.kind in provenance.DATA]
+    inputs = [
+        DatasetInput(Dataset(**one["dataset"]), [InputTag(tag["key"], tag["value"]) for tag in one["tags"]])
+        for one in shown
+    ]
+    if inputs:
+        client.log_inputs(run_id, inputs)
+
+
+def open_pipeline_run(
+    experiment: str, run: str, params: dict[str, Any] | None = None, tags: dict[str, str] | None = None
+) -> str:
+    """The id of a pipeline run's parent run, found by tag in any experiment; else the one that KFP has opened
+    in MLflow, or a new one in this experiment.
+
+    Args:
+        experiment: its name.
+        run: of the pipeline.
+        params: nested settings of a new one.
+        tags: of a new one.
 
     Raises:
         UserError: MLflow cannot be reached.
     """
     client = mlflow_client()
     with explained():
-        parent, found = _open(client, experiment, run, PIPELINE, parent="")
+        parent, found = _open(client, experiment, run, PIPELINE, parent="", tags=tags)
         if params and not found:
             _log_params(client, parent, params)
     return parent
@@ -527,11 +559,71 @@ def note_asset(run: str, step: str, uri: str) -> None:
     Raises:
         UserError: MLflow cannot be reached.
     """
+    for one in _runs_quickly(run, PIPELINE):
+        _ask("runs/set-tag", QUICK_ANSWER, run_id=one["run_id"], key=ASSET_TAG + step, value=uri)
+
+
+def note_made(
+    run: str, made: Manifest, reused: bool, figures: Mapping[str, float], data: Iterable[Manifest]
+) -> None:
+    """Have the step that makes an asset stand below its pipeline's run, also where there was nothing to do.
+
+    As `note_asset`. A job has a run of its own, which says more; what was reused, or is no job's, gets one.
+
+    Args:
+        run: of the pipeline.
+        made: the asset.
+        reused: it was there before.
+        figures: of the asset.
+        data: what it was made from.
+
+    Raises:
+        UserError: MLflow cannot be reached.
+    """
+    parents = _runs_quickly(run, PIPELINE)
+    for parent in parents[:1]:
+        if made.kind == "images":
+            _ask("runs/log-inputs", QUICK_ANSWER, run_id=parent["run_id"], **_as_inputs([made], "images"))
+        if _runs_quickly(run, made.kind):
+            continue
+        now = int(1000 * time.time())
+        tags = {RUN_TAG: run, STEP_TAG: made.kind, PARENT_TAG: parent["run_id"], **provenance.tags()}
+        tags |= {REUSED_TAG: "yes"} if reused else {}
+        asked = {"experiment_id": parent["experiment_id"], "run_name": made.kind, "start_time": now}
+        asked["tags"] = [{"key": name, "value": value} for name, value in tags.items()]
+        child = _ask("runs/create", QUICK_ANSWER, **asked)["run"]["info"]["run_id"]
+        shown = [{"key": name, "value": one, "timestamp": now, "step": 0} for name, one in figures.items()]
+        _ask("runs/log-batch", QUICK_ANSWER, run_id=child, metrics=shown)
+        if inputs := _as_inputs(data, made.kind):
+            _ask("runs/log-inputs", QUICK_ANSWER, run_id=child, **inputs)
+        _ask("runs/update", QUICK_ANSWER, run_id=child, status="FINISHED", end_time=now)
+
+
+def attach(run: str, step: str) -> None:
+    """Take the run that KFP has opened in MLflow for this step, unless the step has one; as `note_asset`.
+
+    Raises:
+        UserError: MLflow cannot be reached.
+    """
+    named = provenance.named_by_kfp().step
+    if not named or _runs_quickly(run, step):
+        return
+    for tag, value in {RUN_TAG: run, STEP_TAG: step, **provenance.tags()}.items():
+        _ask("runs/set-tag", QUICK_ANSWER, run_id=named, key=tag, value=value)
+
+
+def _as_inputs(data: Iterable[Manifest], context: str) -> dict[str, Any]:
+    shown = [provenance.dataset(one, context) for one in data if one.kind in provenance.DATA]
+    return {"datasets": shown} if shown else {}
+
+
+def _runs_quickly(run: str, step: str) -> list[dict[str, Any]]:
+    """What MLflow says of the runs with these tags, the first one first; without its client."""
     found = _ask("experiments/search", QUICK_ANSWER, max_results=1000).get("experiments", [])
-    query = f"tags.`{RUN_TAG}` = '{_quoted(run)}' and tags.`{STEP_TAG}` = '{PIPELINE}'"
+    query = f"tags.`{RUN_TAG}` = '{_quoted(run)}' and tags.`{STEP_TAG}` = '{_quoted(step)}'"
     ids = [one["experiment_id"] for one in found]
-    for one in _ask("runs/search", QUICK_ANSWER, experiment_ids=ids, filter=query).get("runs", []):
-        _ask("runs/set-tag", QUICK_ANSWER, run_id=one["info"]["run_id"], key=ASSET_TAG + step, value=uri)
+    runs = _ask("runs/search", QUICK_ANSWER, experiment_ids=ids, filter=query).get("runs", [])
+    return sorted((one["info"] for one in runs), key=lambda one: (one["start_time"], one["run_id"]))
 
 
 def assets_noted(run: str) -> tuple[bool, dict[str, str]]:
@@ -602,14 +694,25 @@ def _noted(tags: dict[str, str]) -> dict[str, str]:
     return {tag.removeprefix(ASSET_TAG): uri for tag, uri in tags.items() if tag.startswith(ASSET_TAG)}
 
 
-def _open(client: MlflowClient, experiment: str, run: str, step: str, parent: str) -> tuple[str, bool]:
-    """Find a run by its tags, or create it: (id, whether it was there already)."""
+def _open(
+    client: MlflowClient,
+    experiment: str,
+    run: str,
+    step: str,
+    parent: str,
+    tags: dict[str, str] | None = None,
+) -> tuple[str, bool]:
+    """Find a run by its tags, take KFP's, or create it: (id, whether it was there with our tags already)."""
     if found := _find(client, run, step):
         _go_on(client, found)
         return found.info.run_id, True
-    tags = {RUN_TAG: run, STEP_TAG: step}
+    tags = {RUN_TAG: run, STEP_TAG: step, **provenance.tags(), **(tags or {})}
+    if named := _named(client, step):
+        for tag, value in tags.items():
+            client.set_tag(named, tag, value)
+        return named, False
     if parent:
-        tags["mlflow.parentRunId"] = parent
+        tags[PARENT_TAG] = parent
     name = step if parent else run
     made = client.create_run(_experiment(client, experiment), tags=tags, run_name=name).info.run_id
     first = _find(client, run, step)
@@ -617,6 +720,18 @@ def _open(client: MlflowClient, experiment: str, run: str, step: str, parent: st
         client.delete_run(made)
         return first.info.run_id, True
     return made, False
+
+
+def _named(client: MlflowClient, step: str) -> str:
+    """The id of the run that KFP has opened in MLflow, if it has, and no other step has taken it."""
+    from mlflow.exceptions import MlflowException
+
+    found = provenance.named_by_kfp()
+    named = found.pipeline if step == PIPELINE else found.step
+    with contextlib.suppress(MlflowException):  # it is another server's
+        if named and STEP_TAG not in client.get_run(named).data.tags:
+            return named
+    return ""
 
 
 def _go_on(client: MlflowClient, found: Run) -> None:

@@ -74,6 +74,7 @@ def open_job(spec: JobSpec, track: bool = True, stopping: Stopping | None = None
         (stopping or Stopping()).of(processes, spec.jobs.orphan_minutes) as heard,
         Checkpointer(spec.checkpoints) as checkpoints,
     ):
+        tracker.reads(inputs.values(), spec.name)
         if not processes.is_main:  # whose log says all that follows
             print(f"rank {processes.rank} of {processes.world}, on {processes.device}", flush=True)
         yield Job(spec, inputs, output, processes, tracker, checkpoints, heard)

@@ -146,6 +146,7 @@ def test_a_worker_can_write_where_it_has_to_and_learns_who_it_is(store: str) -> 
     }
     assert said == {
         "LATENT_GPT_STORE": store,
+        "LATENT_GPT_IMAGE": "registry/image@sha256:1",
         "LATENT_GPT_CACHE": "/cache",
         "HOME": "/tmp",
         "PYTHONUNBUFFERED": "1",
