@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from model.config import RunConfig, config_hash, parse_config
+from model.config import RunConfig, config_hash, parse_config, without_retired
 from model.errors import UserError
 from model.plumbing import assets, cache, environment, leases, storage
 from model.plumbing.assets import File, Input, Kind, Manifest
@@ -195,7 +195,7 @@ def config_of(version: int, name: str) -> RunConfig | None:
         metadata = mlflow.models.get_model_info(f"models:/{name}/{version}").metadata or {}
     if CONFIG not in metadata:
         return None
-    return parse_config(metadata[CONFIG], where=f"the config of {name} version {version}")
+    return parse_config(without_retired(metadata[CONFIG]), where=f"the config of {name} version {version}")
 
 
 def note(version: int, name: str, description: str, **tags: str) -> None:

@@ -182,6 +182,18 @@ def test_a_champion_of_an_earlier_release_is_begun_anew(
     ]
 
 
+def test_settings_that_there_are_no_more_are_passed_over(
+    name: str, version: Version, source: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config("smoke", [f"model_name={name}", "transformer.depth=2"])
+    stored = config.model_dump(mode="json")
+    stored["transformer"]["training"]["z_loss"] = 0.1
+    with monkeypatch.context() as patch:
+        patch.setattr(RunConfig, "model_dump", lambda *_, **__: stored)
+        version(config, 1)
+    assert registry.config_of(1, name) == config
+
+
 def test_a_start_that_there_is_not_is_refused(services: dict[str, str], name: str) -> None:
     with pytest.raises(UserError, match="start is 'champoin'; it is champion, scratch, or empty"):
         asked(name, "champoin")
