@@ -44,7 +44,10 @@ def launched(kind: Kind, config: RunConfig, run: str, inputs: dict[str, Manifest
         speech.reused(kind, found.uri)
         return noted(run, Made(found, True), inputs.values())
     spec = steps.job(kind, config, run, inputs)
-    use(kind, config, run, spec.output, *(one.uri for one in inputs.values()))
+    looked_for = [spec.output, *(one.uri for one in inputs.values())]
+    if kind == "tokens" and (earlier := steps.earlier_tokens(spec, inputs["images"])):
+        looked_for.append(earlier)
+    use(kind, config, run, *looked_for)
     reused = is_made(spec.output)
     return noted(run, Made(launch(spec), reused), inputs.values())
 

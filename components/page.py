@@ -81,7 +81,7 @@ class Example(NamedTuple):
 def headline(manifest: Manifest) -> dict[str, float]:
     """The figures of an asset that are named first; those that it has."""
     figures = manifest.info.get("figures", manifest.info)  # what was measured stands in a group of its own
-    return {name: figures[name] for name in HEADLINE[manifest.kind] if name in figures}
+    return {name: figures[name] for name in HEADLINE.get(manifest.kind, ()) if name in figures}
 
 
 def page(title: str, *parts: str) -> str:

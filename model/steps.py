@@ -281,6 +281,18 @@ def job(kind: Kind, config: RunConfig, run: str, inputs: Mapping[str, Manifest])
     )
 
 
+def earlier_tokens(spec: JobSpec, images: Manifest) -> str:
+    """Where the tokens are, encoded as a job does it, of the images that its own have grown from; or ""."""
+    from model.data.growth import GROWN_FROM
+
+    if not (key := images.settings.get(GROWN_FROM)):
+        return ""
+    was = Input(kind="images", key=key, sha256=images.info["grown"]["from"])
+    return assets.place(
+        "tokens", assets.asset_key("tokens", spec.settings, {**spec.inputs, "images": was}, spec.version)
+    )
+
+
 def _content(field: str, ref: str) -> dict[str, str]:
     """What is stored at the path or S3 URI that a field names; nothing for the name of something on a hub."""
     if not storage.is_stored(ref):

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from model import steps
 from model.config import Augment
-from model.data.growth import GROWN_FROM
 from model.data.image_shards import TarEntry, decode_entries, tar_index
 from model.data.images import draw_views, to_tensor, warp
 from model.data.token_shards import TokenShard
@@ -28,7 +28,7 @@ from model.errors import UserError
 from model.nets.clip import tokenize as text_ids
 from model.nets.tokenizers import Tokenizer, load_tokenizer
 from model.plumbing import cache, speech, storage
-from model.plumbing.assets import AssetWriter, File, Input, Manifest, asset_key, find, place
+from model.plumbing.assets import AssetWriter, File, Manifest, find
 from model.plumbing.distributed import derive_seed
 from model.plumbing.parallel import parallel_map, single_threaded
 from model.plumbing.worker import Job, run_worker
@@ -93,11 +93,9 @@ def _take_over(job: Job, images: Manifest) -> None:
     from_earlier = {file.name for file in images.files if file.asset}
     if not from_earlier:
         return
-    output, grown_from = job.output, images.settings[GROWN_FROM]
-    was = Input(kind="images", key=grown_from, sha256=images.info["grown"]["from"])
-    key = asset_key("tokens", output.settings, {**output.inputs, "images": was}, job.spec.version)
+    output = job.output
     try:
-        earlier = find(place("tokens", key))
+        earlier = find(steps.earlier_tokens(job.spec, images))
     except UserError:  # a part of it is gone
         earlier = None
     if not earlier:
