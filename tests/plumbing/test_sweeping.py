@@ -18,6 +18,8 @@ from model.plumbing.assets import AssetWriter, Manifest
 from model.plumbing.jobs import JobSpec, TrackingIds, write_spec
 from model.plumbing.sweeping import Found, Needed, look, sweep
 from tests import ROOT
+from tests.data.test_growth import ingest, members, pictures, run_of, taken
+from tests.data.test_ingest import picture, write
 from tests.instances import config
 
 
@@ -219,3 +221,49 @@ def test_no_more_than_a_thousand_objects_are_deleted_at_a_time(
     sweep(look(lambda: needed(), 0.0), still_ours)
     assert asked == 4, "five objects, and what is said of uses and locks"
     assert not folder.exists()
+
+
+def everywhere(store: str, data: bytes) -> set[str]:
+    """The objects of a store that hold these bytes."""
+    return {name for name in storage.list_sizes(store) if data in Path(store, name).read_bytes()}
+
+
+@pytest.mark.slow
+def test_the_bytes_of_a_deleted_picture_are_in_no_object(store: str, tmp_path: Path) -> None:
+    """Even where a champion was trained on it; ingested, deleted from its folder, grown, swept."""
+    source = tmp_path / "source"
+    source.mkdir()
+    write(source, {f"{n}.{kind}": data for n in range(20) for kind, data in files(n).items()})
+    run = {"kind": "folder", "path": str(source)}
+    first = ingest(run_of(run))
+    shards = [name for name in first.info["shards"] if name.startswith("train")]
+    shard = shards[0]
+    gone = next(data for name, data in members(first, shard) if name.endswith(".png"))
+    number = next(
+        n for n in range(20) if f'"captions": ["number {n}"]'.encode() in captions_of(first, shard, gone)
+    )
+    for kind in ("png", "txt"):
+        (source / f"{number}.{kind}").unlink()
+    second = ingest(run_of(run, first))
+    assert taken(second), "it has taken shards over"
+    assert shard not in taken(second)
+    tokens = made("tokens", 0, images=first)
+    champion, newest = made("transformer", 0, tokens=tokens), made("transformer", 1, images=second)
+    assert everywhere(store, gone)
+    swept(needed(champion, newest))
+    assert everywhere(store, gone) == set()
+    for name in shards[1:]:
+        assert everywhere(store, next(data for _, data in members(second, name))), "others are there still"
+    assert assets.find(second.uri) == second
+    assert pictures(second) == pictures(ingest(run_of(run)))
+    assert assets.find(champion.uri), "it draws as before"
+
+
+def files(number: int) -> dict[str, bytes | str]:
+    return {"png": picture(number), "txt": f"number {number}"}
+
+
+def captions_of(manifest: Manifest, shard: str, data: bytes) -> bytes:
+    """The notes beside a picture in its shard."""
+    found = list(members(manifest, shard))
+    return found[[one for _, one in found].index(data) + 1][1]
