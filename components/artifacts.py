@@ -52,7 +52,7 @@ def launched(kind: Kind, config: RunConfig, run: str, inputs: dict[str, Manifest
     return noted(run, Made(launch(spec), reused), inputs.values())
 
 
-def noted(run: str, made: Made, made_from: Iterable[Manifest] = ()) -> Made:
+def noted(run: str, made: Made, made_from: Iterable[Manifest], seconds: float = 0) -> Made:
     """Have MLflow show what a step made below the pipeline's run; that is book-keeping, and fails nothing."""
     from components import page
     from model.errors import UserError
@@ -61,7 +61,7 @@ def noted(run: str, made: Made, made_from: Iterable[Manifest] = ()) -> Made:
     if run and environment.MLFLOW_TRACKING_URI.get():
         try:
             figures = page.headline(made.manifest)
-            tracking.note_made(run, made.manifest, made.reused, figures, made_from)
+            tracking.note_made(run, made.manifest, made.reused, figures, made_from, seconds)
         except UserError as error:
             speech.warn(made.manifest.kind, str(error))
     return made

@@ -22,6 +22,7 @@ def images(
         examples: A page with some of the pictures and their captions.
         pictures: The same pictures side by side; PNG.
     """
+    import time
     from pathlib import Path
 
     from components.artifacts import Made, config_of, is_made, noted, use, write
@@ -45,6 +46,7 @@ def images(
                 earlier(ref, settings.data, STEPS["images"].version)
             except Unfit as reason:
                 speech.say("images", f"reads all of the source: {reason}")
+        began = time.monotonic()
         with alone("images", output.uri):
             reused = is_made(output.uri)
             made = ingest(settings.data, output)
@@ -53,7 +55,9 @@ def images(
                 f"data: none of {made.info['train']} pictures ({made.info['duplicates']} duplicates apart) is"
                 f" held out; give more, or raise validation_share (it is {settings.data.validation_share:g})"
             )
-        about = write(noted(run, Made(made, reused), [made]), images, config, metrics)
+        about = write(
+            noted(run, Made(made, reused), [made], time.monotonic() - began), images, config, metrics
+        )
         shown = page.examples(made)
         Path(pictures.path).write_bytes(page.sheet(shown))
         some = page.gallery(shown)

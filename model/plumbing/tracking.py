@@ -564,7 +564,12 @@ def note_asset(run: str, step: str, uri: str) -> None:
 
 
 def note_made(
-    run: str, made: Manifest, reused: bool, figures: Mapping[str, float], data: Iterable[Manifest]
+    run: str,
+    made: Manifest,
+    reused: bool,
+    figures: Mapping[str, float],
+    data: Iterable[Manifest],
+    seconds: float,
 ) -> None:
     """Have the step that makes an asset stand below its pipeline's run, also where there was nothing to do.
 
@@ -576,6 +581,7 @@ def note_made(
         reused: it was there before.
         figures: of the asset.
         data: what it was made from.
+        seconds: that it took.
 
     Raises:
         UserError: MLflow cannot be reached.
@@ -587,9 +593,10 @@ def note_made(
         if _runs_quickly(run, made.kind):
             continue
         now = int(1000 * time.time())
+        start = now - max(1, int(1000 * seconds))
         tags = {RUN_TAG: run, STEP_TAG: made.kind, PARENT_TAG: parent["run_id"], **provenance.tags()}
         tags |= {REUSED_TAG: "yes"} if reused else {}
-        asked = {"experiment_id": parent["experiment_id"], "run_name": made.kind, "start_time": now}
+        asked = {"experiment_id": parent["experiment_id"], "run_name": made.kind, "start_time": start}
         asked["tags"] = [{"key": name, "value": value} for name, value in tags.items()]
         child = _ask("runs/create", QUICK_ANSWER, **asked)["run"]["info"]["run_id"]
         shown = [{"key": name, "value": one, "timestamp": now, "step": 0} for name, one in figures.items()]

@@ -10,7 +10,7 @@ from kfp import dsl
 
 from components.artifacts import MLFLOW, Made, config_of, is_made, make, read, write
 from model.config import load_config
-from model.plumbing import storage
+from model.plumbing import storage, uses
 from model.plumbing.assets import NAME, Manifest
 from tests.instances import config, ingest
 
@@ -55,3 +55,4 @@ def test_what_is_there_already_is_said_to_be_reused(
     assert not first.reused
     assert is_made(first.manifest.uri)
     assert make("tokenizer", settings, "run", images=artifact) == Made(first.manifest, reused=True)
+    assert set(uses.said()) == {f"run/images-{images.key}", f"run/tokenizer-{first.manifest.key}"}

@@ -85,12 +85,12 @@ class TestRealServer:
             parent = tracking.open_pipeline_run(
                 ids.experiment, ids.run, {"seed": 0}, provenance.kfp_tags("job-1")
             )
-            tracking.note_made(ids.run, images, False, {"train": 7.0}, [images])
+            tracking.note_made(ids.run, images, False, {"train": 7.0}, [images], 2.0)
             with Tracker(ids, {"a": 1}) as tracker:
                 tracker.reads([images], "tokenizer")
-            tracking.note_made(ids.run, tokenizer, False, {"psnr": 20.0}, [images])
+            tracking.note_made(ids.run, tokenizer, False, {"psnr": 20.0}, [images], 0.0)
             tracking.note_made(
-                ids.run, tokenizer.model_copy(update={"kind": "text"}), True, {"psnr": 20.0}, [images]
+                ids.run, tokenizer.model_copy(update={"kind": "text"}), True, {"psnr": 20.0}, [images], 0.0
             )
         client = mlflow_client()
         found = {one.info.run_name: one for one in below(parent)}
@@ -105,6 +105,9 @@ class TestRealServer:
             assert json.loads(read.dataset.profile) == {"train": 7}
             assert one.data.tags[provenance.COMMIT_TAG]
             assert one.data.tags[provenance.IMAGE_TAG] == "registry/latent-gpt@sha256:1"
+        took = {name: one.info.end_time - one.info.start_time for name, one in found.items()}
+        assert 1990 < took["images"] < 2100
+        assert took["text"] == 1, "`latent-gpt status` takes one of no time for one that did not end"
         assert found["images"].data.metrics == {"train": 7.0}
         assert found["text"].data.tags[tracking.REUSED_TAG] == "yes"
         assert top.data.tags[provenance.KFP_TAG] == "job-1"
