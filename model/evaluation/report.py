@@ -135,6 +135,7 @@ def render(page: Page) -> str:
         charts=sheets.plot(charts, "step") if charts else None,
         swept=swept,
         sweeps=_sweeps(swept),
+        robustness=_robustness(page.metrics),
         judge=judge_name(page.config, page.model),
         shown=TILE,
         pixelated=side < TILE and TILE % side == 0,
@@ -265,6 +266,20 @@ def _sweeps(swept: dict[str, Any]) -> list[tuple[str, bytes]]:
                                      SETTINGS[name], marked=True))
         for name, curves in swept.get("curves", {}).items()
     ]  # fmt: skip
+
+
+def _robustness(figures: dict[str, float]) -> bytes | None:
+    """A chart of what replaced codes cost, over their share in percent; None where it was not measured."""
+    charts = []
+    for name, title in (("psnr", "PSNR lost, dB"), ("oracle", "all attributes right, share lost")):
+        points = [
+            [float(key.rpartition("_")[2]), lost]
+            for key, lost in figures.items()
+            if key.startswith(f"robustness_{name}_")
+        ]
+        if points:
+            charts.append((title, {title: [[0.0, 0.0], *points]}))
+    return sheets.plot(charts, "codes replaced, %", marked=True) if charts else None
 
 
 def _lineage(page: Page) -> list[dict[str, Any]]:

@@ -52,6 +52,8 @@ def figures() -> dict[str, float]:
             f"{split}/bits_per_token{suffix}": 1.5
             for suffix in ("", "_shuffled", "_unconditional", "_text_gain")
         }
+        likeness = ("frechet", "reconstruction_frechet", "cmmd", "precision", "recall", "diversity", "ssim")
+        made |= {f"{split}/{name}": 0.875 for name in likeness}
         made |= {f"{split}/psnr": 27.25, f"{split}/nearest_distance": 0.15}
         made |= {f"{split}/near_duplicates": 0.1, f"{split}/near_duplicates_reconstructed": 0.2}
         made |= {f"{split}/retrieval_chance": 0.05, f"{split}/clip_score_shuffled": 4.0}
@@ -155,6 +157,23 @@ def test_what_the_page_says(page: Page) -> None:
     ):  # fmt: skip
         assert said in text, said
     assert "flatters" not in text
+
+
+def test_robustness_is_shown_where_it_was_measured(page: Page) -> None:
+    lost = {f"robustness_psnr_{share}": share / 10 for share in (1, 5, 10, 20)} | {"robustness_psnr": 0.5}
+    read = Reader(report.render(Page(**{**page.__dict__, "metrics": page.metrics | lost})))
+    assert "With 5 % of them a picture loses 0.50 dB." in " ".join(read.text.split())
+    assert [alt for alt, _ in read.sources if alt == "what replaced codes cost"]
+    without = Reader(report.render(page))
+    assert "Not measured: this tokenizer's codebook" in without.text
+    assert "what replaced codes cost" not in [alt for alt, _ in without.sources]
+
+
+def test_a_sweep_that_tried_nothing_is_said(page: Page) -> None:
+    kept = {"kept": "7 captions are set apart for the sweep, which wants 128", "cfg_scale": 3.0}
+    model = page.model.model_copy(update={"info": {"sampling": kept}})
+    text = " ".join(Reader(report.render(Page(**{**page.__dict__, "model": model}))).text.split())
+    assert "No sweep: 7 captions are set apart for the sweep, which wants 128. The model draws as" in text
 
 
 def test_the_report_names_no_store_and_no_version_of_python(page: Page) -> None:
