@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from model.evaluation.benchmark import (
 from model.inference.bundle import make_bundle
 from model.inference.generate import Generator
 from model.nets import metrics
+from model.nets.tokenizers import neighbours
 from model.plumbing import storage
 from model.plumbing.assets import Manifest
 from model.plumbing.speech import Progress
@@ -129,6 +131,42 @@ def test_likelihoods_are_those_of_the_codes(drawn: Drawn) -> None:
     assert figures["validation/bits_per_token_unconditional"] == pytest.approx(expected, abs=1e-4)
     gap = figures["validation/bits_per_token"] - figures["train/bits_per_token"]
     assert figures["bits_per_token_gap"] == pytest.approx(gap)
+
+
+def test_robustness_is_what_replaced_codes_cost(drawn: Drawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known by decoding it again: the share is kept, each code replaced goes to a neighbour of its own."""
+    decoded: list[torch.Tensor] = []
+    decode = type(drawn.generator.tokenizer).decode
+    whole = drawn.codes["validation"]
+    lost = float(metrics.psnr(drawn.reconstructed["validation"], drawn.real("validation")).mean())
+
+    def watched(self: object, codes: torch.Tensor) -> torch.Tensor:
+        decoded.append(codes.flatten(1))
+        return decode(self, codes)
+
+    monkeypatch.setattr(type(drawn.generator.tokenizer), "decode", watched)
+    figures = measure.robustness(drawn)
+    shares = [float((codes != whole).double().mean()) for codes in decoded]
+    assert shares == sorted(shares), "more and more of the same codes"
+    assert shares[-1] == pytest.approx(0.2, abs=0.1)
+    assert all((later == earlier)[earlier != whole].all() for earlier, later in pairwise(decoded))
+    every = torch.arange(drawn.generator.tokenizer.vocabulary)
+    near = neighbours(drawn.generator.tokenizer, every)
+    assert near is not None
+    changed = decoded[-1] != whole
+    assert (near[whole[changed]] == decoded[-1][changed][:, None]).any(1).all()
+    grid = decoded[-1].view(-1, *drawn.generator.gpt.grid)
+    left = float(metrics.psnr(decode(drawn.generator.tokenizer, grid), drawn.real("validation")).mean())
+    assert figures["robustness_psnr_20"] == pytest.approx(lost - left, abs=1e-4)
+    assert figures["robustness_psnr"] == figures["robustness_psnr_5"]
+    assert figures["robustness_oracle"] == figures["robustness_oracle_5"]
+
+
+def test_where_no_codebook_can_be_reached_robustness_is_left_out(
+    drawn: Drawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "neighbours", lambda *_: None)
+    assert measure.robustness(drawn) == {}
 
 
 def test_a_model_that_draws_training_pictures_is_found_out(drawn: Drawn) -> None:

@@ -13,7 +13,7 @@ from transformers import Emu3VQVAE, Emu3VQVAEConfig, JanusVQVAE, JanusVQVAEConfi
 
 from model.config import PretrainedTokenizerConfig, TrainingConfig, VQVAEConfig
 from model.errors import UserError
-from model.nets.tokenizers import import_pretrained, load_tokenizer
+from model.nets.tokenizers import import_pretrained, load_tokenizer, neighbours
 from model.nets.vqvae import VQVAE
 from model.plumbing import assets, cache, storage
 from model.plumbing.checkpoints import save_model
@@ -124,6 +124,36 @@ def test_ids_are_the_nearest_codes_and_the_round_trip_is_exact(family: str, tmp_
     other = tokenizer.reconstruct(torch.rand(1, 3, 8, 24) * 2 - 1)  # a grid no config names
     assert other.shape == (1, 3, 8, 24)
     assert manifest.info["vocabulary"] == CODES
+
+
+class Closed:
+    """A tokenizer that shows nothing of its codebook."""
+
+    vocabulary, factor = CODES, 4
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return images[:, 0].long()
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        return codes[:, None].expand(-1, 3, -1, -1).float()
+
+    reconstruct = decode
+
+
+def test_neighbours_of_codes_wherever_the_codebook_can_be_reached(tmp_path: Path) -> None:
+    _, theirs = imported("diffusers", diffusers_vq(), tmp_path)
+    codes = torch.tensor([0, 7, 255])
+    near = neighbours(theirs, codes)  # type: ignore[arg-type]
+    assert near is not None
+    rows = theirs.codebook  # type: ignore[attr-defined]
+    for code, found in zip(codes.tolist(), near.tolist(), strict=True):
+        order = (rows - rows[code]).norm(dim=1).argsort().tolist()
+        assert set(found) == set(order[1:9])
+    own(tmp_path / "ours")
+    ours = neighbours(load_tokenizer(tmp_path / "ours"), codes[:2])
+    assert ours is not None
+    assert ours.shape == (2, 8)
+    assert neighbours(Closed(), codes) is None
 
 
 def test_janus_own_ids_are_not_the_nearest(tmp_path: Path) -> None:
