@@ -47,6 +47,7 @@ LONGEST_DESCRIPTION, LONGEST_TAG = 5000, 5000  # characters that MLflow's databa
 TIME_TAG = "latent_gpt.registered"  # of a version: when a run last came to it, ms since 1970
 INTENT_TAG = "latent_gpt.aliases"  # of a registered model: as its aliases are about to be
 BENCHMARK_TAG = "latent_gpt.benchmark"  # of a registered model: "key/sha256" of what versions are measured on
+IMAGES_TAG = "latent_gpt.images"  # of a registered model: "key/sha256" of those that stand for its source
 VERDICT_TAG = "latent_gpt.verdict"  # of a version: what was decided; more of it in tags that begin so
 CHECKSUMS, OLD_TAG = (
     "checksums.json",
@@ -55,7 +56,11 @@ CHECKSUMS, OLD_TAG = (
 
 
 def find(bundle: Manifest, name: str) -> int | None:
-    """The newest version that holds a bundle, and holds all of it still; or None."""
+    """The newest version that holds a bundle, and holds all of it still; or None.
+
+    Its images are the registered model's current ones from now on, as those of a new version are: a run has
+    just seen that the source holds these.
+    """
     client = mlflow_client()
     with explained():
         same = [one for one in _versions(client, name) if one.tags.get(MODEL_TAG) == bundle.sha256]
@@ -63,6 +68,7 @@ def find(bundle: Manifest, name: str) -> int | None:
             there = {path.split("/", 2)[-1] for path in _files(version)}  # after artifacts/bundle/
             if there >= {file.name for file in bundle.files}:
                 client.set_model_version_tag(name, version.version, TIME_TAG, _now())
+                _see_images_of(version.tags, name)
                 return int(version.version)
     return None
 
@@ -102,6 +108,7 @@ def register(
             info = log_model(bundle, name)
         _link(tracker.run_id, info.model_id, figures or {}, data)
         made = mlflow.register_model(info.model_uri, name, tags={**lineage, TIME_TAG: _now()})
+        _see_images_of(lineage, name)
     return int(made.version)
 
 
@@ -177,9 +184,40 @@ def lineage_tags(made_from: Collection[Input]) -> dict[str, str]:
 
 def lineage(version: int, name: str) -> dict[Kind, Input]:
     """The assets that a version was made from, by kind; none of a version of an earlier release."""
-    tags = tags_of(version, name)
+    return lineage_of(tags_of(version, name))
+
+
+def lineage_of(tags: Mapping[str, str]) -> dict[Kind, Input]:
+    """The same from the tags of a version."""
     keys: dict[Kind, str] = json.loads(tags.get(KEYS_TAG, "{}"))
     return {kind: Input(kind=kind, key=key, sha256=tags[f"latent_gpt.{kind}"]) for kind, key in keys.items()}
+
+
+def current_images(name: str) -> Input | None:
+    """The images that stand for the source of a registered model as it was last seen.
+
+    Those of any other version may still hold what was deleted since. Where nobody has said which they are:
+    those of the newest version. None: not even that is known, or there is no such model.
+    """
+    client = mlflow_client()
+    with explained():
+        found = client.search_registered_models(f"name='{name}'")
+        key, _, sha256 = found[0].tags.get(IMAGES_TAG, "").partition("/") if found else ("", "", "")
+        if sha256:
+            return Input(kind="images", key=key, sha256=sha256)
+        versions = _versions(client, name)
+    return lineage_of(versions[-1].tags).get("images") if versions else None
+
+
+def see_images(images: Input, name: str) -> None:
+    """Have these be the current images of a registered model."""
+    with explained():
+        mlflow_client().set_registered_model_tag(name, IMAGES_TAG, f"{images.key}/{images.sha256}")
+
+
+def _see_images_of(tags: Mapping[str, str], name: str) -> None:
+    if images := lineage_of(tags).get("images"):
+        see_images(images, name)
 
 
 def config_of(version: int, name: str) -> RunConfig | None:

@@ -16,7 +16,7 @@ import pytest
 from model.config import config_hash
 from model.errors import UserError
 from model.plumbing import assets, cache, registry, storage
-from model.plumbing.assets import AssetWriter, Manifest
+from model.plumbing.assets import AssetWriter, Input, Manifest
 from model.plumbing.jobs import TrackingIds
 from model.plumbing.registry import Aliases
 from model.plumbing.tracking import mlflow_client
@@ -172,11 +172,10 @@ def place(services: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPa
     return tmp_path / "cache"
 
 
-def register(name: str, manifest: Manifest) -> int:
+def register(name: str, manifest: Manifest, *made_from: Input) -> int:
     ids = TrackingIds(experiment="registry", run=uuid.uuid4().hex[:8], step="register")
-    return registry.register(
-        ids, cache.folder(manifest), log_model, {registry.MODEL_TAG: manifest.sha256}, name
-    )
+    lineage = registry.lineage_tags([manifest.as_input, *made_from])
+    return registry.register(ids, cache.folder(manifest), log_model, lineage, name)
 
 
 @pytest.mark.slow
@@ -425,3 +424,19 @@ class TestTransactions:
         registry.pin("k" * 16, "s" * 64, model)
         assert registry.benchmark_of(model) == ("k" * 16, "s" * 64)
         assert registry.benchmark_of("nobody") is None
+
+    def test_the_current_images_are_those_that_were_seen_last(
+        self, services: dict[str, str], place: Path, model: str
+    ) -> None:
+        assert registry.current_images(model) is None, "nobody has registered anything"
+        old, new, other = (Input(kind="images", key=one * 16, sha256=one * 64) for one in "abc")
+        register(model, made(4), old)
+        assert registry.current_images(model) == old
+        register(model, made(5), new)
+        assert registry.current_images(model) == new
+        assert registry.find(made(4), model) == 1
+        assert registry.current_images(model) == old, "a run came to that bundle again"
+        registry.see_images(other, model)
+        assert registry.current_images(model) == other
+        mlflow_client().delete_registered_model_tag(model, registry.IMAGES_TAG)
+        assert registry.current_images(model) == new, "an earlier release did not say"
