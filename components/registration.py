@@ -71,7 +71,7 @@ def _register(config: RunConfig, run: str, model: Manifest, evaluation: Manifest
     tags = {**_made_by(config, evaluation), **registry.lineage_tags(made_from)}
     ids = TrackingIds(experiment=config.experiment, run=run, step="register")
     log = partial(log_model, config=config)
-    figures, images = evaluation.info["figures"], evaluation.input("images")
+    figures, images = evaluation.info.get("figures", {}), evaluation.input("images")
     return registry.register(ids, cache.folder(model), log, tags, config.registered_model, figures, images)
 
 
