@@ -65,9 +65,9 @@ def earlier(ref: AssetRef, data: DataConfig, version: int) -> Manifest:
 
 def pinned(before: str, now: str) -> str:
     """The split of a picture that was in split `before` ("" for a new one), and is in `now` by its own."""
-    if before in ("", "train"):
-        return now if before == "" or now == "composition" else before
-    return before
+    if before == "train" and now == "composition":
+        return now
+    return before or now
 
 
 class Earlier:

@@ -25,8 +25,9 @@ from model.data.records import contents, contents_name
 from model.data.token_shards import TokenReader
 from model.errors import UserError
 from model.nets.vqvae import VQVAE
-from model.plumbing import assets, storage
+from model.plumbing import assets, storage, uses
 from model.plumbing.assets import AssetWriter, Manifest
+from model.plumbing.sweeping import Needed, look, sweep
 from tests.data.test_ingest import picture, sample, tar, write
 from tests.instances import config, make, publish_models
 
@@ -494,6 +495,42 @@ def test_a_copy_of_the_store_grows_too(store, tmp_path, monkeypatch):
     monkeypatch.setenv("LATENT_GPT_STORE", str(tmp_path / "copy"))
     third = ingest(run_of({"kind": "shapes", "count": 28}, second))
     assert pictures(third) == pictures(ingest(run_of({"kind": "shapes", "count": 28})))
+
+
+def test_after_a_sweep_the_bytes_of_deleted_pictures_are_gone(store, here):
+    """Both sets are of registered models; some pictures are deleted, and one set more grows after."""
+    for number in range(24):
+        write(here, {f"{number:02d}.png": picture(number), f"{number:02d}.txt": f"number {number}"})
+    source = {"kind": "folder", "path": str(here)}
+    first = ingest(run_of(source))
+    deleted = {}  # bytes within shards, by their names there
+    names = {texts[0]: content for content, texts, _ in pictures(first)}
+    for number in (3, 9, 10, 17):
+        for suffix in ("png", "txt"):
+            (here / f"{number:02d}.{suffix}").unlink()
+        deleted[names[f"number {number}"]] = b""
+    for shard in first.info["shards"]:
+        stems = ((Path(name).stem, name, data) for name, data in members(first, shard))
+        deleted |= {stem: data for stem, name, data in stems if stem in deleted and name.endswith(".png")}
+    assert all(deleted.values())
+    second = ingest(run_of(source, first))
+    assert taken(second)
+
+    def found() -> set[str]:
+        stored = [storage.read_bytes(uri) for uri in storage.list_uris(store)]
+        return {name for name, data in deleted.items() if any(data in one for one in stored)}
+
+    assert found() == deleted.keys()
+    needed = Needed(frozenset({f"images/{first.key}", f"images/{second.key}"}))
+    with uses.sweep() as still_ours:
+        sweep(look(lambda: needed, spared=0), still_ours)
+    assert not found()
+    assert assets.find(first.uri) is None
+    assert assets.find(second.uri) == second
+    assert pictures(second) == pictures(ingest(run_of(source)))
+    write(here, {"03.png": picture(50), "03.txt": "another"})
+    third = ingest(run_of(source, second))
+    assert pictures(third) == pictures(ingest(run_of(source)))
 
 
 @pytest.mark.slow

@@ -82,6 +82,20 @@ MUTANTS = [
         "::test_a_picture_that_is_held_out_under_one_of_its_names_is_held_out[second]",
     ),
     Mutant(
+        "growth: what was held out never moves into training",
+        "model/data/growth.py",
+        "return before or now",
+        "return now",
+        "tests/data/test_growth.py::test_what_was_held_out_never_moves_into_training",
+    ),
+    Mutant(
+        "growth: a shard with another caption is not taken over",
+        "model/data/growth.py",
+        "(wish.split, digest(wish.captions)) == (split_of_shard(shard), captions)",
+        "wish.split == split_of_shard(shard)",
+        "tests/data/test_growth.py::test_an_entry_of_a_list_is_as_it_was_with_its_captions",
+    ),
+    Mutant(
         "report: the floor of a score",
         "model/evaluation/report.py",
         '"floor": figures[f"{split}/{floor}"] if floor else 0.0',
