@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 from components.registration import Registered
 from components.retraining import News
 from model.config import RunConfig
+from model.evaluation.gate import Verdict, shown
 from model.plumbing import assets, storage
 from model.plumbing.assets import Kind, Manifest
 from model.plumbing.curves import HISTORY, History, panels
@@ -135,10 +136,23 @@ def registered(model: Registered, evaluation: Manifest, run: str) -> str:
     return page(
         named,
         f"<p><b>{escape(model.alias)}</b>: {escape(model.reason)}</p>{link(run)}",
+        verdict(model.verdict),
         table((f"{value} {name}", note) for value, name, note in model.headline),
         f"<p class='soft'>On {escape(model.headline_of)}.</p><p>To draw: <code>{escape(command)}</code></p>",
         f"<h2>What it draws</h2>{picture(samples, 'samples')}",
     )
+
+
+def verdict(decided: Verdict) -> str:
+    """What a verdict rests on: the figures of both, side by side."""
+    rows = shown(decided)
+    if not rows:
+        return ""
+    against = "" if decided.against is None else f"version {decided.against}"
+    heads = f"<tr><td></td><td>this one</td><td>{escape(against)}</td></tr>" if against else ""
+    cells = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    judge = f"<p class='soft'>Judge: {escape(decided.judge)}.</p>" if decided.judge else ""
+    return f"<h2>Verdict: {escape(decided.outcome)}</h2><table>{heads}{cells}</table>{judge}"
 
 
 def about(manifest: Manifest, reused: bool) -> str:

@@ -1,4 +1,4 @@
-"""Step: the model into the registry, as challenger; champion if it is better than the one there."""
+"""Step: the model into the registry; champion if the gate says so."""
 
 from kfp import dsl
 
@@ -11,11 +11,13 @@ def register(
     run: str,
     evaluation: dsl.Input[dsl.Artifact],
     model: dsl.Output[dsl.HTML],
+    report: dsl.Output[dsl.HTML],
 ) -> str:
     """Log the model as a pyfunc that loads without pickle.
 
     Returns:
         model: A page that says which version it is, whether it is in use, why, and how to draw with it.
+        report: The report of the evaluation, with the verdict on top.
         Output: What was registered, as JSON.
     """
     from pathlib import Path
@@ -26,12 +28,12 @@ def register(
     with step("register", run):
         from components import page
         from components.registration import register_model
-        from model.plumbing.leases import alone
+        from model.plumbing import storage
         from model.plumbing.tracking import finish_pipeline_run
 
         measured = read(evaluation)
-        with alone("register", "register"):
-            registered = register_model(config_of(config), run, measured)
+        registered = register_model(config_of(config), run, measured)
+        Path(report.path).write_bytes(storage.read_bytes(registered.report))
         Path(model.path).write_text(page.registered(registered, measured, config.metadata.get(MLFLOW, "")))
         finish_pipeline_run(run)
     return registered.model_dump_json()

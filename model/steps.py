@@ -24,6 +24,7 @@ from model.plumbing.assets import AssetWriter, Input, Kind, Manifest
 from model.plumbing.jobs import JobSpec, TrackingIds
 
 NO_CONTENT = {"log_every", "checkpoint_every"}  # training settings that change no weight
+CHAMPION = "champion"  # the race's input that another model draws against
 START = "start"  # the transformer's input whose weights its training begins from, where there is one
 TAKEN_OVER = ("tokenizer", "text")  # kinds that a retraining may take as they are
 WEIGHTS = (".json", ".safetensors")  # what is read of a model made elsewhere
@@ -43,7 +44,7 @@ class Step:
     taken: Callable[[RunConfig], bool] = lambda config: config.transformer is not None
     within: str = ""  # the step whose component makes it, where it has none of its own
     one_process: bool = False
-    also: tuple[Kind, ...] = ()  # assets that it is made from, too, in runs that have them
+    also: tuple[str, ...] = ()  # assets that it is made from, too, in runs that have them
 
 
 def image_settings(data: DataConfig) -> Settings:
@@ -158,6 +159,16 @@ STEPS: dict[Kind, Step] = {  # in the order of the pipeline
         "model.evaluation.measure",
         within="register",
         one_process=True,
+    ),
+    "race": Step(
+        "Race",
+        lambda config: {},
+        ("model", "benchmark"),
+        "model.evaluation.race",
+        taken=lambda config: config.transformer is not None and config.gate.speed_ratio > 0,
+        within="register",
+        one_process=True,
+        also=(CHAMPION,),
     ),
 }
 

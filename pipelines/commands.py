@@ -19,6 +19,9 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 Preset = Annotated[str, typer.Option(help="Name of a shipped preset, or a .yaml file.")]
 Registered = Annotated[str, typer.Option(help="Name of a registered model; left out, the last one.")]
+OfCluster = Annotated[
+    bool, typer.Option("--cluster", help="In MLflow of the cluster, instead of that of runs here.")
+]
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045 (typer reads it at run time)
     typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a setting; may be repeated."),
@@ -250,12 +253,12 @@ def promote(
         int, typer.Argument(min=0, help="Its number; left out, the challenger's.", show_default=False)
     ] = 0,
     model: Registered = "",
+    cluster: OfCluster = False,
 ) -> None:
     """Put a version in use, whatever its verdict was; the champion so far is what a rollback returns to."""
     from model.plumbing import registry
 
-    shared = _shared()
-    with _services():
+    with _registry(cluster) as shared:
         name = model or registry.last_registered(shared)
         number = version or registry.version_of(registry.CHALLENGER, name)
         if not number:
@@ -267,34 +270,32 @@ def promote(
     print(f"{name} version {number} is champion")
     if before:
         print(
-            f"version {before}, the champion so far, is previous champion: latent-gpt rollback returns to it"
+            f"version {before}, champion until now, is previous champion: `latent-gpt rollback` returns to it"
         )
 
 
-def rollback(model: Registered = "") -> None:
+def rollback(model: Registered = "", cluster: OfCluster = False) -> None:
     """Put the previous champion back in use; the champion so far takes its place."""
     from model.plumbing import registry
 
-    shared = _shared()
-    with _services():
+    with _registry(cluster) as shared:
         name = model or registry.last_registered(shared)
         before = registry.rollback(name)
     print(f"{name} version {before.previous} is champion")
     if before.champion:
-        print(
-            f"version {before.champion}, the champion so far, is previous champion: once more returns to it"
-        )
+        print(f"version {before.champion}, champion until now, is previous champion: once more returns to it")
 
 
 def models(
     model: Annotated[str, typer.Option(help="Name of a registered model; left out, all.")] = "",
+    cluster: OfCluster = False,
 ) -> None:
     """List the registered models: versions, which are in use, what was decided, when."""
     import time
 
     from model.plumbing import registry
 
-    with _services():
+    with _registry(cluster):
         found = registry.listed(model)
     if not found:
         print("no model is registered yet; run the pipeline first")
@@ -303,8 +304,33 @@ def models(
         for one in (one for one in found if one.name == name):
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.registered / 1000))
             plays = ", ".join(one.aliases) or "-"
-            said = f"{one.verdict}: {one.reason}" if one.verdict else "of an earlier release, or not judged"
+            said = f"{one.verdict}: {one.reason}" if one.verdict else "not judged, or by an earlier release"
             print(f"  {one.version:>4}  {when}  {plays:17}  {said}")
+
+
+def evaluate(
+    model: Annotated[str, typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION, a folder, or s3://…")],
+    against: Annotated[
+        str, typer.Option(help="The same; left out, the champion of the same registered model.")
+    ] = "",
+) -> None:
+    """Measure two models on the same and say what the gate would; promotes nothing."""
+    from components.comparison import compare
+    from model.evaluation.gate import shown
+    from model.plumbing import registry
+
+    with _services():
+        if not against:
+            if not model.startswith("models:/"):
+                raise UserError(f"--against is missing: {model} is no registered model that has a champion")
+            against = f"models:/{registry.named(model)[0]}@{registry.CHAMPION}"
+        verdict = compare(model, against)
+    print(f"{'':48}{model}  |  {against}")
+    for what, ours, theirs in shown(verdict):
+        print(f"{what:48}{ours}  |  {theirs}" if theirs else f"{what:48}{ours}")
+    print(f"measured on benchmark {verdict.benchmark}, by judge {verdict.judge}")
+    print(f"{verdict.outcome}: {verdict.reason}")
+    print("nothing was promoted")
 
 
 def presets() -> None:
@@ -501,11 +527,30 @@ def _services_of_runs() -> Iterator[None]:
         with _services():
             yield
         return
+    with _services_of_cluster():
+        yield
+
+
+@contextlib.contextmanager
+def _services_of_cluster() -> Iterator[None]:
+    namespace = _cluster()
     from pipelines.cluster.kubectl import Kubectl
     from pipelines.cluster.reach import services
 
-    with services(Kubectl(environment.NAMESPACE.get())):
+    with services(Kubectl(namespace)):
         yield
+
+
+@contextlib.contextmanager
+def _registry(cluster: bool) -> Iterator[bool]:
+    """MLflow and S3 of a cluster, or of runs here; yields whether that MLflow is shared with others."""
+    if cluster:
+        with _services_of_cluster():
+            yield True
+        return
+    shared = _shared()
+    with _services():
+        yield shared
 
 
 @contextlib.contextmanager

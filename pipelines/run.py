@@ -144,7 +144,7 @@ def _new_folder(runs: Path) -> Path:
 def _registered(folder: Path) -> dict[str, Any] | None:
     """What the register step returned; the report is copied out of KFP's folder on the way."""
     returned = _output(folder, "register")
-    for report in folder.glob("kfp/*/evaluation/report*") if returned else ():
+    for report in folder.glob("kfp/*/register/report*") if returned else ():
         shutil.copyfile(report, folder / "report.html")
     value: dict[str, Any] | None = json.loads(returned) if returned else None
     return value

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from model.evaluation.gate import Verdict, shown
 from model.plumbing import speech
 
 HEADING = re.compile(r"\[\d+/\d+\] (\w+)")  # of a step
@@ -89,7 +90,12 @@ def summary(follower: Follower, folder: Path, total: float, registered: dict[str
     if registered:
         name, version = registered["model"], registered["version"]
         lines.append(f"{'model':10}{name} version {version}, {registered['alias']}")
-        lines.append(f"{'':10}{registered['reason']}")
+        decided = Verdict.model_validate(registered["verdict"])
+        lines.append(f"{'verdict':10}{decided.outcome}: {decided.reason}")
+        lines += [
+            f"{'':10}{what}: {ours}" + (f" (champion {theirs})" if theirs else "")
+            for what, ours, theirs in shown(decided)
+        ]
         lines.append(f"{'measured':10}on {registered['headline_of']}:")
         lines += [f"{'':10}{value} {what} ({note})" for value, what, note in registered["headline"]]
         lines.append(f"{'report':10}{folder / 'report.html'}")

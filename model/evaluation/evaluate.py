@@ -8,46 +8,24 @@ What is measured is said in `measure.py`; here are pictures to look at, and one 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from model.config import EvaluationConfig
 from model.data.images import to_tensor
-from model.errors import UserError
 from model.evaluation import report, sheets
-from model.evaluation.benchmark import (
-    Benchmark,
-    Drawn,
-    load_benchmark,
-    load_benchmarks_judge,
-    spread,
-    training_pictures,
-)
-from model.evaluation.measure import likelihoods, measure, open_drawn, scores
+from model.evaluation.benchmark import Benchmark, Drawn, load_benchmark, spread
+from model.evaluation.measure import measure, open_drawn
 from model.inference import bundle
-from model.inference.generate import Generator, Unfit
-from model.nets import metrics
+from model.inference.generate import Generator
 from model.plumbing import cache
 from model.plumbing.assets import Manifest
 from model.plumbing.curves import HISTORY
-from model.plumbing.speech import Progress
 from model.plumbing.worker import Job, run_worker
 
 PROMPTS, UNCONDITIONAL, PAIRS = 12, 16, 12  # rows of a grid, pictures without text, reconstructions shown
 GRID_SEEDS = 1_000_000  # seeds of the grids start here, so that they show none of the scored pictures
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a challenger takes the champion's place, and why."""
-
-    better: bool
-    reason: str
 
 
 # ── the step ────────────────────────────────────────────────────────────────────────────────────────────
@@ -91,58 +69,6 @@ def main(job: Job) -> Manifest:
     job.tracker.text("report.html", files["report.html"].decode())
     said = {"headline": [list(figure) for figure in page.headline], "headline_of": page.headline_of}
     return job.output.finish({**measured, **said, "software": report.software()})
-
-
-def remeasure(evaluation: Manifest, generator: Generator) -> dict[str, Any]:
-    """Scores of another model on the benchmark of an evaluation: what `compare` needs.
-
-    Raises:
-        Unfit: what the other model makes of the pictures is no number.
-    """
-    manifest = evaluation.input("benchmark")
-    benchmark, judge = load_benchmark(manifest), load_benchmarks_judge(manifest, generator.device)
-    progress = Progress("register", benchmark.count, "img", counted="champion's picture")
-    drawn = Drawn(generator, judge, benchmark, training_pictures(evaluation.input("images")), progress)
-    for name, value in likelihoods(drawn).items():
-        if not math.isfinite(value):
-            raise Unfit(f"{name} is {value}; the training of this model has diverged")
-    return {"benchmark": benchmark.key, **scores(drawn)}
-
-
-def compare(challenger: dict[str, Any], champion: dict[str, Any]) -> Verdict:
-    """Whether the challenger is better, by more than chance explains.
-
-    The scores of the same prompts and seeds are paired; the mean difference must exceed its standard error.
-    A score that is not finite loses to every one that is.
-
-    Raises:
-        UserError: where the two were not measured alike.
-    """
-    if challenger["benchmark"] != champion["benchmark"]:
-        raise UserError("challenger and champion were measured on different prompts; measure both anew")
-    ours, theirs = deciding(challenger), deciding(champion)
-    if not finite(ours):
-        return Verdict(False, "the challenger's scores are not finite")
-    if not finite(theirs):
-        return Verdict(True, "the champion's scores are not finite")
-    difference, error = metrics.paired_difference(ours, theirs)
-    means = f"score {sum(ours) / len(ours):.3f} against {sum(theirs) / len(theirs):.3f}"
-    figures = f"{means} over {len(ours)} prompts"
-    margin = f"difference {difference:+.3f}, standard error {error:.3f}"
-    if difference > error:
-        return Verdict(True, f"better: {figures} ({margin})")
-    return Verdict(False, f"not better: {figures} ({margin})")
-
-
-def deciding(measured: dict[str, Any]) -> list[float]:
-    """The scores that a comparison rests on: the oracle's where there is one, else the judge's."""
-    chosen = measured["scores"].get("oracle") or measured["scores"]["clip_score"]
-    return [score for split in chosen.values() for score in split]
-
-
-def finite(values: Sequence[float]) -> bool:
-    """Whether all of them are finite numbers."""
-    return all(math.isfinite(value) for value in values)
 
 
 # ── what is shown ───────────────────────────────────────────────────────────────────────────────────────

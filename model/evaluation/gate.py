@@ -62,11 +62,11 @@ WORDS = {  # of figures, for people
 }
 
 
-class _Plain(BaseModel):
+class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Measured(_Plain):
+class Measured(_Part):
     """What a model was measured to on a benchmark."""
 
     benchmark: str  # its key: what has another one cannot be compared
@@ -89,6 +89,10 @@ class Measured(_Plain):
         there = {split for scores in self.scores.values() for split, one in scores.items() if one}
         return [split for split in (*HELD_OUT, SEEN) if split in there]
 
+    def with_figure(self, name: str, value: float) -> Measured:
+        """The same with one more figure."""
+        return self.model_copy(update={"figures": {**self.figures, name: value}})
+
     def figure(self, name: str) -> float | None:
         """A figure by its name, or None: also of all samples held out, which each split is too few of."""
         if name != COPIES_HELD_OUT:
@@ -102,17 +106,18 @@ class Measured(_Plain):
         return sum(share * size for share, size in zip(known, sizes, strict=True)) / sum(sizes)
 
 
-class Guard(_Plain):
+class Guard(_Part):
     """A figure that may not get worse than a bound."""
 
     figure: str
     value: float | None
+    theirs: float | None  # the champion's
     bound: float | None  # None: there is nothing to hold it against
     holds: bool
     said: str  # the same in words
 
 
-class Verdict(_Plain):
+class Verdict(_Part):
     """What was decided, and from what."""
 
     outcome: Outcome
@@ -130,6 +135,9 @@ class Verdict(_Plain):
     confidence: float = 0.0
     columns: dict[str, tuple[float | None, float | None]] = {}  # every figure: challenger's, champion's
     guards: list[Guard] = []
+    against: int | None = None  # version of the champion
+    benchmark: str = ""  # key of what both were measured on
+    judge: str = ""  # by whom, in words
 
     @property
     def promoted(self) -> bool:
@@ -151,49 +159,53 @@ def decide(gate: GateConfig, challenger: Measured, champion: Measured | None = N
     Raises:
         UserError: the two were measured on different prompts.
     """
-    metric = _metric(gate, challenger)
-    guards = _guards(gate, challenger, champion)
-    plain = Verdict(
-        outcome="refused",
-        reason="",
-        metric=metric,
-        margin=gate.margin,
-        confidence=gate.confidence,
-        columns=_columns(challenger, champion),
-        guards=guards,
-    )
-    if ill := _ill(challenger, metric, guards):
+    plain = _plain(gate, challenger, champion)
+    if ill := _ill(challenger, plain.metric, plain.guards):
         return _with(plain, "refused", "; ".join(ill))
     if champion is None:
         return _first(gate, challenger, plain)
-    if not _finite(champion.scores.get(metric)):
-        return replaces(gate, challenger, f"the champion's {WORDS[metric]} is no finite number", champion)
+    if not _finite(champion.scores.get(plain.metric)):
+        why = f"the champion's {WORDS[plain.metric]} is no finite number"
+        return replaces(gate, challenger, why)
     return _compared(gate, challenger, champion, plain)
 
 
-def replaces(gate: GateConfig, challenger: Measured, why: str, champion: Measured | None = None) -> Verdict:
+def replaces(gate: GateConfig, challenger: Measured, why: str) -> Verdict:
     """The verdict where the champion is of no use: any healthy model takes its place.
 
     Args:
         gate: the rule.
         challenger: what it was measured to.
         why: the champion is of no use.
-        champion: what it was measured to, as far as it could be.
     """
-    metric = _metric(gate, challenger)
-    guards = _guards(gate, challenger, None)
-    plain = Verdict(
-        outcome="replaces",
+    plain = _plain(gate, challenger)
+    broken = [guard.said for guard in plain.guards if not guard.holds]
+    if wrong := _ill(challenger, plain.metric, plain.guards) or broken:
+        return _with(plain, "refused", f"{'; '.join(wrong)} (and {why})")
+    return _with(plain, "replaces", why)
+
+
+def not_compared(gate: GateConfig, challenger: Measured, why: str) -> Verdict:
+    """The verdict where the champion cannot be measured on the same."""
+    return _with(_plain(gate, challenger), "not compared", why)
+
+
+def refused(gate: GateConfig, why: str) -> Verdict:
+    """The verdict on a challenger that cannot be measured."""
+    return Verdict(outcome="refused", reason=why, margin=gate.margin, confidence=gate.confidence)
+
+
+def _plain(gate: GateConfig, challenger: Measured, champion: Measured | None = None) -> Verdict:
+    """All but what is decided."""
+    return Verdict(
+        outcome="refused",
         reason="",
-        metric=metric,
+        metric=_metric(gate, challenger),
         margin=gate.margin,
         confidence=gate.confidence,
         columns=_columns(challenger, champion),
-        guards=guards,
+        guards=_guards(gate, challenger, champion),
     )
-    if wrong := _ill(challenger, metric, guards) or [guard.said for guard in guards if not guard.holds]:
-        return _with(plain, "refused", f"{'; '.join(wrong)} (and {why})")
-    return _with(plain, "replaces", why)
 
 
 def _first(gate: GateConfig, challenger: Measured, plain: Verdict) -> Verdict:
@@ -300,6 +312,24 @@ def _finite(scores: Mapping[str, Sequence[float]] | None) -> bool:
     return bool(values) and all(map(math.isfinite, values))
 
 
+def shown(verdict: Verdict) -> list[tuple[str, str, str]]:
+    """The figures that a verdict rests on, for people: name, challenger's and champion's; "" is none."""
+    rows = []
+    if verdict.ours is not None:
+        of = f"{WORDS[verdict.metric]} over {verdict.prompts}"
+        rows.append(
+            (of, _shown("", verdict.ours), "" if verdict.theirs is None else _shown("", verdict.theirs))
+        )
+    if verdict.difference is not None:
+        held = f"{verdict.low:+.3f} to {verdict.high:+.3f}"
+        rows.append(("difference, and its interval", f"{verdict.difference:+.3f} ({held})", ""))
+    theirs = {guard.figure: guard.theirs for guard in verdict.guards if guard.theirs is not None}
+    for figure, value in {guard.figure: guard.value for guard in verdict.guards}.items():
+        other = _shown(figure, theirs[figure]) if figure in theirs else ""
+        rows.append((words(figure), _shown(figure, value), other))
+    return rows
+
+
 # ── guards ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -352,8 +382,8 @@ def _guard(
     theirs = champion.figure(figure) if champion else None
     if theirs is None or not math.isfinite(theirs):  # nothing to be worse than
         value = challenger.figure(figure)
-        said = f"{_words(figure)}: {_shown(figure, value)}, with nothing of the champion's to compare it with"
-        return Guard(figure=figure, value=value, bound=None, holds=value is not None, said=said)
+        said = f"{words(figure)}: {_shown(figure, value)}, with nothing of the champion's to compare it with"
+        return Guard(figure=figure, value=value, theirs=None, bound=None, holds=value is not None, said=said)
     return _bounded(figure, challenger, worse, theirs + worse * allowed * (theirs if share else 1), theirs)
 
 
@@ -364,11 +394,11 @@ def _bounded(
     holds = value is not None and worse * (value - bound) <= 1e-9 * max(1.0, abs(bound))
     than = f"{'above' if worse > 0 else 'below'} {_shown(figure, bound)}"
     of = f", as the champion's is {_shown(figure, theirs)}" if theirs is not None else ""
-    said = f"{_words(figure)}: {_shown(figure, value)} is {'not ' if holds else ''}{than}{of}"
-    return Guard(figure=figure, value=value, bound=bound, holds=holds, said=said)
+    said = f"{words(figure)}: {_shown(figure, value)} is {'not ' if holds else ''}{than}{of}"
+    return Guard(figure=figure, value=value, theirs=theirs, bound=bound, holds=holds, said=said)
 
 
-def _words(figure: str) -> str:
+def words(figure: str) -> str:
     """A figure's name for people."""
     split, _, name = figure.rpartition("/")
     return WORDS.get(name, name) + (f" ({WORDS[split]})" if split else "")

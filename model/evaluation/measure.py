@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.errors import UserError
+from model.errors import Diverged, UserError
 from model.evaluation import oracle
 from model.evaluation.benchmark import (
     FORWARD,
@@ -33,7 +33,7 @@ from model.evaluation.benchmark import (
     load_benchmarks_judge,
     training_pictures,
 )
-from model.inference.generate import Generator, Unfit
+from model.inference.generate import Generator
 from model.nets import metrics
 from model.nets.tokenizers import neighbours
 from model.plumbing import cache
@@ -50,7 +50,7 @@ def main(job: Job) -> Manifest:
 
     Raises:
         UserError: where an asset is damaged, the model's parts do not belong together, it draws pictures of
-            another size, or what it draws is no picture (`Unfit`).
+            another size, or a figure of what it draws is no number (`Diverged`).
     """
     model, benchmark = job.inputs["model"], load_benchmark(job.inputs["benchmark"])
     generator = Generator.load(cache.folder(model), pictures=benchmark.count)
@@ -89,14 +89,14 @@ def measure(drawn: Drawn, model: Manifest) -> dict[str, Any]:
     and `chance`.
 
     Raises:
-        Unfit: a figure is no number.
+        Diverged: a figure is no number.
     """
     figures: dict[str, float] = {"bundle_bytes": sum(file.size for file in model.files)}
     for one in MEASURES:
         figures |= one(drawn)
     for name, value in figures.items():
         if not math.isfinite(value):
-            raise Unfit(f"{name} is {value}; the training of this model has diverged")
+            raise Diverged(f"{name} is {value}; the training of this model has diverged")
     return {"benchmark": drawn.benchmark.key, "figures": figures, **scores(drawn)}
 
 

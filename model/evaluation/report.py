@@ -16,7 +16,8 @@ import yaml
 from torch import Tensor
 
 from model.config import RunConfig, SamplingConfig
-from model.evaluation import sheets
+from model.evaluation import gate, sheets
+from model.evaluation.gate import Verdict
 from model.evaluation.sheets import Curves, Pairs
 from model.nets import metrics
 from model.plumbing.assets import File, Manifest
@@ -116,10 +117,7 @@ def files(page: Page) -> dict[str, bytes]:
 
 def render(page: Page) -> str:
     """The page; it asks no server for anything."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {"embedded": _embedded, "png": _data_uri, "quantity": quantity}
+    environment = _environment()
     side = page.reconstructions.originals.shape[-1]
     charts = _charts(page)
     swept = page.model.info.get("sampling", {})
@@ -147,6 +145,31 @@ def render(page: Page) -> str:
             allow_unicode=True,
         ),
     )
+
+
+def with_verdict(page: str, verdict: Verdict, name: str, version: int) -> str:
+    """A report with the verdict on the version that it is of on top, and every figure of both models.
+
+    Args:
+        page: what `render` made, of this release or an earlier one.
+        verdict: on the version.
+        name: of the registered model.
+        version: its number.
+    """
+    block = (
+        _environment()
+        .get_template("verdict.html")
+        .render(verdict=verdict, name=name, version=version, rows=gate.shown(verdict), words=gate.words)
+    )
+    return page.replace("<main>", f"<main>\n{block}", 1)
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"embedded": _embedded, "png": _data_uri, "quantity": quantity}
+    return environment
 
 
 def headline(figures: dict[str, float], counts: dict[str, int]) -> list[Figure]:

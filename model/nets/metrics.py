@@ -232,20 +232,3 @@ def nearest_pictures(
 def near_duplicate_share(distances: Float[Tensor, " N"]) -> float:
     """Share of pictures that are near-duplicates of a training picture."""
     return float((distances <= NEAR_DUPLICATE).double().mean())
-
-
-# ── comparing ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
-    """Mean of `ours` - `theirs` over the same prompts and seeds, and its standard error.
-
-    Raises:
-        ValueError: where the two are not of the same prompts.
-    """
-    if len(ours) != len(theirs) or not ours:
-        raise ValueError(f"{len(ours)} scores cannot be paired with {len(theirs)}")
-    difference = torch.tensor(ours, dtype=torch.float64) - torch.tensor(theirs, dtype=torch.float64)
-    if len(ours) == 1:
-        return float(difference[0]), math.inf
-    return float(difference.mean()), float(difference.std() / math.sqrt(len(ours)))

@@ -39,6 +39,7 @@ Kind = Literal[
     "benchmark",
     "evaluation",
     "measurement",
+    "race",
 ]
 
 
@@ -237,6 +238,30 @@ def find(uri: str) -> Manifest | None:
                 f" delete {uri}, so that it is made again"
             )
     return manifest
+
+
+def put_back(folder: str | Path) -> Manifest:
+    """The asset of which a local folder is a whole copy, with its manifest, at its place in the store.
+
+    It is copied there, byte for byte, unless it is there.
+
+    Raises:
+        UserError: the folder holds no asset, or another one is at its place.
+    """
+    manifest = load(str(folder))
+    uri = place(manifest.kind, manifest.key)
+    try:
+        found = find(uri)
+    except UserError:  # parts of it are gone
+        found = None
+    if found is None:
+        for file in manifest.files:
+            storage.upload_file(Path(folder, file.name), storage.join(uri, file.name))
+        storage.write_bytes(storage.join(uri, NAME), Path(folder, NAME).read_bytes())
+        found = load(uri)
+    if found.sha256 != manifest.sha256:
+        raise UserError(f"{uri} is another asset than the one in {folder}; delete it, and run once more")
+    return found
 
 
 class AssetWriter:

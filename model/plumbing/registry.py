@@ -537,6 +537,17 @@ def listed(name: str = "") -> list[Listed]:
     return lines
 
 
+def named(ref: str) -> tuple[str, int]:
+    """Name and number of the version that `models:/NAME@ALIAS` or `models:/NAME/VERSION` names.
+
+    Raises:
+        NotFound: there is none.
+    """
+    with explained():
+        version = _parse(mlflow_client(), ref)
+    return version.name, int(version.version)
+
+
 # ── files ───────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -12,11 +12,26 @@ from components import page
 from components.page import Example
 from components.registration import Registered
 from model.config import load_config
+from model.evaluation.gate import Verdict
 from model.plumbing import storage
 from model.plumbing.assets import PICTURES, RECONSTRUCTIONS, File, Manifest
 from tests.instances import config, ingest
 
 LARGEST_PAGE = 5 << 20  # bytes
+
+
+def verdict() -> Verdict:
+    """One that was compared."""
+    return Verdict(
+        outcome="not better",
+        reason="a < b",
+        metric="retrieval",
+        prompts="90 prompts held out",
+        ours=0.25,
+        theirs=0.5,
+        against=2,
+        judge="abc, this run's own",
+    )
 
 
 def png(side: int, colour: str = "red") -> bytes:
@@ -133,11 +148,16 @@ def test_the_last_page_says_which_version_it_is_and_why(store: str) -> None:
         report="s3://r",
         headline=[("25.0 %", "retrieval accuracy", "20 % by chance")],
         headline_of="captions held out",
+        verdict=verdict(),
     )
     text = page.registered(registered, made, "http://m")
     for said in ("latent-gpt-x version 3", "<b>challenger</b>: a &lt; b", "25.0 % retrieval accuracy"):
         assert said in text
     assert "models:/latent-gpt-x/3" in text
+    assert "Verdict: not better" in text
+    assert "<td>this one</td><td>version 2</td>" in text
+    assert "retrieval accuracy over 90 prompts held out</td><td>0.25</td><td>0.5</td>" in text
+    assert "Judge: abc, this run&#x27;s own." in text
     assert "data:image/png;base64," in text
 
 

@@ -72,17 +72,19 @@ def test_better_is_beyond_the_margin_and_beyond_chance() -> None:
 
 
 def test_a_mean_beyond_the_margin_that_chance_explains_is_not_better() -> None:
-    ours, theirs = measured(0, 400), measured(0, 400)
-    rng = np.random.default_rng(0)
-    wide = {"clip_score": {"validation": rng.normal(0.2, 5.0, 400).tolist()}}
-    flat = {"clip_score": {"validation": [0.0] * 400}}
-    gate = GateConfig(metric="clip_score", margin=0.8)
-    ours, theirs = (one.model_copy(update={"scores": s}) for one, s in ((ours, wide), (theirs, flat)))
-    found = decide(gate.model_copy(update={"margin": 0.01}), ours, theirs)
+    """By 0.9, with a standard error of 0.5: enough for the margin, and within the interval of nothing."""
+
+    def scored(values: list[float]) -> Measured:
+        return measured(0).model_copy(update={"scores": {"clip_score": {"validation": values}}})
+
+    ours, theirs = scored([10.9] * 200 + [-9.1] * 200), scored([0.0] * 400)
+    found = decide(GateConfig(metric="clip_score", margin=0.83), ours, theirs)
+    assert (found.outcome, found.difference) == ("not better", pytest.approx(0.9))
+    assert found.low is not None
+    assert found.low < 0
+    assert 370 < found.needed <= 400
+    found = decide(GateConfig(metric="clip_score", margin=0.8), ours, theirs)
     assert found.outcome == "undecidable"
-    assert found.needed > 10_000
-    found = decide(gate, ours, theirs)
-    assert found.outcome == "not better"
 
 
 def test_a_handful_of_equal_prompts_decides_nothing() -> None:

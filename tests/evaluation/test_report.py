@@ -15,6 +15,7 @@ from PIL import Image
 from model.config import SamplingConfig
 from model.data.images import to_pixels
 from model.evaluation import report, sheets
+from model.evaluation.gate import Guard, Verdict
 from model.evaluation.report import Grid, Page
 from model.evaluation.sheets import Pairs
 from model.plumbing.assets import File, Input, Manifest
@@ -239,3 +240,26 @@ def test_the_floor_of_a_score_is_what_chance_gives(page: Page) -> None:
     assert re.search(r'<span class="mark floor" style="left: 5\.0%">', html), "chance of retrieval"
     assert '<td class="number">5.0 %</td>' in html
     assert '<td class="number">4.0</td>' in html, "the CLIP score of shuffled captions"
+
+
+def test_a_verdict_stands_on_top_of_a_report() -> None:
+    champion = Guard(figure="validation/psnr", value=25.0, theirs=24.0, bound=23.5, holds=True, said="x < y")
+    decided = Verdict(
+        outcome="better",
+        reason="by <far>",
+        metric="retrieval",
+        prompts="90 prompts held out",
+        ours=0.75,
+        theirs=0.5,
+        against=2,
+        benchmark="b" * 16,
+        judge="j, pinned",
+        columns={"train/cmmd": (0.5, None)},
+        guards=[champion],
+    )
+    page = report.with_verdict("<html><main>\nrest</main></html>", decided, "latent-gpt-x", 3)
+    assert page.index("latent-gpt-x version 3: better") < page.index("rest")
+    for said in ("by &lt;far&gt;", "by judge j, pinned", "champion, version 2", "<td>0.75</td><td>0.5</td>"):
+        assert said in page
+    assert "<td>holds</td><td>x &lt; y</td>" in page
+    assert "<td>train/cmmd</td><td>0.5</td>" in page

@@ -95,14 +95,6 @@ def test_moved_and_mirrored_copies_are_found_when_looked_for() -> None:
     assert far.item() > metrics.NEAR_DUPLICATE
 
 
-def test_paired_difference() -> None:
-    mean, error = metrics.paired_difference([1.0, 2.0, 3.0], [0.0, 2.0, 1.0])
-    assert mean == pytest.approx(1.0)
-    assert error == pytest.approx(1 / math.sqrt(3))
-    with pytest.raises(ValueError, match="cannot be paired"):
-        metrics.paired_difference([1.0], [])
-
-
 # ── against torchmetrics, with our encoder as its feature ───────────────────────────────────────────────
 
 

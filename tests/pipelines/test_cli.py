@@ -36,6 +36,7 @@ def test_help_lists_the_commands() -> None:
         "models",
         "promote",
         "rollback",
+        "evaluate",
     ):
         assert f"  {command}" in done.stdout
 

@@ -1,15 +1,20 @@
-"""The command `generate`, as a function: what it cannot do, it refuses in one line."""
+"""Commands as functions: what they say they did, and what they cannot do, which they refuse in one line."""
 
 from __future__ import annotations
 
+import time
+import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from model.errors import UserError
-from pipelines.commands import generate
+from model.plumbing import registry
+from model.plumbing.registry import Aliases
+from pipelines.commands import evaluate, generate, models, promote, rollback
 from tests.instances import config, write_models
+from tests.plumbing.test_registry import made, register
 
 
 @pytest.fixture
@@ -57,3 +62,65 @@ def test_several_pictures_are_numbered(here: Path, capsys: pytest.CaptureFixture
     generate("x", Path("a.png"), "model", num_images=2)
     assert capsys.readouterr().out.split() == ["a-0.png", "a-1.png"]
     assert {path.name for path in here.glob("*.png")} == {"a-0.png", "a-1.png"}
+
+
+@pytest.fixture
+def name(services: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A registered model with three versions, of which the second is champion."""
+    monkeypatch.setenv("LATENT_GPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LATENT_GPT_STATE", str(tmp_path / "state"))
+    name = f"model-{uuid.uuid4().hex[:8]}"
+    for number in (1, 2, 3):
+        register(name, made(number))
+    registry.promote(1, name)
+    registry.promote(2, name)
+    with registry.changing(name, "test") as found:
+        registry.settle(name, found.refused(3))
+    registry.note(3, name, "# card", outcome="not better", reason="0.4 against 0.5")
+    return name
+
+
+@pytest.mark.slow
+def test_versions_are_listed_promoted_and_rolled_back(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    models(name)
+    listed = capsys.readouterr().out.splitlines()
+    assert listed[0] == name
+    assert [line.split()[0] for line in listed[1:]] == ["3", "2", "1"]
+    assert listed[1].endswith("  challenger         not better: 0.4 against 0.5")
+    assert "  champion  " in listed[2]
+    assert listed[3].endswith("  previous-champion  not judged, or by an earlier release")
+
+    promote(model=name)
+    assert capsys.readouterr().out.splitlines() == [
+        f"{name} version 3 is champion",
+        "version 2, champion until now, is previous champion: `latent-gpt rollback` returns to it",
+    ]
+    assert registry.aliases(name) == Aliases(champion=3, previous=2)
+    promote(3, model=name)
+    assert capsys.readouterr().out == f"{name} version 3 is champion already: nothing has changed\n"
+    with pytest.raises(UserError, match="has no challenger; say which version"):
+        promote(model=name)
+    with pytest.raises(UserError, match=r"has no version 9; it has 1, 2, 3"):
+        promote(9, model=name)
+
+    began = time.monotonic()
+    rollback(name)
+    assert time.monotonic() - began < 5
+    assert capsys.readouterr().out.splitlines() == [
+        f"{name} version 2 is champion",
+        "version 3, champion until now, is previous champion: once more returns to it",
+    ]
+    assert registry.aliases(name) == Aliases(champion=2, previous=3)
+
+
+@pytest.mark.slow
+def test_an_evaluation_needs_two_models_with_a_benchmark(name: str, here: Path) -> None:
+    with pytest.raises(UserError, match=r"--against is missing: model is no registered model"):
+        evaluate("model")
+    with pytest.raises(UserError, match=r"model has no manifest.json: it is of an earlier release"):
+        evaluate("model", f"models:/{name}/1")
+    with pytest.raises(
+        UserError, match=r"neither .* nor .* is a registered version whose benchmark is there"
+    ):
+        evaluate(f"models:/{name}/1")

@@ -128,10 +128,20 @@ def test_the_end_says_what_came_of_it() -> None:
         "version": 3,
         "alias": "champion",
         "reason": "better",
+        "verdict": {
+            "outcome": "better",
+            "reason": "by far",
+            "metric": "oracle",
+            "prompts": "90 prompts held out",
+            "ours": 0.9,
+            "theirs": 0.5,
+        },
     }
     lines = summary(follower, Path("/runs/1"), 5.0, registered).splitlines()
     assert lines[1:3] == ["finished in 5 s, 50 % of it outside the steps", "steps     transformer 2 s"]
     assert "model     latent-gpt-smoke version 3, champion" in lines
+    assert "verdict   better: by far" in lines
+    assert "          all attributes right over 90 prompts held out: 0.9 (champion 0.5)" in lines
     said = [
         "measured  on captions held out:",
         "          21.0 dB tokenizer PSNR (80 % of the codebook in use)",
