@@ -19,6 +19,7 @@ from model.config import RunConfig, SamplingConfig
 from model.evaluation import gate, sheets
 from model.evaluation.gate import Verdict
 from model.evaluation.sheets import Curves, Pairs
+from model.evaluation.sweep import SCORE
 from model.nets import metrics
 from model.plumbing.assets import File, Manifest
 from model.plumbing.curves import panels
@@ -283,12 +284,13 @@ def _charts(page: Page) -> list[tuple[str, Curves]]:
 
 
 def _sweeps(swept: dict[str, Any]) -> list[tuple[str, bytes]]:
-    """A chart for each sampling setting that was tried: every figure over its values."""
-    return [
-        (SETTINGS[name], sheets.plot([(figure, {figure: points}) for figure, points in curves.items()],
-                                     SETTINGS[name], marked=True))
-        for name, curves in swept.get("curves", {}).items()
-    ]  # fmt: skip
+    """A chart for each sampling setting that was tried: every figure over its values, CLIP's score last."""
+    shown = []
+    for name, curves in swept.get("curves", {}).items():
+        figures = sorted(curves.items(), key=lambda one: one[0] == SCORE)
+        charts = [(figure, {figure: points}) for figure, points in figures]
+        shown.append((SETTINGS[name], sheets.plot(charts, SETTINGS[name], marked=True)))
+    return shown
 
 
 def _robustness(figures: dict[str, float]) -> bytes | None:
