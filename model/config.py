@@ -399,6 +399,8 @@ class GateConfig(Section):
     confidence: Annotated[float, Field(ge=0.5, le=0.999)] = 0.95  # of the two-sided bootstrap interval
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0  # of the bootstrap
     above_chance: bool = True  # the first version ever must be better than a blind judge would find it
+    # In margins, over prompts held out, where these are too few and captions seen decide as well.
+    less_held_out: Annotated[float, Field(ge=0)] = 1.0
     more_bits_per_token: Annotated[float, Field(ge=0)] = 0.1  # for held-out pictures, by the same tokenizer
     less_psnr: Annotated[float, Field(ge=0)] = 0.5  # dB, of reconstructions of held-out pictures
     more_near_duplicates: Share = 0.1  # of samples

@@ -158,6 +158,7 @@ NOT_NEGATIVE = [
     "sampling.cfg_scale",
     "evaluation.seed",
     "gate.seed",
+    "gate.less_held_out",
     "gate.more_bits_per_token",
     "gate.less_psnr",
     "gate.more_bundle_bytes",

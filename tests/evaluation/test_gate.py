@@ -114,6 +114,64 @@ def test_prompts_seen_count_where_too_few_are_held_out_and_the_verdict_says_so()
     assert decide(GATE, alone).prompts == "90 prompts seen in training"
 
 
+class TestHeldOut:
+    """Where captions seen in training decide as well, what is held out may not get worse by a margin."""
+
+    @staticmethod
+    def model(held: int, seen: int, of: tuple[int, int] = (18, 64), metric: str = "retrieval") -> Measured:
+        right = {
+            "validation": [1.0] * held + [0.0] * (of[0] - held),
+            "train": [1.0] * seen + [0.0] * (of[1] - seen),
+        }
+        return measured(0).model_copy(update={"scores": {metric: right}})
+
+    def test_what_recalls_more_and_understands_less_is_refused(self) -> None:
+        """Held out 1 of 18 against 8, seen 60 of 64 against 40: by the mean of all better by 0.16."""
+        gate = load_config("openmoji-tiny").gate
+        found = decide(gate, self.model(1, 60), self.model(8, 40))
+        assert (found.outcome, found.promoted) == ("refused", False)
+        assert found.prompts == "82 prompts, 64 of them captions seen in training"
+        assert found.difference is not None
+        assert found.difference > gate.margin
+        assert found.reason.startswith(
+            "retrieval accuracy (all that is held out): 0.0556 is below 0.294, as the champion's is 0.444,"
+            " though better: retrieval accuracy 0.744 against 0.585 over 82 prompts"
+        )
+        assert found.guards[0].figure == "held_out/retrieval"
+        lax = gate.model_copy(update={"less_held_out": 3.0})
+        assert decide(lax, self.model(1, 60), self.model(8, 40)).outcome == "better"
+
+    def test_up_to_a_margin_it_may_be_chance(self) -> None:
+        gate = load_config("openmoji-tiny").gate  # 0.15 of 18 are 2.7 prompts
+        for held, outcome in ((8, "better"), (6, "better"), (5, "refused")):
+            ours = self.model(held, 64)
+            for one in ours.scores["retrieval"].values():
+                one.reverse()  # right where the champion was wrong: so few prompts show nothing
+            assert decide(gate, ours, self.model(8, 35)).outcome == outcome
+
+    def test_one_prompt_is_always_chance(self) -> None:
+        of = (2, 90)
+        champion = self.model(2, 30, of)
+        strict = GateConfig(margin=0.15, less_held_out=0.0)
+        for gate in (GateConfig(margin=0.15), strict):
+            assert decide(gate, self.model(1, 90, of), champion).outcome == "better"
+            assert decide(gate, self.model(0, 90, of), champion).outcome == "refused"
+
+    def test_where_only_prompts_held_out_decide_or_none_are_there_is_no_such_guard(self) -> None:
+        alone = decide(GateConfig(margin=0.4), self.model(18, 0), self.model(0, 64))
+        assert (alone.outcome, alone.prompts) == ("better", "18 prompts held out")
+        seen = {"train/bits_per_token": 5.0, "train/psnr": 25.0, "train/diversity": 0.5}
+        ours, theirs = (
+            measured(0, figures=seen).model_copy(update={"scores": {"retrieval": {"train": [one] * 90}}})
+            for one in (1.0, 0.0)
+        )
+        recalled = decide(GATE, ours, theirs)
+        assert recalled.outcome == "better"
+        assert not [
+            one for found in (alone, recalled) for one in found.guards if one.figure == "held_out/retrieval"
+        ]
+
+
 def test_the_oracle_decides_where_there_is_one() -> None:
     shapes = measured(100, metric="oracle")
     assert decide(GATE, shapes, shapes).metric == "oracle"
