@@ -69,7 +69,7 @@ def register_model(config: RunConfig, run: str, evaluation: Manifest) -> Registe
         verdict, pinned = judge(config, run, evaluation, name, version, champion)
         page = storage.read_bytes(evaluation.where("report.html")).decode()
         page = report.with_verdict(page, verdict, name, version)
-        where = storage.join(evaluation.uri, f"report-{version}.html")
+        where = storage.join(evaluation.uri, f"{assets.REPORT}{version}.html")
         with registry.changing(name, "register") as before:
             if before.champion != champion:
                 speech.say("register", "the champion has changed meanwhile: compared anew")

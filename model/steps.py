@@ -20,12 +20,11 @@ from pydantic import BaseModel
 from model.config import VQVAE_EXPERIMENT, DataConfig, RunConfig, config_hash
 from model.errors import UserError
 from model.plumbing import assets, storage
-from model.plumbing.assets import AssetWriter, Input, Kind, Manifest
+from model.plumbing.assets import START, AssetWriter, Input, Kind, Manifest
 from model.plumbing.jobs import JobSpec, TrackingIds
 
 NO_CONTENT = {"log_every", "checkpoint_every"}  # training settings that change no weight
 CHAMPION = "champion"  # the race's input that another model draws against
-START = "start"  # the transformer's input whose weights its training begins from, where there is one
 TAKEN_OVER = ("tokenizer", "text")  # kinds that a retraining may take as they are
 WEIGHTS = (".json", ".safetensors")  # what is read of a model made elsewhere
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,10 +51,10 @@ def gc(delete: bool, hours: float, versions: int, state: Path, kubectl: Kubectl 
     wanted: Mapping[str, sweeping.Needed] = {}
     others: list[str] = []
 
-    def needed() -> sweeping.Needed:
+    def needed() -> Collection[sweeping.Needed]:
         nonlocal wanted, others
         wanted, others = registry.needed(versions)
-        return sweeping.union(wanted.values())
+        return wanted.values()
 
     with uses.sweep() if delete else nullcontext(lambda: None) as still_ours:
         found = sweeping.look(needed, 3600 * hours)
@@ -69,12 +69,20 @@ def gc(delete: bool, hours: float, versions: int, state: Path, kubectl: Kubectl 
 
 
 def _check_that_it_is_theirs(found: sweeping.Found, wanted: Mapping[str, sweeping.Needed]) -> None:
-    models = [one for one, asset in found.assets.items() if one.startswith("model/") and asset.complete]
-    if models and not wanted:
+    """Raises UserError: MLflow knows nothing of what this store has, so it may be another one's."""
+    complete = {one for one, asset in found.assets.items() if asset.complete}
+    models = {one for one in complete if one.startswith("model/")}
+    store, mlflow = storage.store_root(), environment.MLFLOW_TRACKING_URI.get()
+    ask = "is it the one that belongs to this store?"
+    if models and not models & found.needed:
         raise UserError(
-            f"{storage.store_root()} holds {len(models)} models and MLflow at"
-            f" {environment.MLFLOW_TRACKING_URI.get()} has registered none: is it the one that belongs to"
-            " this store? If it is, and all are to go, delete the store's folder `model` first"
+            f"{store} holds {len(models)} models and MLflow at {mlflow} has registered none of them: {ask}"
+            " If it is, and all are to go, delete the store's folder `model` first"
+        )
+    if complete and wanted and not found.needed:
+        raise UserError(
+            f"{store} has nothing of what is registered in MLflow at {mlflow}: {ask}"
+            " If it is, delete the store's folders yourself"
         )
 
 

@@ -23,7 +23,7 @@ from model.config import (
     parse_config,
 )
 from model.errors import UserError
-from model.plumbing.assets import AssetWriter, Kind, Manifest
+from model.plumbing.assets import START, AssetWriter, Kind, Manifest
 from model.steps import STEPS, job, settings
 
 # Which steps' own settings a section or setting decides; the longest name that fits holds. Steps further
@@ -274,7 +274,7 @@ def test_what_a_retraining_starts_from_is_no_part_of_what_it_is_known_by(store: 
     again = run.model_copy(update={"origin": {"transformer": ref}})
     assert steps.parts(again) == steps.parts(run)
     plain, started = (job("transformer", one, "run", inputs) for one in (run, again))
-    assert started.inputs == {**plain.inputs, steps.START: champion.as_input}
+    assert started.inputs == {**plain.inputs, START: champion.as_input}
     assert started.output != plain.output
     assert steps.taken_over("transformer", again) is None, "it is trained"
     frozen = run.model_copy(update={"origin": {"text": AssetRef(key=inputs["text"].key, sha256="00")}})

@@ -26,6 +26,8 @@ SCHEMA_VERSION = 2
 NAME = "manifest.json"
 PICTURES = "pictures"  # folder of an asset with what is only looked at, and is in no manifest:
 RECONSTRUCTIONS = "reconstructions.png"  # by a tokenizer
+REPORT = "report-"  # begins the names of an evaluation's reports with a verdict, which are in no manifest
+START = "start"  # the transformer's input whose weights its training begins from, where there is one
 
 Kind = Literal[
     "images",

@@ -3,9 +3,10 @@
 Models that are registered need what they were made from, runs that live what they use, and what is young is
 left alone. The rest goes, and with it what led to assets that are complete since long.
 
-Pictures that were deleted at their source are to go, too. So a set of images that another one has grown from,
-which a registered model was made from, is superseded: of it, and of the tokens made from it, those files stay
-that other assets took over.
+Pictures that were deleted at their source are to go, too. So of all images that the versions of a registered
+model were made from, only those are wanted that stand for its source as it was last seen. The others are
+superseded, and so are tokens made from them, and benchmarks that hold some of them: of these, those files
+stay that other assets took over.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from model.plumbing.assets import NAME, PICTURES
+from model.plumbing.assets import NAME, PICTURES, REPORT
 from model.plumbing.storage import Stored
 
 Id = str  # of an asset: <kind>/<key>
+LOOKED_AT = (f"{PICTURES}/", REPORT)  # begin the names of what is part of an asset, and in no manifest
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,9 @@ class Asset:
 
     objects: Mapping[str, Stored]  # all that lies at its place, by name there
     files: frozenset[str] = frozenset()  # of these, what its manifest names; the manifest is one
-    inputs: frozenset[Id] = frozenset()  # what it was made from, or is made from by a job
+    inputs: frozenset[Id] = frozenset()  # what it was made from and needs still, or is made from by a job
     taken: frozenset[tuple[Id, str]] = frozenset()  # files of others that are its own, too
-    grown_from: Id = ""
+    pictures: frozenset[str] = frozenset()  # of which images it holds some, by the hashes of their manifests
 
     @property
     def complete(self) -> bool:
@@ -41,6 +43,15 @@ class Asset:
 
 
 @dataclass(frozen=True)
+class Registered:
+    """What a version of a registered model needs, or what its versions are measured on."""
+
+    made_from: frozenset[Id]  # directly
+    current: Id = ""  # the images that stand for its source; where they are not there, none are superseded
+    pinned: Id = ""  # a benchmark that stays whatever it holds
+
+
+@dataclass(frozen=True)
 class Garbage:
     """What goes."""
 
@@ -49,26 +60,23 @@ class Garbage:
 
 
 def garbage(
-    assets: Mapping[Id, Asset], registered: Collection[Id], used: Collection[Id], spared: float
+    assets: Mapping[Id, Asset], registered: Iterable[Registered], used: Collection[Id], spared: float
 ) -> Garbage:
     """What nobody needs, in an order in which a sweep may be killed at any instant.
 
     Args:
         assets: all that the store has.
-        registered: what registered models were made from.
+        registered: who needs what.
         used: what runs that live use or make, and what jobs under way make.
         spared: seconds for which anything stays that was written.
     """
     young = {one for one, asset in assets.items() if asset.age < spared}
-    held = _reached(assets, [*used, *young])
-    reached = _reached({one: asset for one, asset in assets.items() if asset.complete}, registered)
-    superseded = _superseded(assets, reached)
-    whole = held | (reached - superseded)
-    # That an older one is superseded is known by those between: they stay as long as that one does.
-    whole |= {one for one in superseded if not whole.isdisjoint(_ancestors(assets, one))}
+    complete = {one: asset for one, asset in assets.items() if asset.complete}
+    whole = _reached(assets, [*used, *young])
+    whole = whole.union(*(_needed(complete, one) for one in registered))
     taken = {file for one in whole for file in assets[one].taken}
     found = Garbage()
-    for one in sorted(assets.keys() - whole, key=lambda one: _turn(assets, one)):
+    for one in sorted(assets.keys() - whole):
         if names := [name for name in assets[one].objects if (one, name) not in taken]:
             found.assets[one] = sorted(names, key=lambda name: (name != NAME, name))
     for one in sorted(whole - set(used)):
@@ -89,25 +97,14 @@ def _reached(assets: Mapping[Id, Asset], roots: Iterable[Id]) -> set[Id]:
     return found
 
 
-def _superseded(assets: Mapping[Id, Asset], reached: Collection[Id]) -> set[Id]:
-    """What those have grown from, and what was made right from that, if it grows as well: tokens."""
-    images = {older for one in reached for older in _ancestors(assets, one)}
-    tokens = {one for one, asset in assets.items() if one.startswith("tokens/") and asset.inputs & images}
-    return (images & assets.keys()) | tokens
-
-
-def _ancestors(assets: Mapping[Id, Asset], one: Id) -> list[Id]:
-    """What an asset has grown from, the youngest first."""
-    found: list[Id] = []
-    while one in assets and assets[one].grown_from and assets[one].grown_from not in found:
-        one = assets[one].grown_from
-        found.append(one)
-    return found
-
-
-def _turn(assets: Mapping[Id, Asset], one: Id) -> tuple[bool, int, Id]:
-    """Its place in the order: the one that says that another is superseded goes after that."""
-    return one.startswith("images/"), len(_ancestors(assets, one)), one
+def _needed(complete: Mapping[Id, Asset], by: Registered) -> set[Id]:
+    """What somebody registered needs, but for what is superseded: that leads no further, as it goes."""
+    roots = [*by.made_from, by.current, by.pinned]
+    if by.current not in complete:
+        return _reached(complete, roots)
+    current = complete[by.current].pictures
+    wanted = {one: asset for one, asset in complete.items() if asset.pictures <= current or one == by.pinned}
+    return _reached(wanted, roots)
 
 
 def _scratch(asset: Asset, spared: float) -> list[str]:
@@ -117,5 +114,5 @@ def _scratch(asset: Asset, spared: float) -> list[str]:
     return [
         name
         for name, one in asset.objects.items()
-        if name not in asset.files and not name.startswith(f"{PICTURES}/") and one.age >= spared
+        if name not in asset.files and not name.startswith(LOOKED_AT) and one.age >= spared
     ]

@@ -442,18 +442,21 @@ def needed(newest: int) -> tuple[dict[str, Needed], list[str]]:
                 key=lambda one: int(one.version),
                 reverse=True,
             )
+            images = current_images(model.name) if versions else None
+            current = images.sha256 if images else ""
             for place, one in enumerate(versions):
                 plays = names.get(int(one.version), [])
                 playing = f" ({', '.join(sorted(plays))})" if plays else ""
                 name = f"{model.name} version {one.version}{playing}"
                 if place < newest or plays:
-                    wanted[name] = _needs(one.tags)
+                    wanted[name] = _needs(one.tags, current)
                 else:
                     others.append(name)
             key, _, sha256 = model.tags.get(BENCHMARK_TAG, "").partition("/")
             if versions and sha256:
-                ids, hashes = frozenset({f"benchmark/{key}"}), frozenset({sha256})
-                wanted[f"{model.name}, what its versions are measured on"] = Needed(ids, hashes)
+                pinned = f"benchmark/{key}"
+                needs = Needed(frozenset({pinned}), frozenset({sha256}), current, pinned)
+                wanted[f"{model.name}, what its versions are measured on"] = needs
     return wanted, others
 
 
@@ -476,11 +479,11 @@ def in_deleted_experiments() -> list[str]:
     return held
 
 
-def _needs(tags: dict[str, str]) -> Needed:
-    """What the tags of a version say that it was made from."""
+def _needs(tags: dict[str, str], current: str) -> Needed:
+    """What the tags of a version say that it was made from; `current` is the hash of its model's images."""
     keys: dict[str, str] = json.loads(tags.get(KEYS_TAG, "{}"))
     hashes = (value for tag, value in tags.items() if tag.removeprefix("latent_gpt.") in get_args(Kind))
-    return Needed(frozenset(f"{kind}/{key}" for kind, key in keys.items()), frozenset(hashes))
+    return Needed(frozenset(f"{kind}/{key}" for kind, key in keys.items()), frozenset(hashes), current)
 
 
 def _all(search: Callable[..., PagedList[T]], query: str | None = None) -> list[T]:

@@ -11,29 +11,33 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import reduce
 from typing import get_args
 
 from model.errors import UserError
 from model.plumbing import leases, storage, uses
-from model.plumbing.assets import NAME, SCHEMA_VERSION, Kind, Manifest
-from model.plumbing.garbage import Asset, Garbage, Id, garbage
+from model.plumbing.assets import NAME, SCHEMA_VERSION, START, Kind, Manifest
+from model.plumbing.garbage import Asset, Garbage, Id, Registered, garbage
 from model.plumbing.storage import Stored
 
 ID = re.compile(r"([a-z]+/[0-9a-f]{16})/(.+)")
 SPEC = re.compile(r"job-[0-9a-f]+\.json")
 LEASES = "leases/"
+# What complete assets were made from and need no more: weights that were only begun from, and pictures that a
+# model was compared with, else each champion that is measured anew would keep those it was trained on.
+NEEDED_NO_MORE = (("transformer", START), ("measurement", "images"))
 
 
 @dataclass(frozen=True)
 class Needed:
-    """What registered models were made from: assets by kind and key, or by the hashes of their manifests."""
+    """What a version of a registered model was made from, or what its versions are measured on.
+
+    Assets are named by kind and key, or by the hashes of their manifests.
+    """
 
     ids: frozenset[Id] = frozenset()
     hashes: frozenset[str] = frozenset()
-
-    def __or__(self, other: Needed) -> Needed:
-        return Needed(self.ids | other.ids, self.hashes | other.hashes)
+    current: str = ""  # hash of the images that stand for the model's source, if it is known
+    pinned: Id = ""  # the benchmark, where that is what is needed
 
 
 @dataclass(frozen=True)
@@ -58,17 +62,12 @@ class Found:
         return found
 
 
-def union(some: Iterable[Needed]) -> Needed:
-    """What any of them is about."""
-    return reduce(lambda one, other: one | other, some, Needed())
-
-
-def look(needed: Callable[[], Needed], spared: float) -> Found:
+def look(needed: Callable[[], Iterable[Needed]], spared: float) -> Found:
     """Find what of the store nobody needs.
 
     Args:
-        needed: asks for what registered models were made from, when runs' uses are known: what is registered
-            meanwhile is a living run's.
+        needed: asks for what registered models need, when runs' uses are known: what is registered meanwhile
+            is a living run's.
         spared: seconds for which anything stays that was written.
 
     Raises:
@@ -84,15 +83,11 @@ def look(needed: Callable[[], Needed], spared: float) -> Found:
     used |= {one for one, names in objects.items() if any(map(_wants, names.items()))}
     manifests = _read(objects)
     assets = {one: _asset(found, manifests[one]) for one, found in objects.items()}
-    asked = needed()
-    registered = {
-        one
-        for one in assets
-        if one in asked.ids or (isinstance(made := manifests[one], Manifest) and made.sha256 in asked.hashes)
-    }
+    by_hash = {made.sha256: one for one, made in manifests.items() if isinstance(made, Manifest)}
+    registered = [_registered(one, assets, by_hash) for one in needed()]
     return Found(
         assets,
-        frozenset(registered),
+        frozenset().union(*(one.made_from for one in registered)),
         garbage(assets, registered, used, spared),
         [name for name in said if name not in counts],
         [
@@ -126,6 +121,12 @@ def sweep(found: Found, still_ours: Callable[[], None]) -> None:
     still_ours()
     uses.forget(found.uses)
     storage.delete_all(storage.join(root, leases.LOCKS), found.locks)
+
+
+def _registered(one: Needed, assets: Mapping[Id, Asset], by_hash: Mapping[str, Id]) -> Registered:
+    """What of a store is needed."""
+    made_from = {by_hash[sha256] for sha256 in one.hashes & by_hash.keys()} | (one.ids & assets.keys())
+    return Registered(frozenset(made_from), by_hash.get(one.current, ""), one.pinned)
 
 
 def _objects() -> dict[Id, dict[str, Stored]]:
@@ -172,13 +173,22 @@ def _manifest(data: bytes, place: str) -> Manifest:
 def _asset(objects: Mapping[str, Stored], read: Manifest | frozenset[Id]) -> Asset:
     if not isinstance(read, Manifest):
         return Asset(objects, inputs=read)
-    grown_from = read.settings.get("grown_from")
+    pictures = {one.sha256 for one in read.inputs.values() if one.kind == "images"}
+    held = {
+        "images": {read.sha256},
+        "tokens": pictures,
+        "benchmark": {read.settings["images"]} if "images" in read.settings else set(),
+    }
     return Asset(
         objects,
         files=frozenset({NAME, *(file.name for file in read.files)}),
-        inputs=frozenset(f"{other.kind}/{other.key}" for other in read.inputs.values()),
+        inputs=frozenset(
+            f"{other.kind}/{other.key}"
+            for name, other in read.inputs.items()
+            if (read.kind, name) not in NEEDED_NO_MORE
+        ),
         taken=frozenset((file.asset, file.name) for file in read.files if file.asset),
-        grown_from=f"images/{grown_from}" if grown_from else "",
+        pictures=frozenset(held.get(read.kind, ())),
     )
 
 

@@ -29,12 +29,11 @@ from model.nets.metrics import token_nll
 from model.nets.sampler import sample
 from model.nets.tokenizers import Tokenizer, load_tokenizer
 from model.plumbing import cache
-from model.plumbing.assets import Manifest
+from model.plumbing.assets import START, Manifest
 from model.plumbing.checkpoints import load_model
 from model.plumbing.curves import Curves
 from model.plumbing.distributed import Distributed, seed_all
 from model.plumbing.worker import Job, run_worker
-from model.steps import START
 from model.training.optim import Ema, adamw, learning_rate, muon, set_learning_rate
 from model.training.state import (
     Best,

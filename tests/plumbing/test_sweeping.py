@@ -40,18 +40,16 @@ def made(kind: str, seed: int, **inputs: Manifest) -> Manifest:
     return writer.finish({}, scratch="nothing")
 
 
-def needed(*manifests: Manifest, by: str = "key") -> Needed:
+def needed(*manifests: Manifest, by: str = "key", current: str = "") -> Needed:
     ids = frozenset(f"{one.kind}/{one.key}" for one in manifests)
-    return (
-        Needed(ids, frozenset())
-        if by == "key"
-        else Needed(frozenset(), frozenset(m.sha256 for m in manifests))
-    )
+    if by == "key":
+        return Needed(ids, frozenset(), current)
+    return Needed(frozenset(), frozenset(one.sha256 for one in manifests), current)
 
 
 def swept(by: Needed, spared: float = 0.0) -> Found:
     with uses.sweep() as still_ours:
-        found = look(lambda: by, spared)
+        found = look(lambda: [by], spared)
         sweep(found, still_ours)
     return found
 
@@ -76,7 +74,52 @@ def test_what_a_version_was_made_from_stays_and_the_rest_goes(root: str, by: str
     }  # fmt: skip
     whole = len(other.text) + 100 + 3 * 10
     assert found.sizes() == {"tokens": (1, whole), "scratch": (2, 40)}
-    assert look(lambda: needed(tokens), 0.0).sizes() == {}
+    assert look(lambda: [needed(tokens)], 0.0).sizes() == {}
+
+
+def test_of_superseded_pictures_nothing_stays_but_what_is_pinned(root: str) -> None:
+    images, newer = made("images", 0), made("images", 1)
+    tokens, judge = made("tokens", 0, images=images), made("judge", 0, images=images)
+
+    def benchmark(seed: int) -> Manifest:
+        writer = AssetWriter("benchmark", {"seed": seed, "images": images.sha256}, {"judge": judge})
+        writer.add_bytes("train-000000.tar", b"some of the pictures")
+        return writer.finish({})
+
+    own, pinned = benchmark(0), benchmark(1)
+    model = made("model", 0, tokens=tokens, judge=judge)
+    evaluation = made("evaluation", 0, images=images, model=model, benchmark=own)
+    current = newer.sha256
+    measured_on = Needed(
+        frozenset({f"benchmark/{pinned.key}"}), current=current, pinned=f"benchmark/{pinned.key}"
+    )
+    with uses.sweep() as still_ours:
+        found = look(lambda: [needed(evaluation, images, current=current), measured_on], 0.0)
+        sweep(found, still_ours)
+    left = (newer, judge, pinned, model, evaluation)
+    assert {name.rsplit("/", 1)[0] for name in there(root) if name.endswith(assets.NAME)} == {
+        f"{one.kind}/{one.key}" for one in left
+    }
+
+
+def test_weights_that_were_begun_from_and_pictures_that_were_compared_with_are_let_go(store: str) -> None:
+    start, images, tokens = made("transformer", 0), made("images", 0), made("tokens", 0)
+    transformer = made("transformer", 1, tokens=tokens, **{assets.START: start})
+    measurement = made("measurement", 0, images=images, model=made("model", 0, transformer=transformer))
+    swept(needed(measurement))
+    assert {name.split("/")[1] for name in there(store) if name.endswith(assets.NAME)} == {
+        one.key for one in (measurement, measurement.input("model"), transformer, tokens)
+    }
+
+
+def test_a_job_under_way_keeps_the_weights_that_it_begins_from(store: str) -> None:
+    start = made("transformer", 0)
+    spec = job(made("images", 0))
+    spec = spec.model_copy(update={"inputs": {**spec.inputs, assets.START: start.as_input}})
+    write_spec(spec)
+    with leases.Lease(spec.leases, "transformer"):
+        swept(needed())
+        assert assets.find(start.uri)
 
 
 def test_nothing_young_goes(root: str) -> None:
@@ -139,7 +182,7 @@ def test_a_store_that_a_later_release_uses_is_left_alone(root: str) -> None:
     values = json.loads(images.text) | {"schema_version": assets.SCHEMA_VERSION + 1}
     storage.write_bytes(storage.join(images.uri, assets.NAME), json.dumps(values).encode())
     with pytest.raises(UserError, match="update latent-gpt"):
-        look(lambda: needed(), 0.0)
+        look(list, 0.0)
 
 
 @pytest.mark.parametrize("manifest", [b"{}", b"no JSON", b'{"schema_version": 1}'])
@@ -153,7 +196,7 @@ def test_what_cannot_be_read_is_no_asset(store: str, manifest: bytes) -> None:
 KILLED = """
 import os, signal, sys
 from model.plumbing import storage, uses
-from model.plumbing.sweeping import Needed, look, sweep
+from model.plumbing.sweeping import look, sweep
 
 left = int(sys.argv[1])
 def counted(real):
@@ -165,7 +208,7 @@ def counted(real):
         real(*arguments)
     return delete
 with uses.sweep() as still_ours:
-    found = look(lambda: Needed(frozenset(), frozenset()), 0.0)
+    found = look(list, 0.0)
     storage.delete, storage.delete_all = counted(storage.delete), counted(storage.delete_all)
     sweep(found, still_ours)
 """
@@ -199,7 +242,7 @@ def test_a_sweep_that_stood_still_too_long_deletes_nothing_more(
     made("images", 0)
     before = there(store)
     with uses.sweep() as still_ours:
-        found = look(lambda: needed(), 0.0)
+        found = look(list, 0.0)
         now = leases._now()
         monkeypatch.setattr(leases, "_now", lambda: now + 2 * leases.RENEWAL + 1)  # a laptop slept
         with pytest.raises(UserError, match="was not renewed in time"):
@@ -218,7 +261,7 @@ def test_no_more_than_a_thousand_objects_are_deleted_at_a_time(
         nonlocal asked
         asked += 1
 
-    sweep(look(lambda: needed(), 0.0), still_ours)
+    sweep(look(list, 0.0), still_ours)
     assert asked == 4, "five objects, and what is said of uses and locks"
     assert not folder.exists()
 
@@ -250,7 +293,7 @@ def test_the_bytes_of_a_deleted_picture_are_in_no_object(store: str, tmp_path: P
     tokens = made("tokens", 0, images=first)
     champion, newest = made("transformer", 0, tokens=tokens), made("transformer", 1, images=second)
     assert everywhere(store, gone)
-    swept(needed(champion, newest))
+    swept(needed(champion, newest, current=second.sha256))
     assert everywhere(store, gone) == set()
     for name in shards[1:]:
         assert everywhere(store, next(data for _, data in members(second, name))), "others are there still"

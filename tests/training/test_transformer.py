@@ -18,10 +18,9 @@ from model.nets.gpt import load_gpt
 from model.nets.metrics import token_nll
 from model.nets.vqvae import VQVAE
 from model.plumbing import assets
-from model.plumbing.assets import AssetWriter, Manifest
+from model.plumbing.assets import START, AssetWriter, Manifest
 from model.plumbing.checkpoints import Checkpointer
 from model.plumbing.distributed import setup
-from model.steps import START
 from model.steps import job as make_spec
 from model.training import transformer
 from tests.instances import config, make, make_in_rank
