@@ -38,13 +38,24 @@ def load_images(manifest: Manifest, split: str, limit: int = 0) -> tuple[torch.T
         UserError: when the split is empty, or a shard is not what the manifest says.
     """
     entries = index(manifest, split, limit)
-    parts = [entries[first : first + 64] for first in range(0, len(entries), 64)]
+    return _pixels(manifest, entries), [entry.captions for entry in entries]
 
-    def decode(part: list[TarEntry]) -> torch.Tensor:
-        return _decode(manifest, part)
 
-    pixels = map(decode, parts) if len(parts) == 1 else parallel_map(decode, parts, threads=True)
-    return torch.cat(list(pixels)), [entry.captions for entry in entries]
+def load_places(manifest: Manifest, split: str, places: Sequence[int]) -> Iterator[torch.Tensor]:
+    """The pictures at some places of a split's fixed order, ascending: uint8 (n, 3, H, W) for each shard.
+
+    Every shard with such a picture is fetched, and no more than one is held in memory.
+
+    Raises:
+        UserError: as `load_images`.
+    """
+    first = 0
+    for name, count in shards_of(manifest, split).items():
+        rows = [place - first for place in places if first <= place < first + count]
+        if rows:
+            entries = _index(manifest, name)
+            yield _pixels(manifest, [entries[row] for row in rows])
+        first += count
 
 
 def index(manifest: Manifest, split: str, limit: int = 0) -> list[TarEntry]:
@@ -142,6 +153,17 @@ class TarEntry(NamedTuple):
 def _index(manifest: Manifest, name: str) -> list[TarEntry]:
     """As `tar_index`, of a shard wherever it lies."""
     return cache.use(manifest, [name], lambda: tar_index(cache.path(manifest, name)))
+
+
+def _pixels(manifest: Manifest, entries: list[TarEntry]) -> torch.Tensor:
+    """As `_decode`, on all cores."""
+    parts = [entries[first : first + 64] for first in range(0, len(entries), 64)]
+
+    def decode(part: list[TarEntry]) -> torch.Tensor:
+        return _decode(manifest, part)
+
+    pixels = map(decode, parts) if len(parts) == 1 else parallel_map(decode, parts, threads=True)
+    return torch.cat(list(pixels))
 
 
 def _decode(manifest: Manifest, entries: Sequence[TarEntry]) -> torch.Tensor:

@@ -28,8 +28,9 @@ from torch import Tensor
 
 from model import steps
 from model.config import RunConfig
-from model.data.image_shards import TarEntry, index, load_images, stored
+from model.data.image_shards import TarEntry, index, load_images, load_places, stored
 from model.data.images import to_tensor
+from model.data.order import shards_of
 from model.data.records import contents
 from model.data.sources.shapes import Scene, parse
 from model.inference.bundle import FILES
@@ -237,10 +238,11 @@ def without(benchmark: Manifest, images: Manifest) -> Manifest | None:
     Raises:
         UserError: an asset is damaged.
     """
-    there = {content.hex() for split in SPLITS for content in contents(images, split)}
     described = _describe(benchmark)
+    pinned = {one.content for rows in described.splits.values() for one in rows}
+    there = set[str]().union(*(_among(pinned, images, split) for split in SPLITS))
     left = {split: [one for one in rows if one.content in there] for split, rows in described.splits.items()}
-    gone = {one.content for rows in described.splits.values() for one in rows} - there
+    gone = pinned - there
     if not gone:
         return benchmark
     left = {split: rows for split, rows in left.items() if rows}
@@ -266,9 +268,15 @@ def without(benchmark: Manifest, images: Manifest) -> Manifest | None:
 def moved_into_training(benchmark: Manifest, images: Manifest) -> list[str]:
     """The held-out pictures of a benchmark, by content, that `images` trains on: nothing that was trained on
     them may be measured by them. Raises UserError: an asset is damaged."""
-    trained = {content.hex() for content in contents(images, "train")}
-    rows = (one for split in HELD_OUT for one in _describe(benchmark).splits.get(split, []))
-    return [one.content for one in rows if one.content in trained]
+    described = _describe(benchmark)
+    held_out = [one.content for split in HELD_OUT for one in described.splits.get(split, [])]
+    trained = _among(set(held_out), images, "train")
+    return [content for content in held_out if content in trained]
+
+
+def _among(pinned: set[str], images: Manifest, split: str) -> set[str]:
+    """Those of some pictures that a split has, which may have many more."""
+    return {content for one in contents(images, split) if (content := one.hex()) in pinned}
 
 
 def for_sweeps(caption: str) -> bool:
@@ -286,9 +294,22 @@ def spread(count: int, wanted: int) -> list[int]:
 
 
 def training_pictures(images: Manifest) -> Tensor:
-    """The training pictures among which near-duplicates are searched: uint8 (M, 3, s, s)."""
-    limit = min(READ, READ_BYTES // (3 * images.info["image_size"] ** 2))
-    return _reduced(load_images(images, "train", limit)[0])
+    """The training pictures among which near-duplicates are searched: uint8 (M, 3, s, s).
+
+    Of larger sets a part: of each shard its share, at even distances, and at least one, so that those that a
+    set has grown by are among them. All shards are fetched.
+    """
+    wanted = min(READ, READ_BYTES // (3 * images.info["image_size"] ** 2))
+    total, first, places = count_of_training(images), 0, []
+    for count in shards_of(images, "train").values():
+        places += [first + row for row in spread(count, max(1, count * wanted // total))]
+        first += count
+    return torch.cat([_reduced(part) for part in load_places(images, "train", places)])
+
+
+def count_of_training(images: Manifest) -> int:
+    """How many training pictures there are."""
+    return sum(shards_of(images, "train").values())
 
 
 class Nearest(NamedTuple):

@@ -15,7 +15,7 @@ import torch
 from model.config import EvaluationConfig
 from model.data.images import to_tensor
 from model.evaluation import report, sheets
-from model.evaluation.benchmark import Benchmark, Drawn, load_benchmark, spread
+from model.evaluation.benchmark import Benchmark, Drawn, count_of_training, load_benchmark, spread
 from model.evaluation.measure import measure, open_drawn
 from model.inference import bundle
 from model.inference.generate import Generator
@@ -50,7 +50,7 @@ def main(job: Job) -> Manifest:
         benchmark=job.inputs["benchmark"],
         metrics=measured["figures"],
         pictures={split: len(chosen.captions) for split, chosen in benchmark.splits.items()},
-        searched=len(drawn.training),
+        searched=(len(drawn.training), count_of_training(job.inputs["images"])),
         parameters={
             "transformer": generator.gpt.parameter_count(),
             "tokenizer": _weights(generator.tokenizer),

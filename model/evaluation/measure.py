@@ -183,10 +183,12 @@ def likeness(drawn: Drawn) -> dict[str, float]:
 
 def memorisation(drawn: Drawn) -> dict[str, float]:
     """The share of samples that are near-duplicates of a training picture, the median distance to the nearest
-    one, and the figure that says what the share means:
+    one, and the figure that says what the share means.
 
-    how many real pictures count as near-duplicates after the tokenizer. Of training pictures these must be
-    found for a copy to be counted; held-out ones say how alike the data are by nature.
+    Some 10,000 training pictures at most are searched, evenly over all shards. The report
+    says of how many: where they are a part, the share of samples that are copies may be larger than is found.
+    What it means is how many real pictures count as near-duplicates after the tokenizer: of training pictures
+    these must be found for a copy to be counted; held-out ones say how alike the data are by nature.
     """
     figures: dict[str, float] = {}
     for split, one in drawn.nearest.items():

@@ -64,7 +64,7 @@ class Page:
     sampling: SamplingConfig  # that the model draws with
     histories: dict[str, Curves]  # per part of the model
     pictures: dict[str, int]  # scored, per split
-    searched: int  # training pictures among which near-duplicates were searched
+    searched: tuple[int, int]  # near-duplicates: training pictures among which they were, and of how many
 
     @property
     def headline(self) -> list[Figure]:

@@ -14,15 +14,18 @@ import torch
 from PIL import Image
 
 from model.config import RunConfig
-from model.data.image_shards import index, stored
+from model.data.image_shards import index, load_images, stored
 from model.data.records import contents
+from model.evaluation import benchmark as benchmarks
 from model.evaluation.benchmark import (
+    count_of_training,
     for_sweeps,
     load_benchmark,
     load_benchmarks_judge,
     look,
     make_benchmark,
     moved_into_training,
+    training_pictures,
     without,
 )
 from model.nets.clip import load_judge
@@ -172,3 +175,17 @@ def test_held_out_pictures_that_are_trained_on_are_found(made: Manifest, images:
     assert moved_into_training(made, images) == []
     moved = index(made, "composition")[0].content
     assert moved_into_training(made, fewer(images, set(), {moved})) == [moved]
+
+
+def test_near_duplicates_are_searched_in_all_shards(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set that has grown has its newest pictures in the last ones."""
+    run = config(data={"source": {"kind": "shapes", "count": 64}, "image_size": 16, "shard_images": 8})
+    images = ingest(run.data)
+    shards = [name for name in images.info["shards"] if name.startswith("train-")]
+    pixels, _ = load_images(images, "train")
+    assert torch.equal(training_pictures(images), pixels), "all, where there are no more than are looked at"
+    assert count_of_training(images) == len(pixels)
+    monkeypatch.setattr(benchmarks, "READ", len(shards))
+    counts = [images.info["shards"][name] for name in sorted(shards)]
+    first_of_each = [sum(counts[:number]) for number in range(len(counts))]
+    assert torch.equal(training_pictures(images), pixels[first_of_each])

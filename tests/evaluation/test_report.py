@@ -97,7 +97,7 @@ def page() -> Page:
         histories={"transformer": {"train/nll": [[1, 3.0], [2, 2.0]], "validation/nll": [[2, 2.5]],
                                    "train/learning_rate": [[1, 0.1]]}},
         pictures=SPLITS,
-        searched=24,
+        searched=(24, 40),
     )  # fmt: skip
 
 
