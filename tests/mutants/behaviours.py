@@ -592,4 +592,40 @@ MUTANTS = [
         'dict(pipeline=pipeline, **{**asked, "preset": preset})',
         f"{CLUSTER}test_runs.py::test_a_wrong_config_is_refused_before_anybody_is_asked[how2-jobs.workers]",
     ),
+    Mutant(
+        "gc: benchmarks with pictures that were deleted go",
+        "model/plumbing/sweeping.py",
+        '"benchmark": {read.settings["images"]} if "images" in read.settings else set(),',
+        '"benchmark": set(),',
+        "tests/plumbing/test_sweeping.py::test_of_superseded_pictures_nothing_stays_but_what_is_pinned[local]",
+    ),
+    Mutant(
+        "gc: what versions are measured on stays",
+        "model/plumbing/garbage.py",
+        " or one == by.pinned",
+        "",
+        "tests/plumbing/test_sweeping.py::test_of_superseded_pictures_nothing_stays_but_what_is_pinned[local]",
+    ),
+    Mutant(
+        "gc: weights that were begun from are let go",
+        "model/plumbing/sweeping.py",
+        '(("transformer", START), ("measurement", "images"))',
+        "()",
+        "tests/plumbing/test_sweeping.py"
+        "::test_weights_that_were_begun_from_and_pictures_that_were_compared_with_are_let_go",
+    ),
+    Mutant(
+        "gc: reports with a verdict are no scratch",
+        "model/plumbing/garbage.py",
+        '(f"{PICTURES}/", REPORT)',
+        '(f"{PICTURES}/",)',
+        "tests/plumbing/test_garbage.py::test_reports_with_a_verdict_are_no_scratch",
+    ),
+    Mutant(
+        "memorisation: pictures of every shard are searched",
+        "model/evaluation/benchmark.py",
+        "places += [first + row for row in spread(count, max(1, count * wanted // total))]",
+        "places = list(range(min(total, wanted)))",
+        "tests/evaluation/test_benchmark.py::test_near_duplicates_are_searched_in_all_shards",
+    ),
 ]
