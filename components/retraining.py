@@ -1,9 +1,9 @@
 """Whether there is anything new to learn, and the config of the run that learns it.
 
-Data decides: a run would make what a registered version was made from, unless the source, a setting or a
-step's version has changed since. It goes on from the champion: its config as it was resolved, its tokenizer,
-its weights. Pictures grow from those of the newest version, champion or not, as those of an older one may
-still hold what was deleted since.
+Data decides: a run would make what a version was made from that was judged, unless the source, a setting or
+a step's version has changed since. It goes on from the champion: its config as it was resolved, its
+tokenizer, its weights. Pictures grow from the registered model's current ones, whichever version was made
+from these, as all others may still hold what was deleted since.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from components.parameters import TEXT_TO_IMAGE, resolve
 from model import steps
 from model.config import AssetRef, Origin, RunConfig
 from model.errors import Unavailable, UserError
-from model.plumbing import registry, storage
+from model.plumbing import registry, speech, storage
 from model.plumbing.assets import Input, Kind
 
+Versions = dict[int, dict[str, str]]  # of a registered model: number to tags
+# Of the transformer: settings by which its weights are of another shape, or mean something else.
+SHAPE = ("arch", "depth", "width", "heads", "mlp", "positions", "qk_norm")
 NEW, NOTHING = "new", "nothing"  # what the step "Anything new?" returns
 
 
@@ -43,6 +46,8 @@ def with_start(start: str, overrides: str) -> str:
 def look(model: str, start: str, asked: Mapping[str, str | int]) -> News:
     """Compare what a run would make now with what each registered version was made from.
 
+    Where that is nothing new, the images of that version are the registered model's current ones from now on.
+
     Args:
         model: name of the registered model; "": that of the preset.
         start: "champion" or "scratch", as `retrain.start`; "": as the config says.
@@ -56,28 +61,79 @@ def look(model: str, start: str, asked: Mapping[str, str | int]) -> News:
     name = model or config.registered_model
     versions = registry.tags_of_all(name)
     champion = registry.version_of(registry.CHAMPION, name)
-    said = []
-    former = None
-    if champion is not None:
-        former, why = _config_of(champion, name)
-        said += why
+    verdict, said, former = _none_in_use(name, versions, champion), [], None
+    if not verdict and champion is not None:
+        former, said = _config_of(champion, name)
     if former:
         settings = yaml.safe_dump(former.model_copy(update={"origin": {}}).model_dump(mode="json"))
         config = resolve(TEXT_TO_IMAGE, **{**asked, "config": settings})  # type: ignore[arg-type]
     if config.registered_model != name:
         config = config.model_copy(update={"model_name": name})
     parts = steps.parts(config)
-    mark = steps.fingerprint(parts)
-    same = [one for one, tags in versions.items() if tags.get(registry.FINGERPRINT_TAG) == mark]
+    same: int | None = None
+    if not verdict:
+        judged = [one for one, tags in versions.items() if registry.VERDICT_TAG in tags or one == champion]
+        same = _made_before(config, name, {one: versions[one] for one in judged}, parts)
     if same:
-        role = registry.CHAMPION if same[-1] == champion else "not champion"
-        verdict = f"nothing new since version {same[-1]} of {name} ({role})"
+        role = registry.CHAMPION if same == champion else "not champion"
+        verdict = f"nothing new since version {same} of {name} ({role})"
+        if images := registry.lineage_of(versions[same]).get("images"):
+            registry.see_images(images, name)
         return News(False, [verdict, *said], config, name)
-    verdict = _what_is_new(name, versions, parts)
+    verdict = verdict or _what_is_new(name, versions, parts)
     if former and champion is not None:
-        found, why = _origin(config, former, name, champion, max(versions))
+        found, why = _origin(config, former, name, champion, versions)
         config, said = config.model_copy(update={"origin": found}), [*said, *why]
     return News(True, [verdict, *said], config, name)
+
+
+def _none_in_use(name: str, versions: Versions, champion: int | None) -> str:
+    """Why nobody draws with a registered model, which is news; "" where it has a champion."""
+    if not versions:
+        return f"new: {name} has no version yet"
+    if champion not in versions:  # or its version was deleted
+        return f"new: no version of {name} is in use"
+    if not registry.is_there(champion, name):
+        return f"new: the files of version {champion} of {name}, the champion, are gone from MLflow"
+    return ""
+
+
+def _made_before(config: RunConfig, name: str, versions: Versions, parts: dict[str, object]) -> int | None:
+    """The newest of some versions that was made from what a run would make, or from what comes to the same.
+
+    Where all that is other is what the source says of itself, it is asked what it holds: a file that was
+    written anew may hold what it held. Then the version is known by what the source says now, so that the
+    next look is quick.
+    """
+    mark = steps.fingerprint(parts)
+    for one in sorted(versions, reverse=True):
+        if versions[one].get(registry.FINGERPRINT_TAG) == mark:
+            return one
+    current = registry.current_images(name)
+    for one in sorted(versions, reverse=True):
+        known = json.loads(versions[one].get(registry.PARTS_TAG, "{}"))
+        if current is None or registry.lineage_of(versions[one]).get("images") != current:
+            continue
+        if steps.changes(known, parts) == [steps.PICTURES]:
+            if not _holds_the_same(config, current):
+                return None
+            registry.tag(one, name, {registry.FINGERPRINT_TAG: mark, registry.PARTS_TAG: json.dumps(parts)})
+            return one
+    return None
+
+
+def _holds_the_same(config: RunConfig, images: Input) -> bool:
+    """Whether a source holds the pictures and captions that images were made from."""
+    from model.data import growth
+    from model.data.ingest import is_as_it_was
+
+    ref = AssetRef(key=images.key, sha256=images.sha256)
+    try:
+        earlier = growth.earlier(ref, config.data, steps.STEPS["images"].version)
+        speech.say("news", "the source says that it has changed; looks whether its pictures have")
+        return is_as_it_was(config.data, earlier)
+    except (growth.Unfit, storage.NotFound, storage.Damaged):  # nobody can tell
+        return False
 
 
 def _config_of(champion: int, name: str) -> tuple[RunConfig | None, list[str]]:
@@ -94,28 +150,29 @@ def _config_of(champion: int, name: str) -> tuple[RunConfig | None, list[str]]:
     return found, []
 
 
-def _what_is_new(name: str, versions: dict[int, dict[str, str]], parts: dict[str, object]) -> str:
+def _what_is_new(name: str, versions: Versions, parts: dict[str, object]) -> str:
     """In one line, what has changed since the newest version."""
-    if not versions:
-        return f"new: {name} has no version yet"
     newest = max(versions)
     known = versions[newest].get(registry.PARTS_TAG)
     if not known:
         return f"new: version {newest} of {name} does not say what it was made from"
-    changed = steps.changes(json.loads(known), parts)
-    return f"new since version {newest} of {name}: {', '.join(changed) or 'as an older one had it'}"
+    if changed := steps.changes(json.loads(known), parts):
+        return f"new since version {newest} of {name}: {', '.join(changed)}"
+    return f"new: version {newest} of {name} was made from the same, and was not judged"
 
 
 def _origin(
-    config: RunConfig, former: RunConfig, name: str, champion: int, newest: int
+    config: RunConfig, former: RunConfig, name: str, champion: int, versions: Versions
 ) -> tuple[Origin, list[str]]:
     """What a run takes over, and what it does not and why."""
-    of_newest, of_champion = registry.lineage(newest, name), registry.lineage(champion, name)
+    lineage = {one: registry.lineage_of(tags) for one, tags in versions.items()}
+    images, of_champion = registry.current_images(name), lineage[champion]
+    grown = [one for one in versions if lineage[one].get("images") == images]
+    of_images = f"version {max(grown)}" if grown else name
     found: Origin = {}
     said: list[str] = []
 
-    def take(kind: Kind, lineage: dict[Kind, Input], version: int) -> bool:
-        one = lineage.get(kind)
+    def take(kind: Kind, one: Input | None, of: str = f"version {champion}") -> bool:
         try:
             if one is None:
                 raise storage.NotFound("which one it was is not known")
@@ -123,26 +180,38 @@ def _origin(
         except Unavailable:
             raise
         except UserError as error:
-            said.append(f"{kind} of version {version} is not taken over, and made anew: {error}")
+            said.append(f"{kind} of {of} is not taken over, and made anew: {error}")
             return False
         found[kind] = AssetRef(key=one.key, sha256=one.sha256)  # type: ignore[index]
         return True
 
-    if take("images", of_newest, newest):
-        said.append(f"images grow from those of version {newest}")
+    if take("images", images, of_images):
+        said.append(f"images grow from those of {of_images}")
     if config.retrain.tokenizer != "frozen":
         return found, [*said, "all nets are trained anew, as retrain.tokenizer says"]
     if config.tokenizer != former.tokenizer:
         return found, [*said, "all nets are trained anew, as settings of the tokenizer have changed"]
-    if not take("tokenizer", of_champion, champion):
+    if not take("tokenizer", of_champion.get("tokenizer")):
         return found, said
     said.append(f"tokenizer is that of version {champion}")
     if config.retrain.start != "champion":
         return found, [*said, "the transformer begins from scratch, as retrain.start says"]
     if config.clip != former.clip:
         return found, [*said, "the transformer begins from scratch, as settings of the text encoder changed"]
-    if take("text", of_champion, champion) and take("transformer", of_champion, champion):
+    if unfit := _unfit(config, former):
+        return found, [*said, f"the transformer begins from scratch, as weights do not fit: {unfit}"]
+    if take("text", of_champion.get("text")) and take("transformer", of_champion.get("transformer")):
         said.append(f"text encoder is that of version {champion}, whose weights the transformer begins from")
     else:
         found.pop("text", None)
     return found, said
+
+
+def _unfit(config: RunConfig, former: RunConfig) -> str:
+    """The settings by which a transformer's weights are no start for another; "" where there are none."""
+    now, then = (
+        {"data.image_size": one.data.image_size}
+        | {f"transformer.{name}": getattr(one.transformer, name) for name in SHAPE}
+        for one in (config, former)
+    )
+    return ", ".join(f"{name} {then[name]} -> {now[name]}" for name in now if now[name] != then[name])

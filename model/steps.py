@@ -25,6 +25,7 @@ from model.plumbing.jobs import JobSpec, TrackingIds
 
 NO_CONTENT = {"log_every", "checkpoint_every"}  # training settings that change no weight
 CHAMPION = "champion"  # the race's input that another model draws against
+PICTURES = "pictures of the source"  # among `changes`: what the source says of itself
 TAKEN_OVER = ("tokenizer", "text")  # kinds that a retraining may take as they are
 WEIGHTS = (".json", ".safetensors")  # what is read of a model made elsewhere
 
@@ -225,7 +226,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     for kind in (kind for kind in after if kind in before):
         for path, (was, now) in _differences(before[kind]["settings"], after[kind]["settings"]).items():
             of_source = path == "fingerprint"
-            said["pictures of the source" if of_source else f"setting {path} {was} -> {now}"] = None
+            said[PICTURES if of_source else f"setting {path} {was} -> {now}"] = None
     said |= {f"step {kind} is new": None for kind in after if kind not in before}
     said |= {f"step {kind} is gone": None for kind in before if kind not in after}
     return list(said)

@@ -2,7 +2,8 @@
 
 Requests are from measurement, on runs of `smoke` and `openmoji-tiny`: a step that has others compute takes
 0.12 GB, `prepare` 0.18, `images` up to 0.7, `register` 0.73 as it loads the model. What has a limit has room
-above it. Only `images` computes on all cores that it gets, so it alone has a limit of those.
+above it. Only `images` computes on all cores that it gets, and `news`, which reads pictures whose files were
+written anew: they have a limit of those.
 
 A step is not tried again by KFP: its retry acts on whatever failed, which is somebody's input more often than
 not, and not on a pod that was evicted. Services that are away are waited for within a step; the cluster's
@@ -43,7 +44,7 @@ class Pod:
 
 
 PODS = {
-    "news": Pod(cpu="100m", memory="256Mi", hours=0.5),
+    "news": Pod(cpu="100m", memory="256Mi", memory_limit="4Gi", cpu_limit="8", hours=24),
     "prepare": Pod(cpu="100m", memory="256Mi", hours=0.5),
     "images": Pod(cpu="200m", memory="768Mi", memory_limit="4Gi", cpu_limit="8", hours=3 * 24),
     "register": Pod(cpu="200m", memory="1Gi", memory_limit="16Gi", hours=6),

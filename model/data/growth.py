@@ -80,17 +80,17 @@ class Earlier:
             scratch / "earlier.sqlite",
             "CREATE TABLE units (unit BLOB PRIMARY KEY, first INTEGER, records INTEGER) WITHOUT ROWID",
             "CREATE TABLE records (number INTEGER PRIMARY KEY, record TEXT)",
-            "CREATE TABLE pictures (content BLOB PRIMARY KEY, split TEXT) WITHOUT ROWID",
+            "CREATE TABLE pictures (content BLOB PRIMARY KEY, split TEXT, captions TEXT) WITHOUT ROWID",
             "BEGIN",
         )
-        self._table.executemany("INSERT INTO pictures VALUES (?, ?)", self._pictures())
+        self._table.executemany("INSERT INTO pictures VALUES (?, ?, ?)", self._pictures())
         self._table.executemany("INSERT OR IGNORE INTO units VALUES (?, ?, ?)", self._units())
         self._table.execute("COMMIT")
 
-    def _pictures(self) -> Iterator[tuple[bytes, str]]:
+    def _pictures(self) -> Iterator[tuple[bytes, str, str]]:
         for shard in self.manifest.info["shards"]:
-            for content, _ in read_contents(self.manifest, shard):
-                yield content, split_of_shard(shard)
+            for content, captions in read_contents(self.manifest, shard):
+                yield content, split_of_shard(shard), captions
 
     def _units(self) -> Iterator[tuple[bytes, int, int]]:
         """Each unit, its first record and how many it has; puts down the records on the way."""
@@ -127,8 +127,14 @@ class Earlier:
 
     def split(self, content: bytes) -> str:
         """The split in which a picture was; "" for a new one."""
-        found = self._table.execute("SELECT split FROM pictures WHERE content = ?", (content,)).fetchone()
-        return found[0] if found else ""
+        return self.picture(content)[0]
+
+    def picture(self, content: bytes) -> tuple[str, str]:
+        """The split in which a picture was, and the digest of its captions; both "" for a new one."""
+        found: tuple[str, str] | None = self._table.execute(
+            "SELECT split, captions FROM pictures WHERE content = ?", (content,)
+        ).fetchone()
+        return found or ("", "")
 
     def _find(self, unit: str, mark: str) -> tuple[int, int] | None:
         key = (_unit(unit, mark),)

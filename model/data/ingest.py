@@ -31,7 +31,7 @@ from model.data import growth, sources
 from model.data.captions import clean_captions, damage, shown
 from model.data.growth import Earlier, Part, Wanted, Wish, pinned
 from model.data.packing import SPLITS, Entry, Seen, add_shard, shard_name, write_tar
-from model.data.records import Outcome, record_lines, records_name
+from model.data.records import Outcome, digest, record_lines, records_name
 from model.data.sources import Record
 from model.errors import UserError
 from model.plumbing import speech, storage
@@ -69,6 +69,36 @@ def ingest(config: DataConfig, writer: AssetWriter) -> Manifest:
         except Refused:
             storage.delete_prefix(writer.uri)
             raise
+
+
+def is_as_it_was(config: DataConfig, images: Manifest) -> bool:
+    """Whether the images that a source grows to from these would have the same pictures, splits and captions.
+
+    Only units that have another mark are read, and none after the first chunk that has something new in it.
+
+    Raises:
+        UserError: the source is not there, or a file of the images is damaged or gone.
+    """
+    with tempfile.TemporaryDirectory(prefix="latent-gpt-ingest-") as folder:
+        scratch = Path(folder)
+        earlier, seen = Earlier(images, scratch), Seen(scratch / "seen.sqlite")
+        left = sum(images.info["shards"].values())
+        with closing(_chunks(_records(config, 0, earlier), config, 0)) as chunks:
+            for _, outcomes in chunks:
+                entries: dict[bytes, Entry] = {}
+                for one in outcomes:
+                    if same := entries.get(one.content):
+                        same.join(one.captions, one.composition, one.source)
+                    elif one.content and one.content not in seen:
+                        entries[one.content] = Entry(one.suffix, 0, 0, one.captions, one.composition)
+                for content, entry in entries.items():
+                    split, captions = earlier.picture(content)
+                    now = pinned(split, split_of(content, entry.composition, config))
+                    if (split, captions) != (now, digest(entry.captions)):
+                        return False
+                seen.add(list(entries))
+                left -= len(entries)
+    return left == 0
 
 
 def _ingest(config: DataConfig, writer: AssetWriter, scratch: Path) -> Manifest:
@@ -327,9 +357,7 @@ def _pack(outcomes: Iterable[Outcome], packer: Packer, progress: Progress, befor
                 chunk.quarantined.append({"source": outcome.source, "reason": outcome.reason})
             elif same := entries.get(outcome.content):
                 chunk.counts["duplicates"] += 1
-                same.captions = list(dict.fromkeys(same.captions + outcome.captions))
-                same.composition |= outcome.composition
-                same.sources.append(outcome.source)
+                same.join(outcome.captions, outcome.composition, outcome.source)
             elif outcome.content in packer.seen:
                 chunk.counts["duplicates"] += 1
             else:

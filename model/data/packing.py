@@ -6,7 +6,7 @@ import io
 import json
 import sqlite3
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -27,6 +27,12 @@ class Entry:
     captions: list[str]
     composition: bool = False
     sources: list[str] = field(default_factory=list)
+
+    def join(self, captions: Iterable[str], composition: bool, source: str) -> None:
+        """Add what is said of a duplicate."""
+        self.captions = list(dict.fromkeys([*self.captions, *captions]))
+        self.composition |= composition
+        self.sources.append(source)
 
 
 def shard_name(split: str, number: int) -> str:

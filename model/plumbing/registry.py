@@ -236,6 +236,12 @@ def config_of(version: int, name: str) -> RunConfig | None:
     return parse_config(without_retired(metadata[CONFIG]), where=f"the config of {name} version {version}")
 
 
+def is_there(version: int, name: str) -> bool:
+    """Whether MLflow still has files of a version."""
+    with explained():
+        return bool(_files(mlflow_client().get_model_version(name, str(version))))
+
+
 def note(version: int, name: str, description: str, **tags: str) -> None:
     """Write on a version what people should know of it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +19,7 @@ from pipelines.cluster.settings import USUAL_NAMESPACE
 
 TIMES = 3  # that are said
 CONTROLLER = "ml-pipeline-scheduledworkflow"  # the Deployment of KFP's that starts recurring runs
+DESCRIBED = "latent-gpt: times are of zone "  # in the description of ours
 ZONE = "CRON_SCHEDULE_TIMEZONE"  # its environment's, by which it reads crons
 
 
@@ -75,8 +77,7 @@ def schedule(
     name = name or usual_name(model or config.registered_model)
     pipeline = kfp.pipeline(RETRAINING)
     before = [one for one in kfp.recurring({pipeline}) if one.name == name]
-    described = f"latent-gpt: times are of zone {zone}"
-    made = kfp.repeat(pipeline, name, times.text, described, parameters)
+    made = kfp.repeat(pipeline, name, times.text, f"{DESCRIBED}{zone}", parameters)
     for one in before:  # last, so that whatever fails leaves one of them
         kfp.stop(one.id)
     print(f"{'replaced' if before else 'made'} recurring run {name} ({made}): {times.text}, {how_known}")
@@ -98,12 +99,19 @@ def listed() -> None:
     if not found:
         print(f"KFP at {kfp.endpoint} has no recurring run of ours; `latent-gpt schedule --cron …` makes one")
     for one in found:
-        zone = zone_of(one.description.rpartition(" ")[2] or "UTC")
-        times = Cron(one.cron).after(datetime.now(UTC), zone, 1)
-        next_ = "paused" if one.paused else f"next {times[0]:%Y-%m-%d %H:%M:%S %Z}"
         asked = " ".join(f"{key}={value}" for key, value in one.parameters.items() if "\n" not in str(value))
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.made))
-        print(f"{one.name}  {one.cron} ({zone.key})  {next_}  made {made}  {asked}")
+        print(f"{one.name}  {_times(one)}  made {made}  {asked}")
+
+
+def _times(one: Recurring) -> str:
+    """When a recurring run starts; of one that was made elsewhere, as far as it can be told."""
+    known = re.fullmatch(f"{DESCRIBED}(.+)", one.description)
+    text = (one.cron or "no cron") + (f" ({known[1]})" if known else ", not made by `latent-gpt schedule`")
+    if one.paused or not known:
+        return f"{text}  paused" if one.paused else text
+    times = Cron(one.cron).after(datetime.now(UTC), zone_of(known[1]), 1)
+    return f"{text}  next {times[0]:%Y-%m-%d %H:%M:%S %Z}"
 
 
 def pause(name: str, paused: bool = True) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,13 @@ from components import page
 from components.retraining import News, look
 from model import steps
 from model.config import RunConfig, load_config
+from model.data.ingest import ingest
 from model.errors import UserError
 from model.plumbing import registry, storage
 from model.plumbing.assets import AssetWriter, Kind, Manifest
 from model.plumbing.jobs import TrackingIds
 from model.plumbing.tracking import mlflow_client
+from tests.data.test_ingest import picture, write
 
 pytestmark = pytest.mark.slow
 
@@ -49,12 +52,18 @@ def version(services: dict[str, str], name: str, source: list[str], tmp_path: Pa
             return model_input
 
     def make(
-        config: RunConfig, number: int, champion: bool = True, old: bool = False
+        config: RunConfig,
+        number: int,
+        champion: bool = True,
+        old: bool = False,
+        judged: bool = True,
+        images: Manifest | None = None,
     ) -> dict[Kind, Manifest]:
         made: dict[Kind, Manifest] = {}
         for kind in ("images", "tokenizer", "text", "judge", "transformer"):
             settings = steps.settings(kind, config) if kind == "images" else {"number": number, "of": name}
             made[kind] = AssetWriter(kind, settings, {}).finish({"number": number})
+        made["images"] = images or made["images"]
         tags = {registry.MODEL_TAG: str(number)}
         if not old:
             parts = steps.parts(config, made["images"].settings)
@@ -65,13 +74,21 @@ def version(services: dict[str, str], name: str, source: list[str], tmp_path: Pa
         def log(bundle: Path, name: str) -> Any:
             metadata = {} if old else {registry.CONFIG: config.model_dump(mode="json")}
             return mlflow.pyfunc.log_model(
-                name=name, python_model=Nothing(), metadata=metadata, pip_requirements=[]
+                name=name,
+                python_model=Nothing(),
+                artifacts={"bundle": str(bundle)},
+                metadata=metadata,
+                pip_requirements=[],
             )
 
         ids = TrackingIds(experiment="retraining", run=f"run-{name}-{number}", step="register")
-        assert registry.register(ids, tmp_path, log, tags, name) == number
+        (bundle := tmp_path / "bundle").mkdir(exist_ok=True)
+        (bundle / "weights").touch()
+        assert registry.register(ids, bundle, log, tags, name) == number
         if champion:
             mlflow_client().set_registered_model_alias(name, registry.CHAMPION, str(number))
+        if judged:
+            registry.note(number, name, "", outcome="first" if champion else "worse")
         return made
 
     return make
@@ -100,9 +117,82 @@ def test_a_run_that_would_make_the_same_is_none(name: str, version: Version, sou
     version(config, 2, champion=False)
     seen = asked(name)
     assert (seen.new, seen.said) == (False, [f"nothing new since version 2 of {name} (not champion)"])
-    source.append("forty pictures")
-    assert not asked(name).new, "that was learned once"
     assert "nothing new" in page.news(seen)
+
+
+def test_a_source_that_is_as_an_older_version_had_it_is_nothing_new_and_the_next_grows_from_those(
+    name: str, version: Version, source: list[str]
+) -> None:
+    config = load_config("smoke", [f"model_name={name}"])
+    first = version(config, 1)
+    source.append("fifty pictures")
+    second = version(config, 2, champion=False)
+    assert registry.current_images(name) == second["images"].as_input
+    source.append("forty pictures")
+    assert asked(name).said == [f"nothing new since version 1 of {name} (champion)"]
+    assert registry.current_images(name) == first["images"].as_input, "the ten that came are gone"
+    source.append("sixty pictures")
+    seen = asked(name)
+    assert seen.config.origin["images"].key == first["images"].key
+    assert "images grow from those of version 1" in seen.said
+
+
+def test_who_was_killed_before_a_verdict_is_no_reason_to_stop(
+    name: str, version: Version, source: list[str]
+) -> None:
+    config = load_config("smoke", [f"model_name={name}"])
+    version(config, 1, champion=False, judged=False)
+    seen = asked(name)
+    assert (seen.new, seen.said) == (True, [f"new: no version of {name} is in use"])
+    registry.promote(1, name)
+    assert not asked(name).new, "a person has judged it"
+    source.append("fifty pictures")
+    refused = version(config, 2, champion=False, judged=False)
+    seen = asked(name)
+    assert seen.new
+    assert seen.said[0] == f"new: version 2 of {name} was made from the same, and was not judged"
+    assert seen.config.origin["images"].key == refused["images"].key
+    registry.note(2, name, "", outcome="worse")
+    assert not asked(name).new
+
+
+def test_a_champion_whose_files_are_gone_is_a_reason_to_train(
+    services: dict[str, str], name: str, version: Version
+) -> None:
+    version(load_config("smoke", [f"model_name={name}"]), 1)
+    logged = str(mlflow_client().get_model_version(name, "1").source).removeprefix("models:/")
+    for uri in storage.list_uris("s3://" + storage.split(services["LATENT_GPT_STORE"])[0] + "/mlflow"):
+        if f"/{logged}/" in uri:
+            storage.delete(uri)
+    seen = asked(name)
+    assert seen.new
+    assert seen.said[0] == f"new: the files of version 1 of {name}, the champion, are gone from MLflow"
+
+
+def test_files_that_were_written_anew_are_no_news_where_they_hold_what_they_held(
+    name: str, version: Version, source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "pictures"
+    for number in range(8):
+        write(folder, {f"{number}.png": picture(number), f"{number}.txt": f"number {number}"})
+    config = load_config("smoke", [f"model_name={name}", f"data.source={{kind: folder, path: {folder}}}"])
+    images = ingest(config.data, steps.writer("images", config, {}))
+    version(config, 1, images=images)
+    os.utime(folder / "3.png", (1, 1))
+    source.append("another time")
+    assert asked(name).said == [f"nothing new since version 1 of {name} (champion)"]
+    with monkeypatch.context() as patch:
+        patch.setattr("model.data.ingest.is_as_it_was", None)
+        assert not asked(name).new, "it is known at once the next time"
+        assert asked(name, overrides="transformer.dropout=0.3").new, "other settings: it is not looked at all"
+
+    write(folder, {"3.txt": "other words"})
+    source.append("other words")
+    assert asked(name).said[0] == f"new since version 1 of {name}: pictures of the source"
+    write(folder, {"3.txt": "number 3"})
+    storage.delete(images.where("records-000000.jsonl"))
+    monkeypatch.setenv("LATENT_GPT_CACHE", str(tmp_path / "empty"))
+    assert asked(name).new, "nobody can tell"
 
 
 def test_new_pictures_grow_and_all_else_is_the_champions(
@@ -134,6 +224,11 @@ def test_new_pictures_grow_and_all_else_is_the_champions(
             {"overrides": "clip.context_length=20"},
             {"images", "tokenizer"},
             "of the text encoder changed",
+        ),
+        (
+            {"overrides": "transformer.depth=2\ndata.image_size=32"},
+            {"images", "tokenizer"},
+            "from scratch, as weights do not fit: data.image_size 16 -> 32, transformer.depth 1 -> 2",
         ),
         ({"overrides": "transformer.dropout=0.3"}, set(TAKEN), "whose weights the transformer begins from"),
     ],

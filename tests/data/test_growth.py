@@ -156,6 +156,8 @@ def test_it_equals_a_full_ingest_after_any_change(store, here, decoded, seed):
         assert grown["deleted"] == len(gone)
         assert grown["new"] == len({one[0] for one in expected} - {one[0] for one in pictures(before)})
         assert grown["shards"] == len(taken(made))
+        assert ingesting.is_as_it_was(run_of(source).data, before) == (expected == pictures(before))
+        assert ingesting.is_as_it_was(run_of(source).data, made)
         before = made
 
 
@@ -387,6 +389,36 @@ def test_a_picture_that_moves_within_the_folder_stays_in_its_split(store, here, 
     made = ingest(run_of(source, before))
     assert pictures(made) == pictures(before)
     assert taken(made) == set(before.info["shards"]) == set(made.info["shards"])  # their bytes do not move
+
+
+def test_whether_pictures_are_as_they_were_is_known_from_what_was_written_anew(store, here, decoded):
+    names = {f"{n:02d}.png": picture(n) for n in range(12)} | {f"{n:02d}.txt": f"{n}" for n in range(12)}
+    run = run_of({"kind": "folder", "path": str(write(here, names))})
+    before = ingest(run)
+
+    def same() -> bool:
+        decoded.clear()
+        return ingesting.is_as_it_was(run.data, before)
+
+    assert same()
+    assert not decoded
+    os.utime(here / "03.png", (1, 1))
+    (here / "07.png").rename(here / "99.png")
+    (here / "07.txt").rename(here / "99.txt")
+    write(here, {"README.md": b"no picture", "98.png": picture(5), "98.txt": "5"})
+    assert same(), "a name, a time, a duplicate, a file that is no picture"
+    assert len(decoded) == 3
+    write(here, {"01.txt": "other words"})
+    for name in ("11", "10", "09"):
+        os.utime(here / f"{name}.png", (1, 1))
+    assert not same()
+    assert len(decoded) < 7, "all that was written anew: it ends at the chunk with other words"
+    write(here, {"01.txt": "1"})
+    (here / "02.png").unlink()
+    assert not same(), "a deletion"
+    storage.delete(before.where("records-000000.jsonl"))
+    with pytest.raises(storage.Damaged):
+        same()
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,8 @@ MUTANTS = [
     ),
     Mutant(
         "ingest: a duplicate of a held-out picture is held out",
-        "model/data/ingest.py",
-        "same.composition |= outcome.composition",
+        "model/data/packing.py",
+        "self.composition |= composition",
         "pass",
         "tests/data/test_ingest.py"
         "::test_a_picture_that_is_held_out_under_one_of_its_names_is_held_out[second]",

@@ -180,6 +180,35 @@ def test_schedules_are_listed_paused_and_deleted_by_name(
     assert "deleted recurring run latent-gpt-smoke-retraining" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("trigger", "said"),
+    [
+        ({"cron_schedule": {"cron": "0 3 * * *"}}, "0 3 * * *, not made by `latent-gpt schedule`  made "),
+        (
+            {"periodic_schedule": {"interval_second": "60"}},
+            "no cron, not made by `latent-gpt schedule`  made ",
+        ),
+    ],
+)
+def test_one_that_was_made_elsewhere_is_listed_and_deleted_too(
+    kfp: Kfp, server: KfpServer, capsys: pytest.CaptureFixture[str], trigger: dict[str, Any], said: str
+) -> None:
+    ours = schedule.schedule(NIGHTLY, preset="smoke")
+    theirs = {"recurring_run_id": "theirs", "display_name": "theirs", "trigger": trigger}
+    theirs["description"] = "every night, says Mars"
+    server.recurring["theirs"] = {**server.recurring[ours], **theirs}
+    capsys.readouterr()
+    schedule.listed()
+    shown = capsys.readouterr().out
+    assert f"theirs  {said}" in shown
+    assert f"{NIGHTLY} (UTC)  next " in shown
+    schedule.pause("theirs")
+    schedule.listed()
+    assert "schedule`  paused" in capsys.readouterr().out
+    schedule.delete("theirs")
+    assert set(server.recurring) == {ours}
+
+
 def test_a_file_travels_as_its_content(kfp: Kfp, server: KfpServer, tmp_path: Path) -> None:
     from model.config import PRESETS
 
