@@ -61,7 +61,8 @@ def look(model: str, start: str, asked: Mapping[str, str | int]) -> News:
     name = model or config.registered_model
     versions = registry.tags_of_all(name)
     champion = registry.version_of(registry.CHAMPION, name)
-    verdict, said, former = _none_in_use(name, versions, champion), [], None
+    verdict, former = _none_in_use(name, versions, champion), None
+    said: list[str] = []
     if not verdict and champion is not None:
         former, said = _config_of(champion, name)
     if former:
