@@ -637,7 +637,7 @@ def test_a_champion_that_changes_meanwhile_is_compared_anew(
     monkeypatch.setattr(registration, "judge", judge)
     made = register(bench.make(2))
     assert (made.version, made.verdict.outcome, made.verdict.against) == (2, "not better", 3)
-    assert bench.aliases() == Aliases(champion=3, previous=1)
+    assert bench.aliases() == Aliases(champion=3, previous=1, challenger=2)
     assert "the champion has changed meanwhile: compared anew" in capsys.readouterr().out
 
 
@@ -656,4 +656,4 @@ def test_at_once_they_leave_a_champion_its_predecessor_and_the_newest_challenger
     expected = Aliases(champion=better.version, previous=1, challenger=newest)
     assert bench.aliases() == expected
     assert len(mlflow_client().get_registered_model(bench.name).aliases) == 3
-    assert not set(mlflow_client().get_registered_model(bench.name).tags) - {registry.BENCHMARK_TAG}
+    assert registry.INTENT_TAG not in mlflow_client().get_registered_model(bench.name).tags
