@@ -439,7 +439,7 @@ MUTANTS = [
     Mutant(
         "gate: a model that copies is refused, as the first, too",
         "model/evaluation/gate.py",
-        "            found.append(_bounded(figure, challenger, more, most))\n",
+        "            found.append(_bounded(figure, challenger.figure(figure), more, most))\n",
         "",
         "tests/evaluation/test_gate.py::TestFirst::test_one_that_copies_is_refused",
     ),
