@@ -291,7 +291,7 @@ MUTANTS = [
     Mutant(
         "leases: a lock is renewed",
         "model/plumbing/leases.py",
-        '_Renewal(name, "its lock", lock.renew)',
+        '_Renewal(name, "its lock", renew)',
         '_Renewal(name, "its lock", lambda: None)',
         "tests/plumbing/test_leases.py"
         "::test_one_that_dies_elsewhere_keeps_others_waiting_until_its_lock_runs_out[local]",
