@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
-from components.registration import measure, measured, there
+from components.registration import measure, measured, raced, there
 from model.config import GateConfig, RunConfig
 from model.errors import UserError
 from model.evaluation import gate
@@ -55,6 +55,8 @@ def compare(model: str, against: str) -> Verdict:
             raise UserError(f"the pictures of neither {model} nor {against} are in the store any more")
         sides.append(_measured(config, run, side, images, benchmark))
     rule = config.gate if config else GateConfig()
+    if rule.speed_ratio:
+        sides = list(raced(config, run, ours.model, theirs.model, benchmark, *sides))
     verdict = gate.decide(rule, *sides)
     judge = benchmark.inputs["judge"].key
     return verdict.model_copy(

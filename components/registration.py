@@ -208,7 +208,7 @@ def judge(
     if isinstance(theirs, str):
         return useless(f"the champion, version {champion}, cannot be used: {theirs}")
     if config.gate.speed_ratio:
-        ours, theirs = _raced(config, run, evaluation.input("model"), bundle, benchmark, ours, theirs)
+        ours, theirs = raced(config, run, evaluation.input("model"), bundle, benchmark, ours, theirs)
     verdict = gate.decide(config.gate, ours, theirs)
     noted = verdict.model_copy(update={"reason": "; ".join([verdict.reason, *notes])})
     first_or_grown = verdict.promoted or "images" in config.origin  # else its pictures may just be fewer
@@ -338,7 +338,7 @@ def _champions(
     return measure(config, run, model, images, benchmark)
 
 
-def _raced(
+def raced(
     config: RunConfig,
     run: str,
     challenger: Manifest,
