@@ -55,13 +55,15 @@ def launched(kind: Kind, config: RunConfig, run: str, inputs: dict[str, Manifest
 def noted(run: str, made: Made, made_from: Iterable[Manifest], seconds: float = 0) -> Made:
     """Have MLflow show what a step made below the pipeline's run; that is book-keeping, and fails nothing."""
     from components import page
+    from model import steps
     from model.errors import UserError
     from model.plumbing import environment, speech, tracking
 
     if run and environment.MLFLOW_TRACKING_URI.get():
         try:
             figures = page.headline(made.manifest)
-            tracking.note_made(run, made.manifest, made.reused, figures, made_from, seconds)
+            step = steps.run_name(made.manifest.kind, made.manifest.inputs)
+            tracking.note_made(run, made.manifest, made.reused, figures, made_from, seconds, step)
         except UserError as error:
             speech.warn(made.manifest.kind, str(error))
     return made

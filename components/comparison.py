@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
-from components.registration import measure, measured, raced, there
+from components.registration import counts, measure, measured, raced, there
 from model.config import GateConfig, RunConfig
 from model.errors import UserError
 from model.evaluation import gate
@@ -80,14 +80,14 @@ def _side(ref: str) -> Side:
 def _benchmark(side: Side) -> Manifest | None:
     """What is pinned for the registered model, or else what the version was evaluated on."""
     pinned = registry.benchmark_of(side.name) if side.name else None
-    if pinned and (found := there(Input(kind="benchmark", key=pinned[0], sha256=pinned[1]))):
+    if found := there(pinned):
         return found
     return there(side.lineage.get("benchmark"))
 
 
 def _measured(config: RunConfig, run: str, side: Side, images: Manifest, benchmark: Manifest) -> Measured:
     before = there(side.lineage.get("evaluation"))
-    if before and before.info.get("benchmark") == benchmark.key:
+    if before and counts(before, benchmark):
         return measured(before.info, side.model)
     found = measure(config, run, side.model, images, benchmark)
     if isinstance(found, str):

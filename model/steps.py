@@ -271,6 +271,16 @@ def writer(kind: Kind, config: RunConfig, inputs: Mapping[str, Manifest]) -> Ass
     return AssetWriter(kind, step.settings(config), inputs, step.version)
 
 
+def made_as_now(made: Manifest) -> bool:
+    """Whether the step as it is makes this asset; one of another version may mean others by its figures."""
+    return made.key == assets.asset_key(made.kind, made.settings, made.inputs, STEPS[made.kind].version)
+
+
+def run_name(kind: Kind, inputs: Mapping[str, Input]) -> str:
+    """What a job is called within its run, which may measure several models."""
+    return f"{kind}-{inputs['model'].key[:8]}" if kind == "measurement" else kind
+
+
 def job(kind: Kind, config: RunConfig, run: str, inputs: Mapping[str, Manifest]) -> JobSpec:
     """The job that makes an asset of this kind within the pipeline's run `run`. Raises as `settings`."""
     step, output = STEPS[kind], writer(kind, config, inputs)
@@ -288,7 +298,7 @@ def job(kind: Kind, config: RunConfig, run: str, inputs: Mapping[str, Manifest])
         settings=output.settings,
         inputs=made_from,
         jobs=config.jobs.model_copy(update=alone),
-        tracking=TrackingIds(experiment=experiment, run=run, step=kind),
+        tracking=TrackingIds(experiment=experiment, run=run, step=run_name(kind, output.inputs)),
     )
 
 

@@ -19,9 +19,6 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 Preset = Annotated[str, typer.Option(help="Name of a shipped preset, or a .yaml file.")]
 Registered = Annotated[str, typer.Option(help="Name of a registered model; left out, the last one.")]
-OfCluster = Annotated[
-    bool, typer.Option("--cluster", help="In MLflow of the cluster, instead of that of runs here.")
-]
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045 (typer reads it at run time)
     typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a setting; may be repeated."),
@@ -253,17 +250,17 @@ def promote(
         int, typer.Argument(min=0, help="Its number; left out, the challenger's.", show_default=False)
     ] = 0,
     model: Registered = "",
-    cluster: OfCluster = False,
 ) -> None:
     """Put a version in use, whatever its verdict was; the champion so far is what a rollback returns to."""
+    from components import registration
     from model.plumbing import registry
 
-    with _registry(cluster) as shared:
+    with _services_of_runs() as shared:
         name = model or registry.last_registered(shared)
         number = version or registry.version_of(registry.CHALLENGER, name)
         if not number:
             raise UserError(f"{name} has no challenger; say which version, see `latent-gpt models`")
-        before = registry.promote(number, name).champion
+        before = registration.promote(number, name).champion
     if before == number:
         print(f"{name} version {number} is champion already: nothing has changed")
         return
@@ -274,13 +271,14 @@ def promote(
         )
 
 
-def rollback(model: Registered = "", cluster: OfCluster = False) -> None:
+def rollback(model: Registered = "") -> None:
     """Put the previous champion back in use; the champion so far takes its place."""
+    from components import registration
     from model.plumbing import registry
 
-    with _registry(cluster) as shared:
+    with _services_of_runs() as shared:
         name = model or registry.last_registered(shared)
-        before = registry.rollback(name)
+        before = registration.rollback(name)
     print(f"{name} version {before.previous} is champion")
     if before.champion:
         print(f"version {before.champion}, champion until now, is previous champion: once more returns to it")
@@ -288,14 +286,13 @@ def rollback(model: Registered = "", cluster: OfCluster = False) -> None:
 
 def models(
     model: Annotated[str, typer.Option(help="Name of a registered model; left out, all.")] = "",
-    cluster: OfCluster = False,
 ) -> None:
     """List the registered models: versions, which are in use, what was decided, when."""
     import time
 
     from model.plumbing import registry
 
-    with _registry(cluster):
+    with _services_of_runs():
         found = registry.listed(model)
     if not found:
         print("no model is registered yet; run the pipeline first")
@@ -319,7 +316,7 @@ def evaluate(
     from model.evaluation.gate import shown
     from model.plumbing import registry
 
-    with _services():
+    with _services_of_runs():
         if not against:
             if not model.startswith("models:/"):
                 raise UserError(f"--against is missing: {model} is no registered model that has a champion")
@@ -517,40 +514,25 @@ def _shared() -> bool:
 
 
 @contextlib.contextmanager
-def _services_of_runs() -> Iterator[None]:
-    """S3 and MLflow of the cluster, where KFP_ENDPOINT says that there is one; else those of runs here."""
+def _services_of_runs() -> Iterator[bool]:
+    """S3 and MLflow of the cluster, where KFP_ENDPOINT says that there is one; else those of runs here.
+
+    Yields whether that MLflow is shared with others.
+    """
     from model.plumbing import environment
     from pipelines.cluster import settings
 
     settings.read()
     if not environment.KFP_ENDPOINT.get():
+        shared = _shared()
         with _services():
-            yield
+            yield shared
         return
-    with _services_of_cluster():
-        yield
-
-
-@contextlib.contextmanager
-def _services_of_cluster() -> Iterator[None]:
-    namespace = _cluster()
     from pipelines.cluster.kubectl import Kubectl
     from pipelines.cluster.reach import services
 
-    with services(Kubectl(namespace)):
-        yield
-
-
-@contextlib.contextmanager
-def _registry(cluster: bool) -> Iterator[bool]:
-    """MLflow and S3 of a cluster, or of runs here; yields whether that MLflow is shared with others."""
-    if cluster:
-        with _services_of_cluster():
-            yield True
-        return
-    shared = _shared()
-    with _services():
-        yield shared
+    with services(Kubectl(environment.NAMESPACE.get())):
+        yield True
 
 
 @contextlib.contextmanager

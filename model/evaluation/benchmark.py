@@ -16,7 +16,7 @@ import io
 import json
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -229,8 +229,15 @@ def load_benchmarks_judge(manifest: Manifest, device: torch.device | str = "cpu"
     return load_judge(cache.folder(manifest, names) / JUDGE, device)
 
 
-def without(benchmark: Manifest, images: Manifest) -> Manifest | None:
+def without(
+    benchmark: Manifest, images: Manifest, announce: Callable[[str], object] = lambda uri: None
+) -> Manifest | None:
     """A benchmark without those pictures that are not in `images` any more: deleted ones leave it, too.
+
+    Args:
+        benchmark: the whole one.
+        images: those that there are.
+        announce: hears where a smaller one is, before it is looked for or made: see `uses`.
 
     Returns:
         The benchmark itself where all are there; None where none is.
@@ -254,6 +261,7 @@ def without(benchmark: Manifest, images: Manifest) -> Manifest | None:
     settings = {**benchmark.settings, "without": sorted(gone | set(benchmark.settings.get("without", [])))}
     judge: dict[str, Input] = {JUDGE: benchmark.inputs[JUDGE]}
     writer = AssetWriter("benchmark", settings, judge, steps.STEPS["benchmark"].version)
+    announce(writer.uri)
     if found := assets.find(writer.uri):
         return found
     weights = {
@@ -263,6 +271,18 @@ def without(benchmark: Manifest, images: Manifest) -> Manifest | None:
     }
     smaller = described.model_copy(update={"splits": left})
     return _write(writer, smaller, benchmark, entries, benchmark, weights)
+
+
+def mostly_deleted(benchmark: Manifest) -> bool:
+    """Whether most of the pictures that it had once are deleted."""
+    gone = len(benchmark.settings.get("without", []))
+    return gone > sum(benchmark.info["shards"].values())
+
+
+def shares(benchmark: Manifest, images: Manifest) -> bool:
+    """Whether any picture of a benchmark is in `images`. Raises UserError: an asset is damaged."""
+    pinned = {one.content for rows in _describe(benchmark).splits.values() for one in rows}
+    return any(content.hex() in pinned for split in SPLITS for content in contents(images, split))
 
 
 def moved_into_training(benchmark: Manifest, images: Manifest) -> list[str]:

@@ -174,7 +174,7 @@ def decide(gate: GateConfig, challenger: Measured, champion: Measured | None = N
 
 
 def replaces(gate: GateConfig, challenger: Measured, why: str) -> Verdict:
-    """The verdict where the champion is of no use: any healthy model takes its place.
+    """The verdict where the champion is of no use: any model takes its place that would be the first ever.
 
     Args:
         gate: the rule.
@@ -182,10 +182,12 @@ def replaces(gate: GateConfig, challenger: Measured, why: str) -> Verdict:
         why: the champion is of no use.
     """
     plain = _plain(gate, challenger)
-    broken = [guard.said for guard in plain.guards if not guard.holds]
-    if wrong := _ill(challenger, plain.metric, plain.guards) or broken:
-        return _with(plain, "refused", f"{'; '.join(wrong)} (and {why})")
-    return _with(plain, "replaces", why)
+    if ill := _ill(challenger, plain.metric, plain.guards):
+        return _with(plain, "refused", f"{'; '.join(ill)} (and {why})")
+    alone = _first(gate, challenger, plain)
+    if alone.outcome == "refused":
+        return _with(alone, "refused", f"{alone.reason} (and {why})")
+    return _with(alone, "replaces", why)
 
 
 def not_compared(gate: GateConfig, challenger: Measured, why: str) -> Verdict:

@@ -67,7 +67,7 @@ class Generator:
 
         Raises:
             UserError: where the folder is no bundle, a part is missing or does not fit, or a weight is no
-                finite number.
+                finite number (`Diverged`).
         """
         folder = Path(folder)
         if not (folder / SAMPLING).is_file():

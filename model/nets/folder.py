@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from model.config import without_retired
-from model.errors import UserError
+from model.errors import Diverged, UserError
 from model.plumbing.checkpoints import CONFIG, WEIGHTS, load_model
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -39,7 +39,7 @@ def load(folder: str | Path, build: Callable[[dict[str, Any]], Net]) -> tuple[Ne
 
     Raises:
         UserError: a file is missing or cannot be read, `config.json` describes no net that `build` knows, the
-            weights are of another one, or not all of them are finite.
+            weights are of another one, or not all of them are finite (`Diverged`).
     """
     folder = Path(folder)
     description = read_description(folder)
@@ -49,7 +49,7 @@ def load(folder: str | Path, build: Callable[[dict[str, Any]], Net]) -> tuple[Ne
     weights, _ = load_model(folder)
     for name, weight in weights.items():
         if not weight.isfinite().all():
-            raise UserError(f"{folder}: {name} holds what is no finite number; train this net anew")
+            raise Diverged(f"{folder}: {name} holds what is no finite number; train this net anew")
     net = _built(build, description, folder)
     fit(net, weights, str(folder))
     return net.eval(), description

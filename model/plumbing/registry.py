@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -48,7 +48,9 @@ TIME_TAG = "latent_gpt.registered"  # of a version: when a run last came to it, 
 INTENT_TAG = "latent_gpt.aliases"  # of a registered model: as its aliases are about to be
 BENCHMARK_TAG = "latent_gpt.benchmark"  # of a registered model: "key/sha256" of what versions are measured on
 IMAGES_TAG = "latent_gpt.images"  # of a registered model: "key/sha256" of those that stand for its source
-VERDICT_TAG = "latent_gpt.verdict"  # of a version: what was decided; more of it in tags that begin so
+VERDICT_TAG = (
+    "latent_gpt.verdict"  # of a version: what was decided, set last; more of it in tags that begin so
+)
 CHECKSUMS, OLD_TAG = (
     "checksums.json",
     "latent_gpt.bundle",
@@ -249,28 +251,33 @@ def note(version: int, name: str, description: str, **tags: str) -> None:
         version: its number.
         name: of the registered model.
         description: Markdown; what is beyond MLflow's limit is cut off.
-        tags: more of the verdict, by the end of the tag's name; `outcome` is the verdict itself.
+        tags: more of the verdict, by the end of the tag's name.
     """
     client = mlflow_client()
     with explained():
         client.update_model_version(name, str(version), description[:LONGEST_DESCRIPTION])
         for what, value in tags.items():
-            tag = VERDICT_TAG if what == "outcome" else f"{VERDICT_TAG}.{what}"
-            client.set_model_version_tag(name, str(version), tag, value[:LONGEST_TAG])
+            client.set_model_version_tag(name, str(version), f"{VERDICT_TAG}.{what}", value[:LONGEST_TAG])
 
 
-def benchmark_of(name: str) -> tuple[str, str] | None:
-    """Key and hash of the asset that the versions of a registered model are measured on; None if none is."""
+def judged(version: int, name: str, outcome: str) -> None:
+    """Say what was decided of a version, last of all: one of which nothing is said is judged once more."""
+    tag(version, name, {VERDICT_TAG: outcome})
+
+
+def benchmark_of(name: str) -> Input | None:
+    """The asset that the versions of a registered model are measured on; None if none is."""
     with explained():
         found = mlflow_client().search_registered_models(f"name='{name}'")
     key, _, sha256 = found[0].tags.get(BENCHMARK_TAG, "").partition("/") if found else ("", "", "")
-    return (key, sha256) if sha256 else None
+    return Input(kind="benchmark", key=key, sha256=sha256) if sha256 else None
 
 
-def pin(key: str, sha256: str, name: str) -> None:
+def pin(benchmark: Input, name: str) -> None:
     """Have the versions of a registered model be measured on this benchmark from now on."""
     with explained():
-        mlflow_client().set_registered_model_tag(name, BENCHMARK_TAG, f"{key}/{sha256}")
+        said = f"{benchmark.key}/{benchmark.sha256}"
+        mlflow_client().set_registered_model_tag(name, BENCHMARK_TAG, said)
 
 
 # ── which version is in use ─────────────────────────────────────────────────────────────────────────────
@@ -331,21 +338,41 @@ def aliases(name: str) -> Aliases:
         return _known_aliases(_aliases(mlflow_client(), name))
 
 
+class Change(NamedTuple):
+    """To be alone with the aliases of a registered model, see `changing`."""
+
+    name: str
+    before: Aliases  # whole
+    still_ours: Callable[[], None]  # raises a UserError where others may be at it: before each write
+
+    def settle(self, wanted: Aliases) -> None:
+        """Have the aliases be as wanted, in the end even by somebody else."""
+        client = mlflow_client()
+        with explained():
+            before = _aliases(client, self.name)
+            if _known_aliases(before) == wanted:
+                return
+            self.still_ours()
+            client.set_registered_model_tag(self.name, INTENT_TAG, wanted.model_dump_json())
+            _set(client, self.name, before, wanted, self.still_ours)
+            self.still_ours()
+            client.delete_registered_model_tag(self.name, INTENT_TAG)
+
+
 @contextmanager
-def changing(name: str, speaker: str) -> Iterator[Aliases]:
-    """Alone with the aliases of a registered model: yields them when they are whole; `settle` changes them.
+def changing(name: str, speaker: str) -> Iterator[Change]:
+    """Alone with the aliases of a registered model, which are whole by then.
 
     Args:
         name: of the registered model.
         speaker: the step or command, for what is said.
     """
-    with leases.alone(speaker, f"registry/{name}"):
-        yield mend(name)
+    with leases.alone(speaker, f"registry/{name}") as still_ours:
+        yield Change(name, _mend(name, still_ours), still_ours)
 
 
-def mend(name: str) -> Aliases:
-    """Finish what somebody who was killed had begun, and take aliases from what is deleted. Only for who is
-    alone with them, see `changing`."""
+def _mend(name: str, still_ours: Callable[[], None]) -> Aliases:
+    """Finish what somebody who was killed had begun, and take aliases from what is deleted."""
     client = mlflow_client()
     with explained():
         found = client.search_registered_models(f"name='{name}'")
@@ -357,22 +384,11 @@ def mend(name: str) -> Aliases:
             with suppress(ValidationError):  # of somebody else's hand
                 wanted = Aliases.model_validate_json(intent)
         wanted = wanted.among([int(version.version) for version in _versions(client, name)])
-        _set(client, name, before, wanted)
+        _set(client, name, before, wanted, still_ours)
         if intent is not None:
+            still_ours()
             client.delete_registered_model_tag(name, INTENT_TAG)
     return wanted
-
-
-def settle(name: str, wanted: Aliases) -> None:
-    """Have the aliases be as wanted, in the end even by somebody else. Only within `changing`."""
-    client = mlflow_client()
-    with explained():
-        before = _aliases(client, name)
-        if _known_aliases(before) == wanted:
-            return
-        client.set_registered_model_tag(name, INTENT_TAG, wanted.model_dump_json())
-        _set(client, name, before, wanted)
-        client.delete_registered_model_tag(name, INTENT_TAG)
 
 
 def promote(version: int, name: str, speaker: str = "promote") -> Aliases:
@@ -386,9 +402,9 @@ def promote(version: int, name: str, speaker: str = "promote") -> Aliases:
         one = _parse(client, f"models:/{name}/{version}")
         if not _files(one):
             raise storage.NotFound(f"the files of models:/{name}/{version} are gone from MLflow")
-    with changing(name, speaker) as before:
-        settle(name, before.promoted(version))
-    return before
+    with changing(name, speaker) as now:
+        now.settle(now.before.promoted(version))
+    return now.before
 
 
 def rollback(name: str, speaker: str = "rollback") -> Aliases:
@@ -397,18 +413,21 @@ def rollback(name: str, speaker: str = "rollback") -> Aliases:
     Raises:
         UserError: there is no previous champion.
     """
-    with changing(name, speaker) as before:
-        if before.previous is None:
-            known = {alias: version for alias, version in before.by_name.items() if version}
+    with changing(name, speaker) as now:
+        if now.before.previous is None:
+            known = {alias: version for alias, version in now.before.by_name.items() if version}
             raise UserError(f"{name} has no {PREVIOUS} to roll back to; it has {_known(known)}")
-        settle(name, before.rolled_back())
-    return before
+        now.settle(now.before.rolled_back())
+    return now.before
 
 
-def _set(client: MlflowClient, name: str, before: dict[str, int], wanted: Aliases) -> None:
+def _set(
+    client: MlflowClient, name: str, before: dict[str, int], wanted: Aliases, still_ours: Callable[[], None]
+) -> None:
     for alias, version in wanted.by_name.items():
         if before.get(alias) == version:
             continue
+        still_ours()
         if version is None:
             client.delete_registered_model_alias(name, alias)
         else:

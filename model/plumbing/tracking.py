@@ -570,6 +570,7 @@ def note_made(
     figures: Mapping[str, float],
     data: Iterable[Manifest],
     seconds: float,
+    step: str = "",
 ) -> None:
     """Have the step that makes an asset stand below its pipeline's run, also where there was nothing to do.
 
@@ -582,21 +583,23 @@ def note_made(
         figures: of the asset.
         data: what it was made from.
         seconds: that it took.
+        step: its name within the run; "" is the asset's kind.
 
     Raises:
         UserError: MLflow cannot be reached.
     """
+    step = step or made.kind
     parents = _runs_quickly(run, PIPELINE)
     for parent in parents[:1]:
         if made.kind == "images":
             _ask("runs/log-inputs", QUICK_ANSWER, run_id=parent["run_id"], **_as_inputs([made], "images"))
-        if _runs_quickly(run, made.kind):
+        if _runs_quickly(run, step):
             continue
         now = int(1000 * time.time())
         start = now - max(1, int(1000 * seconds))
-        tags = {RUN_TAG: run, STEP_TAG: made.kind, PARENT_TAG: parent["run_id"], **provenance.tags()}
+        tags = {RUN_TAG: run, STEP_TAG: step, PARENT_TAG: parent["run_id"], **provenance.tags()}
         tags |= {REUSED_TAG: "yes"} if reused else {}
-        asked = {"experiment_id": parent["experiment_id"], "run_name": made.kind, "start_time": start}
+        asked = {"experiment_id": parent["experiment_id"], "run_name": step, "start_time": start}
         asked["tags"] = [{"key": name, "value": value} for name, value in tags.items()]
         child = _ask("runs/create", QUICK_ANSWER, **asked)["run"]["info"]["run_id"]
         shown = [{"key": name, "value": one, "timestamp": now, "step": 0} for name, one in figures.items()]

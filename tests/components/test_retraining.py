@@ -88,7 +88,7 @@ def version(services: dict[str, str], name: str, source: list[str], tmp_path: Pa
         if champion:
             mlflow_client().set_registered_model_alias(name, registry.CHAMPION, str(number))
         if judged:
-            registry.note(number, name, "", outcome="first" if champion else "worse")
+            registry.judged(number, name, "first" if champion else "worse")
         return made
 
     return make
@@ -152,7 +152,7 @@ def test_who_was_killed_before_a_verdict_is_no_reason_to_stop(
     assert seen.new
     assert seen.said[0] == f"new: version 2 of {name} was made from the same, and was not judged"
     assert seen.config.origin["images"].key == refused["images"].key
-    registry.note(2, name, "", outcome="worse")
+    registry.judged(2, name, "worse")
     assert not asked(name).new
 
 

@@ -74,9 +74,10 @@ def name(services: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPat
         register(name, made(number))
     registry.promote(1, name)
     registry.promote(2, name)
-    with registry.changing(name, "test") as found:
-        registry.settle(name, found.refused(3))
-    registry.note(3, name, "# card", outcome="not better", reason="0.4 against 0.5")
+    with registry.changing(name, "test") as now:
+        now.settle(now.before.refused(3))
+    registry.note(3, name, "# card", reason="0.4 against 0.5")
+    registry.judged(3, name, "not better")
     return name
 
 

@@ -86,7 +86,7 @@ def test_the_whole_way(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old, second, third, newest = (registered("pictures", seed) for seed in range(4))
     registry.promote(old[0], "pictures")
     benchmark, forgotten = made("benchmark", 0), made("benchmark", 1)
-    registry.pin(benchmark.key, benchmark.sha256, "pictures")
+    registry.pin(benchmark.as_input, "pictures")
     other = registered("others", 10)
     run = open_pipeline_run("e", "a-run")
     mlflow_client().log_image(run, Image.new("RGB", (64, 64)), artifact_file="a.png")

@@ -348,22 +348,22 @@ class TestTransactions:
         versions(model, 4)
         states = []
         for calls in range(10):
-            with registry.changing(model, "test"):
-                registry.settle(model, self.BEFORE)
+            with registry.changing(model, "test") as now:
+                now.settle(self.BEFORE)
             with monkeypatch.context() as patch:
                 dying = Dying(calls)
                 patch.setattr(registry, "mlflow_client", lambda dying=dying: dying)
                 try:
-                    with registry.changing(model, "test") as found:
-                        registry.settle(model, change(found))
+                    with registry.changing(model, "test") as now:
+                        now.settle(change(now.before))
                 except Killed:
                     pass
                 else:
                     break
             assert registry.aliases(model).champion in (2, change(self.BEFORE).champion), "never none"
-            with registry.changing(model, "test") as mended:
-                states.append(mended)
-            assert registry.aliases(model) == mended
+            with registry.changing(model, "test") as now:
+                states.append(now.before)
+            assert registry.aliases(model) == now.before
             assert not mlflow_client().get_registered_model(model).tags
         assert len(states) >= 3, "an intent, an alias or more, and the end"
         assert states == [self.BEFORE] + [change(self.BEFORE)] * (len(states) - 1)
@@ -376,9 +376,9 @@ class TestTransactions:
         seen: list[tuple[int | None, int]] = []
 
         def promote(version: int) -> None:
-            with registry.changing(model, "test") as before:
-                seen.append((before.champion, version))
-                registry.settle(model, before.promoted(version))
+            with registry.changing(model, "test") as now:
+                seen.append((now.before.champion, version))
+                now.settle(now.before.promoted(version))
 
         with ThreadPoolExecutor(20) as pool:
             list(pool.map(promote, range(1, 21)))
@@ -389,8 +389,8 @@ class TestTransactions:
 
     def test_what_people_deleted_plays_nothing(self, services: dict[str, str], model: str) -> None:
         versions(model, 3)
-        with registry.changing(model, "test"):
-            registry.settle(model, Aliases(champion=3, previous=2, challenger=1))
+        with registry.changing(model, "test") as now:
+            now.settle(Aliases(champion=3, previous=2, challenger=1))
         mlflow_client().delete_model_version(model, "3")
         assert registry.rollback(model) == Aliases(previous=2, challenger=1)
         assert registry.aliases(model) == Aliases(champion=2, challenger=1)
@@ -400,15 +400,16 @@ class TestTransactions:
     def test_somebody_elses_intent_is_passed_over(self, services: dict[str, str], model: str) -> None:
         versions(model, 1)
         mlflow_client().set_registered_model_tag(model, registry.INTENT_TAG, "{}x")
-        with registry.changing(model, "test") as found:
-            assert found == Aliases()
+        with registry.changing(model, "test") as now:
+            assert now.before == Aliases()
         assert not mlflow_client().get_registered_model(model).tags
 
     def test_what_is_known_of_a_version_is_noted_and_listed(
         self, services: dict[str, str], place: Path, model: str
     ) -> None:
         register(model, made(3))
-        registry.note(1, model, "# card\n" + "x" * 6000, outcome="first", reason="no other is in use")
+        registry.note(1, model, "# card\n" + "x" * 6000, reason="no other is in use")
+        registry.judged(1, model, "first")
         registry.promote(1, model)
         (one,) = registry.listed(model)
         assert (one.version, one.aliases, one.verdict) == (1, ["champion"], "first")
@@ -421,8 +422,9 @@ class TestTransactions:
     def test_the_pinned_benchmark_is_remembered(self, services: dict[str, str], model: str) -> None:
         versions(model, 1)
         assert registry.benchmark_of(model) is None
-        registry.pin("k" * 16, "s" * 64, model)
-        assert registry.benchmark_of(model) == ("k" * 16, "s" * 64)
+        benchmark = Input(kind="benchmark", key="k" * 16, sha256="s" * 64)
+        registry.pin(benchmark, model)
+        assert registry.benchmark_of(model) == benchmark
         assert registry.benchmark_of("nobody") is None
 
     def test_the_current_images_are_those_that_were_seen_last(
