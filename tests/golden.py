@@ -23,6 +23,7 @@ from model.steps import STEPS
 from tests.instances import config, ingest, make
 
 RECORDED = Path(__file__).parent / "golden.json"
+KINDS = [kind for kind in STEPS if kind != "race"]  # whose result is how fast this machine is
 TRAINING = {"steps": 6, "batch_size": 16, "warmup_steps": 1, "log_every": 2, "eval_every": 3, "ema": 0.5}
 
 
@@ -40,11 +41,12 @@ def results(make: Callable[..., Manifest] = make) -> dict[str, Any]:
         },
     )
     made: dict[Kind, Manifest] = {"images": ingest(run.data)}
-    for kind, step in STEPS.items():
+    for kind in KINDS:
+        step = STEPS[kind]
         if kind not in made:
             needed = (name for name in (*step.needs, *step.also) if name in made)
             made[kind] = make(kind, run, {name: made[name] for name in needed})
-    return {kind: {"version": STEPS[kind].version, **_result(made[kind])} for kind in STEPS}
+    return {kind: {"version": STEPS[kind].version, **_result(made[kind])} for kind in KINDS}
 
 
 def _result(made: Manifest) -> dict[str, Any]:

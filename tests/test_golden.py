@@ -13,7 +13,6 @@ import pytest
 
 from model.config import RunConfig
 from model.plumbing.assets import Kind, Manifest
-from model.steps import STEPS
 from tests import golden
 from tests.instances import make
 
@@ -52,7 +51,7 @@ def now(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", STEPS)
+@pytest.mark.parametrize("kind", golden.KINDS)
 def test_a_step_makes_what_its_version_made(kind: str, now: dict[str, Any]) -> None:
     recorded = json.loads(golden.RECORDED.read_text())[kind]
     advice = (
@@ -66,7 +65,7 @@ def test_a_step_makes_what_its_version_made(kind: str, now: dict[str, Any]) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [kind for kind in STEPS if kind != "images"])
+@pytest.mark.parametrize("kind", [kind for kind in golden.KINDS if kind != "images"])
 def test_a_job_reads_what_its_spec_names_and_nothing_else(
     kind: str, now: dict[str, Any], read: dict[str, tuple[set[str], set[str]]]
 ) -> None:

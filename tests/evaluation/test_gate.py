@@ -247,13 +247,16 @@ class TestHealth:
         self, scores: list[float]
     ) -> None:
         champion = measured(0).model_copy(update={"scores": {"retrieval": {"validation": scores}}})
-        found = decide(GATE, measured(0), champion)
+        found = decide(GATE, measured(100), champion)
         assert (found.outcome, found.promoted) == ("replaces", True)
         assert found.reason == "the champion's retrieval accuracy is no finite number"
-        ill = decide(GATE, measured(0, figures={"validation/psnr": NAN}), champion)
+        ill = decide(GATE, measured(100, figures={"validation/psnr": NAN}), champion)
         assert ill.outcome == "refused"
-        copies = decide(GATE, measured(0, figures={"validation/near_duplicates": 0.9}), champion)
+        copies = decide(GATE, measured(100, figures={"validation/near_duplicates": 0.9}), champion)
         assert copies.outcome == "refused"
+        blind = decide(GATE, measured(0), champion)
+        assert blind.outcome == "refused"
+        assert blind.reason.startswith("not above chance")
 
     @pytest.mark.parametrize("figure", FIGURES)
     def test_another_figure_of_the_champions_has_nothing_to_be_worse_than(self, figure: str) -> None:
@@ -265,7 +268,7 @@ class TestHealth:
             assert decide(GATE, measured(190, seen=9), theirs).outcome == "better"
 
     def test_a_lost_champion(self) -> None:
-        found = replaces(GATE, measured(0), "the champion is lost: gone")
+        found = replaces(GATE, measured(100), "the champion is lost: gone")
         assert (found.outcome, found.reason) == ("replaces", "the champion is lost: gone")
 
 

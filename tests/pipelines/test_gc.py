@@ -19,7 +19,7 @@ from model.data.image_shards import index, stored
 from model.data.ingest import ingest
 from model.errors import UserError
 from model.plumbing import assets, registry, storage
-from model.plumbing.assets import AssetWriter, Input, Manifest
+from model.plumbing.assets import AssetWriter, Manifest
 from model.plumbing.jobs import TrackingIds
 from model.plumbing.tracking import deleted_runs, mlflow_client, open_pipeline_run
 from pipelines import gc as module
@@ -205,8 +205,9 @@ def test_a_deleted_picture_is_in_no_object_after_the_next_retraining(
         assert storage.list_sizes(first[kind].uri).keys() <= lent, "what was taken over is all that is left"
     for version in (1, 2):
         assert registry.resolve(f"models:/deleted/{version}").is_dir()
-    key, sha256 = registry.benchmark_of("deleted") or ("", "")
-    smaller = Input(kind="benchmark", key=key, sha256=sha256).load()
+    pinned = registry.benchmark_of("deleted")
+    assert pinned
+    smaller = pinned.load()
     assert assets.find(smaller.uri), "versions are measured as before, but for these two"
     assert smaller.info["train"] == first["benchmark"].info["train"] - 1
 
