@@ -31,7 +31,7 @@ def whole_run() -> dict[Kind, Manifest]:
     run = config()
     made: dict[Kind, Manifest] = {"images": ingest(run.data)}
     for kind, step in STEPS.items():
-        if kind not in made:
+        if kind not in made and step.taken(run):
             made[kind] = make(kind, run, {name: made[name] for name in step.needs})
     return made
 
