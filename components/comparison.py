@@ -6,7 +6,7 @@ import time
 from typing import NamedTuple
 
 from components.registration import counts, measure, measured, raced, there
-from model.config import GateConfig, RunConfig
+from model.config import RunConfig
 from model.errors import UserError
 from model.evaluation import gate
 from model.evaluation.gate import Measured, Verdict
@@ -54,10 +54,9 @@ def compare(model: str, against: str) -> Verdict:
         if images is None:
             raise UserError(f"the pictures of neither {model} nor {against} are in the store any more")
         sides.append(_measured(config, run, side, images, benchmark))
-    rule = config.gate if config else GateConfig()
-    if rule.speed_ratio:
+    if config.gate.speed_ratio:
         sides = list(raced(config, run, ours.model, theirs.model, benchmark, *sides))
-    verdict = gate.decide(rule, *sides)
+    verdict = gate.decide(config.gate, *sides)
     judge = benchmark.inputs["judge"].key
     return verdict.model_copy(
         update={"against": theirs.version, "benchmark": benchmark.key, "judge": f"{judge}, pinned with it"}

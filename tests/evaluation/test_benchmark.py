@@ -6,7 +6,7 @@ import io
 import json
 import shutil
 import tarfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -37,15 +37,6 @@ from tests.instances import config, ingest, publish_models
 @pytest.fixture(scope="module")
 def run() -> RunConfig:
     return config(evaluation={"pictures": 6})
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A store that this module's tests share; they leave its assets as they are."""
-    root = tmp_path_factory.mktemp("store")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LATENT_GPT_STORE", str(root))
-        yield root
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sized
+from collections.abc import Sized
 from pathlib import Path
 
 import pytest
@@ -25,15 +25,6 @@ from tests.instances import config, ingest, make, publish_models
 @pytest.fixture(scope="module")
 def run() -> RunConfig:
     return config(evaluation={"samples_per_prompt": 2, "pictures": 4})
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A store that this module's tests share; they leave its assets as they are."""
-    root = tmp_path_factory.mktemp("store")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LATENT_GPT_STORE", str(root))
-        yield root
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,15 +24,6 @@ def run() -> RunConfig:
         sweep={"cfg_scale": [1.0, 4.0], "temperature": [0.5, 1.0], "prompts": 5},
         sampling={"cfg_scale": 2.0, "temperature": 1.0},
     )
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A store that this module's tests share; they leave its assets as they are."""
-    root = tmp_path_factory.mktemp("store")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LATENT_GPT_STORE", str(root))
-        yield root
 
 
 @pytest.fixture(scope="module")
