@@ -13,10 +13,11 @@ from model.plumbing.outcome import EXIT_CODES
 from model.steps import STEPS
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE = {"model.config", "model.errors", "model.plumbing"}
+BASE = {"model.config", "model.recipe", "model.errors", "model.plumbing"}
 PARTS = {  # what each part may import of ours beside itself; the first that holds a file is the file's part
     "model/errors.py": set(),
-    "model/config.py": {"model.errors"},
+    "model/recipe.py": {"model.errors"},
+    "model/config.py": {"model.errors", "model.recipe"},
     "model/plumbing": {"model.config", "model.errors"},
     "model/data": BASE,  # knows no nets
     "model/nets": BASE,  # know no data
