@@ -2,7 +2,10 @@
 # .latent-gpt (services and their data, logs of runs). No target has logic of its own: `latent-gpt` does.
 
 PYTHON ?= python3
-PRESET ?= openmoji-tiny
+PRESET ?=
+DATA ?=
+MINUTES ?=
+EFFORT ?=
 PROMPT ?= red apple
 OUT ?= out.png
 CRON ?=
@@ -27,10 +30,14 @@ ifdef KFP_ENDPOINT
 test-cluster: export KFP_ENDPOINT := $(KFP_ENDPOINT)
 endif
 # As they were typed: a prompt's dollar signs are no variables of make's.
+override PRESET := $(value PRESET)
+override DATA := $(value DATA)
+override MINUTES := $(value MINUTES)
+override EFFORT := $(value EFFORT)
 override PROMPT := $(value PROMPT)
 override OUT := $(value OUT)
 override CRON := $(value CRON)
-export PROMPT OUT CRON REGISTRY BASE TORCH_INDEX CA BUILDER BUILD_FLAGS PUSH_FLAGS
+export PRESET DATA MINUTES EFFORT PROMPT OUT CRON REGISTRY BASE TORCH_INDEX CA BUILDER BUILD_FLAGS PUSH_FLAGS
 # What `make cluster-addons` installs, and `make cluster` starts.
 KFP_VERSION := 2.17.0
 OPERATOR_VERSION := v1.9.4
@@ -41,6 +48,10 @@ CHECKOV_VERSION := 3.3.30
 export PIP_USER := 0
 unexport PIP_TARGET PIP_PREFIX PIP_ROOT
 
+# What was said of these, as the shell hands it over; of what was not, `latent-gpt` knows the rest.
+OF_PRESET := $${PRESET:+--preset "$$PRESET"}
+OF_DATA := $${DATA:+--data "$$DATA"}
+OF_DIAL := $${MINUTES:+--minutes "$$MINUTES"} $${EFFORT:+--effort "$$EFFORT"}
 BIN := .venv/bin
 UV := $(BIN)/uv
 SYNC := $(UV) pip sync --python $(BIN)/python --require-hashes --compile-bytecode --quiet
@@ -48,16 +59,19 @@ COMPILE := $(UV) pip compile --universal --python-version 3.11 --generate-hashes
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help run retrain generate mlflow-ui gc preflight build-and-deploy build push secrets deploy upload submit schedule undeploy \
+.PHONY: help run plan retrain generate mlflow-ui gc preflight build-and-deploy build push secrets deploy upload submit schedule undeploy \
 	cluster cluster-addons test test-fast test-cluster mutants lint lint-k8s lock bench bench-gpu clean
 
 ##@ Use
 
-run: .venv/run.stamp ## Run the whole pipeline here (PRESET=openmoji-tiny ARGS="--set a.b=c")
-	@$(BIN)/latent-gpt run --preset $(PRESET) $(ARGS)
+run: .venv/run.stamp ## Run the whole pipeline here (DATA=pictures MINUTES=25, or PRESET=openmoji-tiny ARGS="--set a.b=c")
+	@$(BIN)/latent-gpt run $(OF_PRESET) $(OF_DATA) $(OF_DIAL) $(ARGS)
+
+plan: .venv/run.stamp ## What a run would choose and take, each with its reason (DATA=pictures MINUTES=25)
+	@$(BIN)/latent-gpt plan $${PRESET:+"$$PRESET"} $(OF_DATA) $(OF_DIAL) $(ARGS)
 
 retrain: .venv/run.stamp ## The same again where source or settings are new, from the champion's weights
-	@$(BIN)/latent-gpt retrain --preset $(PRESET) $(ARGS)
+	@$(BIN)/latent-gpt retrain $(OF_PRESET) $(OF_DATA) $(ARGS)
 
 generate: .venv/run.stamp ## A picture from the registered champion (PROMPT="red apple" OUT=apple.png)
 	@$(BIN)/latent-gpt generate "$$PROMPT" --out "$$OUT" $(ARGS)
@@ -71,7 +85,7 @@ gc: .venv/run.stamp ## List what no model and no run needs any more (ARGS="--del
 ##@ On a cluster
 
 preflight: .venv/run.stamp ## Find out what would stop a run, here or (NAMESPACE=kubeflow) on the cluster of KUBECONFIG
-	@$(BIN)/latent-gpt preflight --preset $(PRESET) $(if $(NAMESPACE),--cluster) $(ARGS)
+	@$(BIN)/latent-gpt preflight $(OF_PRESET) $(if $(NAMESPACE),--cluster) $(ARGS)
 
 build-and-deploy: .venv/run.stamp ## All of the next five, as far as there is something to do (REGISTRY=… KFP_ENDPOINT=…)
 	@$(MAKE) --no-print-directory -j1 build push secrets deploy upload
@@ -92,10 +106,10 @@ upload: .venv/run.stamp ## The pipelines into KFP
 	@$(BIN)/latent-gpt upload
 
 submit: .venv/run.stamp ## Run one there (PRESET=openmoji-tiny ARGS="--follow --set a.b=c")
-	@$(BIN)/latent-gpt submit --preset $(PRESET) $(ARGS)
+	@$(BIN)/latent-gpt submit $(OF_PRESET) $(OF_DATA) $(ARGS)
 
 schedule: .venv/run.stamp ## Retrain there at set times, where there is anything new (CRON="0 0 3 * * *")
-	@$(BIN)/latent-gpt schedule --cron "$$CRON" --preset $(PRESET) $(ARGS)
+	@$(BIN)/latent-gpt schedule --cron "$$CRON" $(OF_PRESET) $(OF_DATA) $(ARGS)
 
 undeploy: .venv/run.stamp ## Take all of it away, but for the data
 	@$(BIN)/latent-gpt undeploy

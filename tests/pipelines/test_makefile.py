@@ -11,13 +11,14 @@ import pytest
 
 from tests import ROOT
 
+TYPED = ("PROMPT", "PRESET", "DATA", "MINUTES", "EFFORT")  # that nobody but a test may have set
 FAKE = '#!/bin/sh\nprintf "%s\\n" "$@"\n'
 
 
 @pytest.fixture(autouse=True)
 def no_make_above(monkeypatch: pytest.MonkeyPatch) -> None:
     """`make test` tells a make that it starts about itself, and that one then talks of folders."""
-    for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "PROMPT"):
+    for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", *TYPED):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -46,6 +47,30 @@ def test_a_prompt_arrives_as_it_was_typed(clone: Path, prompt: str) -> None:
         environment = os.environ | ({} if len(how) == 3 else {"PROMPT": prompt})
         said = subprocess.run(how, cwd=clone, env=environment, capture_output=True, text=True, check=True)
         assert said.stdout.splitlines() == ["generate", prompt, "--out", "out.png"]
+
+
+@pytest.mark.parametrize(
+    "data", ["my $5 pictures", 'it\'s "mine"/#1', "s3://b/{00..09}.tar", "$(shell date)"]
+)
+def test_what_is_said_of_ones_own_pictures_arrives_as_it_was_typed(clone: Path, data: str) -> None:
+    command = ["make", "run", f"DATA={data}", "MINUTES=2.5", "EFFORT=0.5", "ARGS=--set a=1"]
+    said = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=True)
+    told = ["--data", data, "--minutes", "2.5", "--effort", "0.5"]
+    assert said.stdout.splitlines() == ["run", *told, "--set", "a=1"]
+    command = ["make", "plan", f"DATA={data}", "PRESET=a b.yaml"]
+    said = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=True)
+    assert said.stdout.splitlines() == ["plan", "a b.yaml", "--data", data]
+
+
+@pytest.mark.parametrize("target", ["run", "plan", "retrain", "submit", "schedule", "preflight"])
+def test_what_is_not_said_is_left_to_the_command(clone: Path, target: str) -> None:
+    said = subprocess.run(["make", target], cwd=clone, capture_output=True, text=True, check=True)
+    assert said.stdout.splitlines() == [target, *(["--cron", ""] if target == "schedule" else [])]
+    if target in ("plan", "preflight"):
+        return
+    command = ["make", target, "PRESET=a b.yaml", "DATA=$5"]
+    said = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=True)
+    assert said.stdout.splitlines()[-4:] == ["--preset", "a b.yaml", "--data", "$5"]
 
 
 def test_a_users_own_pip_settings_do_not_lead_an_installation_elsewhere(clone: Path) -> None:
