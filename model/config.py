@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -73,6 +74,10 @@ class FolderSource(Section):
 
     kind: Literal["folder"] = "folder"
     path: str  # local folder
+    # Where captions come from: files beside the pictures and lists, or names, where there is nothing better.
+    captions: Annotated[
+        Literal["files", "names", "folders"], Field(exclude_if=lambda captions: captions == "files")
+    ] = "files"
 
 
 class WebDatasetSource(Section):
@@ -521,6 +526,9 @@ def load_config(
 ) -> RunConfig:
     """Read a config, put another source into it, apply `a.b=value` overrides (values are YAML), validate.
 
+    Another `kind` of a section that has several takes the whole section's place: of what it held nothing stays
+    but what other overrides say, in whatever order.
+
     Args:
         preset: name of a shipped one, or a YAML file.
         overrides: settings that win over all else.
@@ -538,8 +546,8 @@ def load_config(
         raise UserError(f"{where}: a config is a mapping of sections, not {type(values).__name__}")
     if data is not None:
         _put(values, ["data", "source"], data, "the data")
-    for override in overrides:
-        _override(values, override)
+    for number, override in enumerate(overrides):
+        _override(values, override, overrides[:number])
     return parse_config(values, where=where if not overrides else f"{where} with {' '.join(overrides)}")
 
 
@@ -580,11 +588,26 @@ def without_retired(stored: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def _override(values: dict[str, Any], override: str, before: Sequence[str] = ()) -> None:
+    """Apply an override that comes after others."""
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise UserError(f"override '{override}' must read section.field=value")
-    _put(values, path.split("."), _yaml(text, f"override '{_short(override)}'"), f"override '{override}'")
+    value, what = _yaml(text, f"override '{_short(override)}'"), f"override '{override}'"
+    section, _, field = path.rpartition(".")
+    if field == "kind" and section in UNIONS and _kind(values, section) != value:
+        _put(values, section.split("."), {"kind": value}, what)
+        for earlier in before:
+            if earlier.startswith(f"{section}.") and not earlier.startswith(f"{path}="):
+                _override(values, earlier)
+        return
+    _put(values, path.split("."), value, what)
+
+
+def _kind(values: Any, section: str) -> Any:
+    for name in (*section.split("."), "kind"):
+        values = values.get(name) if isinstance(values, dict) else None
+    return values
 
 
 def _put(values: dict[str, Any], path: list[str], value: Any, what: str) -> None:

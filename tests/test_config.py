@@ -392,6 +392,33 @@ def test_overrides_are_yaml_and_the_last_one_holds() -> None:
     assert config.data.source.model_dump() == {"kind": "folder", "path": "a=b"}
 
 
+@pytest.mark.parametrize("preset", preset_names())
+def test_another_kind_takes_the_place_of_a_section_in_whatever_order(preset: str) -> None:
+    overrides = ["data.source.path=/x", "data.source.kind=folder", "tokenizer.ref=/y", "tokenizer.kind=pretrained"]
+    for order in (overrides, overrides[::-1]):
+        config = load_config(preset, order)
+        assert config.data.source.model_dump() == {"kind": "folder", "path": "/x"}
+        assert config.tokenizer.model_dump() == {"kind": "pretrained", "family": "janus", "ref": "/y"}
+
+
+def test_the_same_kind_leaves_a_section_as_it_is() -> None:
+    assert load_config("smoke", ["data.source.kind=shapes", "clip.kind=trained"]) == load_config("smoke")
+
+
+def test_a_section_that_is_given_whole_wins_over_a_kind_before_it() -> None:
+    whole = "data.source={kind: shapes, count: 3}"
+    assert load_config("smoke", ["data.source.kind=folder", whole]).data.source.model_dump()["count"] == 3
+    config = load_config("smoke", [whole, "data.source.kind=openmoji", "data.source.limit=3"])
+    assert config.data.source.model_dump()["limit"] == 3
+
+
+def test_another_kind_says_which_of_its_fields_are_missing_or_unknown() -> None:
+    assert refused("data.source.kind=folder") == "data.source.path: Field required"
+    assert refused("clip.kind=pretrained", "clip.widht=3") == "clip.widht: unknown key"
+    overrides = ["data.source.kind=folder", "data.source.path=/x", "data.source.kind=webdataset"]
+    assert refused(*overrides) == "data.source.urls: Field required; data.source.path: unknown key"
+
+
 def test_an_override_makes_the_section_that_the_preset_leaves_out() -> None:
     assert load_config("smoke", ["data.augment.flip=true"]).data.augment.flip
 
