@@ -526,8 +526,8 @@ def load_config(
 ) -> RunConfig:
     """Read a config, put another source into it, apply `a.b=value` overrides (values are YAML), validate.
 
-    Another `kind` of a section that has several takes the whole section's place: of what it held nothing stays
-    but what other overrides say, in whatever order.
+    Another `kind` of a section that has several takes the whole section's place: of what it held nothing
+    stays; the other overrides of it apply after that, whatever their order.
 
     Args:
         preset: name of a shipped one, or a YAML file.

@@ -394,7 +394,12 @@ def test_overrides_are_yaml_and_the_last_one_holds() -> None:
 
 @pytest.mark.parametrize("preset", preset_names())
 def test_another_kind_takes_the_place_of_a_section_in_whatever_order(preset: str) -> None:
-    overrides = ["data.source.path=/x", "data.source.kind=folder", "tokenizer.ref=/y", "tokenizer.kind=pretrained"]
+    overrides = [
+        "data.source.path=/x",
+        "data.source.kind=folder",
+        "tokenizer.ref=/y",
+        "tokenizer.kind=pretrained",
+    ]
     for order in (overrides, overrides[::-1]):
         config = load_config(preset, order)
         assert config.data.source.model_dump() == {"kind": "folder", "path": "/x"}

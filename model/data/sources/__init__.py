@@ -5,7 +5,8 @@ one order and without holding all in memory; the first `start` are passed over, 
 format allows. `fingerprint(config)` says in a few bytes what it will yield, so that an asset made from the
 same source is found again, and refuses a source that is not there. Pictures are passed on as the bytes that
 were found, and only `model.data.images` judges them; sources that draw theirs draw them for a wanted `side`.
-Where no picture has to be read to know, `count(config)` says how many records there are.
+Where no picture has to be read to know, `count(config)` says how many records there are. `sample(config,
+most, until)` takes some records for a look, spread over the source; without it, it is the first ones.
 
 A **unit** is what a source can tell the state of without reading it: a picture's file with its captions, a
 tar, a parquet file, a drawing's number. Before it reads one, `iterate` asks `known(unit, mark)`, and in place
@@ -24,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
+from itertools import islice
 from pathlib import PurePosixPath
 from types import ModuleType
 from typing import Any
@@ -42,6 +44,11 @@ DRAWN = ("openmoji", "shapes")  # kinds that bring their own pictures
 LARGEST_PICTURE = 128 << 20  # bytes of a picture's file; larger ones are quarantined and not read
 KNOWN = "tar shards (s3://bucket/{000..999}.tar), parquet files, `openmoji` or `shapes`"
 KINDS = 50  # of other files that are told apart
+NAMES = {  # of kinds of sources, for people
+    "openmoji": "OpenMoji's pictures with their names in Unicode",
+    "shapes": "coloured shapes, drawn from templates",
+    "parquet": "parquet files",
+}
 
 Known = Callable[[str, str], bool]  # whether the unit of this name had this mark
 
@@ -62,6 +69,16 @@ class Record:
     mark: str = ""  # of that unit; empty where only reading tells its state
     place: int = 0  # number within its unit
     known: bool = False  # stands for all records of its unit, which is as it was
+
+
+@dataclass
+class Sample:
+    """Some records of a source, for a look."""
+
+    records: Iterator[Record]
+    kind: str  # of the source, for people
+    total: int = 0  # records in all; where it is estimated, it is right when the last record was taken
+    exact: bool = True
 
 
 def nothing_known(unit: str, mark: str) -> bool:
@@ -105,6 +122,26 @@ def count(config: Source) -> int:
     """How many records a source has; 0 where only reading them would tell."""
     known = getattr(_module(config), "count", None)
     return known(config) if known else 0
+
+
+def sample(config: Source, side: int, most: int, until: float) -> Sample:
+    """Some records of a source, without reading all of it.
+
+    Args:
+        config: of the source.
+        side: of the pictures, pixels; for sources that draw theirs.
+        most: records.
+        until: when to stop looking for more, by `time.monotonic`.
+
+    Raises:
+        UserError: the source is missing, empty or not what its kind promises.
+    """
+    taken = getattr(_module(config), "sample", None)
+    if taken:
+        found: Sample = taken(config, most, until)
+        return found
+    few = config.model_copy(update={"limit": most}) if config.kind == "openmoji" else config  # the first ones
+    return Sample(islice(iterate(few, side), most), NAMES.get(config.kind, config.kind), count(config))
 
 
 def recognise(uri: str) -> dict[str, Any] | None:

@@ -15,13 +15,15 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+import random
 import stat
+import time
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from io import BufferedReader
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from operator import itemgetter
 from typing import Any
 
@@ -44,6 +46,7 @@ from model.data.sources import (
     SUFFIXES,
     Known,
     Record,
+    Sample,
     marked,
     nothing_known,
     pass_over,
@@ -73,17 +76,55 @@ def iterate(
         if known(unit, mark):
             yield Record(unit, b"", unit=unit, mark=mark, known=True)
             continue
-        try:
-            data = _read(root, record.key, LARGEST_PICTURE)
-        except Unreadable as error:
-            yield replace(record, problem=str(error))
+        yield _filled(root, replace(record, unit=unit, mark=mark), sidecar)
+
+
+def _filled(root: str, record: Record, sidecar: str) -> Record:
+    """A record with the bytes of its picture, and the captions of the file beside it."""
+    if record.problem or record.others:
+        return record
+    problem = ""
+    try:
+        data = _read(root, record.key, LARGEST_PICTURE)
+        problem = f"{sidecar}: "
+        captions = lines(decode(_read(root, sidecar, LARGEST_TEXT))) if sidecar else record.captions
+    except Unreadable as error:
+        return replace(record, problem=f"{problem}{error}", unit="", mark="")
+    return replace(record, image=data, captions=captions)
+
+
+def sample(config: FolderSource, most: int, until: float) -> Sample:
+    """Pictures spread over the folder, each as likely as any other."""
+    root, chance = _root(config), random.Random(0)
+    chosen: list[tuple[int, Record, str]] = []
+    others: list[Record] = []
+    number, exact = 0, True
+    for record, sidecar in _found(root):
+        if record.others:
+            others.append(record)
             continue
-        try:
-            captions = lines(decode(_read(root, sidecar, LARGEST_TEXT))) if sidecar else record.captions
-        except Unreadable as error:
-            yield replace(record, problem=f"{sidecar}: {error}")
-            continue
-        yield replace(record, image=data, captions=captions, unit=unit, mark=mark)
+        if (place := number if number < most else chance.randrange(number + 1)) < most:
+            chosen[place : place + 1] = [(number, record, sidecar)]
+        number += 1
+        if number % 1000 == 0 and time.monotonic() > until:
+            exact = False
+            break
+    chosen.sort(key=itemgetter(0))
+    filled = (_filled(root, record, sidecar) for _, record, sidecar in chosen)
+    return Sample(
+        chain(others, filled), _kind((record, sidecar) for _, record, sidecar in chosen), number, exact
+    )
+
+
+def _kind(found: Iterable[tuple[Record, str]]) -> str:
+    """What the folder is, for people."""
+    places = Counter(
+        f"{suffix(sidecar)} files beside the pictures" if sidecar else "a list" if record.captions else ""
+        for record, sidecar in found
+    )
+    del places[""]
+    places_said = " and in ".join(place for place, _ in places.most_common())
+    return f"a folder with captions in {places_said}" if places else "a folder without captions"
 
 
 def fingerprint(config: FolderSource) -> str:

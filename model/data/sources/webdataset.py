@@ -19,6 +19,7 @@ import lzma
 import os
 import tarfile
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,7 @@ from model.data.sources import (
     SUFFIXES,
     Known,
     Record,
+    Sample,
     marked,
     nothing_known,
     pass_over,
@@ -46,6 +48,7 @@ from model.errors import UserError
 from model.plumbing import storage
 
 SIDE_BY_SIDE = 16  # shards looked at together
+LOOKED_AT = 4  # shards that a look opens
 PAX_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 LARGEST_UNPACKED = 1 << 30  # bytes of a member of a compressed shard: to pass over it, it has to be unpacked
 BLOCK = 512  # bytes of a header
@@ -71,8 +74,9 @@ def _records(config: WebDatasetSource, known: Known) -> Iterator[Record]:
         if known(uri, mark):
             yield Record(uri, b"", unit=uri, mark=mark, known=True)
             continue
-        for place, record in enumerate(_shard(uri)):
-            yield replace(record, unit=uri, mark=mark, place=place)
+        with storage.open_read(uri) as stream:
+            for place, record in enumerate(_shard(uri, stream)):
+                yield replace(record, unit=uri, mark=mark, place=place)
 
 
 def fingerprint(config: WebDatasetSource) -> str:
@@ -94,6 +98,71 @@ def count(config: WebDatasetSource) -> int:
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         counts = list(pool.map(_samples, _uris(config)))
     return sum(counts) if all(counts) else 0
+
+
+def sample(config: WebDatasetSource, most: int, until: float) -> Sample:
+    """The first samples of a few shards; how many there are in all follows from the bytes that these took."""
+    uris = _uris(config)
+    chosen = uris[:: -(-len(uris) // LOOKED_AT)]
+    counted = count(config)
+    found = Sample(iter(()), f"{len(uris)} tar shard{'s' * (len(uris) > 1)}", counted, counted > 0)
+
+    def records() -> Iterator[Record]:
+        lengths: list[float] = []  # samples in each shard
+        whole = len(chosen) == len(uris)
+        for uri in chosen:
+            with storage.open_read(uri) as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(0)
+                stream, taken = _Until(file, until), 0
+                shard = _shard(uri, stream)  # type: ignore[arg-type]
+                lengths.append(0)
+                try:
+                    for record in islice(shard, -(-most // len(chosen))):
+                        taken += not record.others
+                        lengths[-1] = taken * size / max(1, stream.tell())
+                        if not counted:
+                            found.total = round(len(uris) * sum(lengths) / len(lengths))
+                        yield record
+                    if next(shard, None) is None:
+                        lengths[-1] = taken
+                    else:
+                        whole = False
+                except _Enough:
+                    return
+        if not counted:
+            found.total, found.exact = round(len(uris) * sum(lengths) / len(lengths)), whole
+
+    found.records = records()
+    return found
+
+
+class _Enough(UserError):
+    """The time for a look is over."""
+
+
+class _Until(io.RawIOBase):
+    """A stream that ends a look in time: gigabytes of a tar may come before a sample is complete."""
+
+    def __init__(self, stream: BinaryIO, until: float) -> None:
+        self._stream, self._until = stream, until
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._stream.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def read(self, size: int = -1) -> bytes:
+        if time.monotonic() > self._until:
+            raise _Enough("the time for a look is over")
+        return self._stream.read(size)
 
 
 def _samples(uri: str) -> int:
@@ -246,8 +315,8 @@ def _most(kind: str) -> int:
 # ── members to samples ──────────────────────────────────────────────────────────────────────────────────
 
 
-def _shard(uri: str) -> Iterator[Record]:
-    with storage.open_read(uri) as stream, tempfile.TemporaryFile() as spool:
+def _shard(uri: str, stream: BinaryIO) -> Iterator[Record]:
+    with tempfile.TemporaryFile() as spool:
         samples = _Samples(spool)
         problem = ""
         try:

@@ -1,0 +1,215 @@
+"""A look at a source before anything expensive: what kind it is, and the numbers that sizes follow from.
+
+Some three hundred pictures are judged and resized as an ingest would, at most for ten seconds, spread over
+the source where its format allows. What they show is taken for all.
+"""
+
+from __future__ import annotations
+
+import io
+import statistics
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from model.config import DataConfig, Source
+from model.data import sources
+from model.data.captions import clean_captions, damage, shown
+from model.data.sources import DRAWN, Record
+from model.errors import UserError
+from model.plumbing.parallel import single_threaded
+from model.recipe import Survey
+
+MOST = 300  # pictures that are opened
+SECONDS = 10.0  # that a look takes at most
+LISTING = 0.5  # share of them in which names are looked through
+EXAMPLES = 3  # pictures that are shown
+LONGEST_LINE = 100  # characters of a name or caption that is shown
+HOW_TO_CAPTION = (
+    "write what cat.jpg shows into cat.txt beside it, or into captions.csv (columns file_name, caption)"
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture as it was found."""
+
+    name: str
+    image: bytes
+    captions: list[str]
+    width: int  # pixels
+    height: int
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a look at a source found."""
+
+    survey: Survey
+    kind: str  # for people: "a folder with captions in .txt files beside the pictures"
+    advice: list[str]  # what would make more of it
+    examples: list[Example]  # the first pictures
+
+    def lines(self) -> list[str]:
+        """What a terminal shows: kind, counts, the first pictures, advice."""
+        survey = self.survey
+        about = "" if survey.counted else "about "
+        bad = f", {survey.bad:.1%} of those cannot be used" if survey.bad else ""
+        said = [
+            f"{self.kind}: {about}{survey.pictures:,} pictures ({survey.looked:,} looked at{bad}),"
+            f" {about}{survey.captions:,} different captions"
+        ]
+        for example in self.examples:
+            name, caption = (_short(text) for text in (example.name, "; ".join(example.captions)))
+            said.append(f"  {name}  {example.width}x{example.height}  {caption}")
+        return said + self.advice
+
+
+@dataclass
+class _Found:
+    """What the pictures that were opened have shown."""
+
+    sides: list[int] = field(default_factory=list)  # the shorter ones, pixels
+    longer: list[float] = field(default_factory=list)  # longer side / shorter side
+    lossy: int = 0
+    transparent: int = 0
+    captions: list[list[str]] = field(default_factory=list)
+    seconds: float = 0.0
+    reasons: Counter[str] = field(default_factory=Counter)  # of those that cannot be used
+    bad: dict[str, str] = field(default_factory=dict)  # the first of each
+    others: Counter[str] = field(default_factory=Counter)  # files that are no pictures
+    examples: list[Example] = field(default_factory=list)
+
+    @property
+    def looked(self) -> int:
+        return len(self.sides) + self.reasons.total()
+
+
+def look(source: Source, side: int = 64) -> Look:
+    """Open a few hundred pictures of a source.
+
+    Args:
+        source: the pictures.
+        side: that they would be resized to, pixels.
+
+    Raises:
+        UserError: nothing of it can be used, with the reason and what would do; or as `sources.iterate`.
+    """
+    began = time.monotonic()
+    sample = sources.sample(source, side, MOST, began + LISTING * SECONDS)
+    found, config = _Found(), DataConfig(source=source, image_size=side)
+    with single_threaded():
+        for record in sample.records:
+            _open(record, config, found)
+            if time.monotonic() > began + SECONDS:
+                break
+    if not found.sides:
+        raise UserError(_nothing(source, found))
+    return Look(_survey(source, sample, found), sample.kind, _advice(source, found), found.examples)
+
+
+def _open(record: Record, config: DataConfig, found: _Found) -> None:
+    from model.data.images import BadImage, decode, is_jpeg  # torch
+
+    if record.others:
+        found.others.update(record.others)
+        return
+    captions = clean_captions(record.captions)
+    problem = record.problem or damage(record.captions) or ("" if captions else "no caption")
+    began = time.thread_time()
+    try:
+        if not problem:
+            decode(record.image, config)
+    except BadImage as error:
+        problem = str(error)
+    if problem:
+        found.reasons[shown(problem)] += 1
+        found.bad.setdefault(shown(problem), shown(record.key))
+        return
+    found.seconds += time.thread_time() - began
+    with Image.open(io.BytesIO(record.image)) as image:
+        width, height = image.size
+        found.transparent += _transparent(image)
+    found.sides.append(min(width, height))
+    found.longer.append(max(width, height) / min(width, height))
+    found.lossy += is_jpeg(record.image)
+    found.captions.append(captions)
+    if len(found.examples) < EXAMPLES:
+        found.examples.append(Example(shown(record.key), record.image, captions, width, height))
+
+
+def _transparent(image: Image.Image) -> bool:
+    if not image.has_transparency_data:
+        return False
+    alpha = image if "A" in image.getbands() else image.convert("RGBA")
+    lowest: Any = alpha.getchannel("A").getextrema()[0]
+    return bool(lowest < 255)
+
+
+def _survey(source: Source, sample: sources.Sample, found: _Found) -> Survey:
+    usable, looked = len(found.sides), found.looked
+    total = max(sample.total, looked)
+    pictures = max(usable, round(total * usable / looked))
+    said = [caption for captions in found.captions for caption in captions]
+    words = [word for caption in said for word in caption.lower().split()]
+    return Survey(
+        pictures=pictures,
+        counted=sample.exact and (looked == total or source.kind in DRAWN),
+        looked=looked,
+        bad=1 - usable / looked,
+        side=statistics.median(found.sides),
+        longer=statistics.median(found.longer),
+        lossy=found.lossy / usable,
+        transparent=found.transparent / usable,
+        captions=_distinct(said, round(len(said) * pictures / usable)),
+        words=len({word.strip(".,;:!?\"'()") for word in words}),
+        length=len(words) / len(said),
+        seconds=found.seconds / usable,
+    )
+
+
+def _distinct(captions: list[str], total: int) -> int:
+    """Distinct captions among `total` of which these are some.
+
+    From how many were met once and twice, bias-corrected (Chao, "Nonparametric estimation of the number of
+    classes in a population", Scandinavian Journal of Statistics 11, 1984).
+    """
+    met = Counter(captions)
+    if total <= len(captions):
+        return len(met)
+    times = Counter(met.values())
+    return min(len(met) + times[1] * (times[1] - 1) // (2 * (times[2] + 1)), total)
+
+
+def _advice(source: Source, found: _Found) -> list[str]:
+    advice = []
+    taken = getattr(source, "captions", "files")
+    if taken != "files":
+        advice.append(f"captions are the {taken[:-1]} names; better ones: {HOW_TO_CAPTION}")
+    for reason, count in found.reasons.most_common(EXAMPLES):
+        advice.append(f"cannot be used: {count} of {found.looked} looked at, {reason} ({found.bad[reason]})")
+    return advice
+
+
+def _nothing(source: Source, found: _Found) -> str:
+    """Why a source is of no use, and what would do."""
+    what = getattr(source, "path", getattr(source, "urls", source.kind))
+    if not found.reasons:
+        there = ", ".join(f"{count} {kind}" for kind, count in found.others.most_common(5)) or "nothing"
+        return f"data: {what} holds no pictures ({there}); data is a folder of them, {sources.KNOWN}"
+    reason, count = found.reasons.most_common(1)[0]
+    why = f"{count} x {reason} ({found.bad[reason]})"
+    would_do = (
+        HOW_TO_CAPTION if reason == "no caption" else "JPEG, PNG or WEBP files that open elsewhere, too"
+    )
+    return (
+        f"data: none of the {found.looked} pictures of {what} that were looked at can be used: {why};"
+        f" what would do: {would_do}"
+    )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST_LINE else f"{text[: LONGEST_LINE - 1]}…"

@@ -1,0 +1,178 @@
+"""A look at a source: what it says of a few pictures is right, and it costs little whatever the size."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import re
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from model.config import FolderSource, OpenMojiSource, ShapesSource, WebDatasetSource
+from model.data import survey
+from model.data.sources import sample
+from model.data.survey import look
+from model.errors import UserError
+from tests.data.test_ingest import picture, tar, write
+
+
+def jpeg(width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), (200, 30, 30)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def rgba(alpha: int, mode: str = "RGBA") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGBA", (40, 20), (0, 0, 0, alpha)).convert(mode).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_of_a_small_folder_everything_is_counted(here):
+    for number in range(8):
+        write(
+            here, {f"{number}.jpg": jpeg(60, 30 + number), f"{number}.txt": f"A picture, number {number % 2}"}
+        )
+    write(here, {"a.png": rgba(0), "a.txt": "nothing", "b.png": rgba(255), "b.txt": "all"})
+    write(here, {"broken.jpg": b"\xff\xd8\xff", "broken.txt": "x", "bare.jpg": jpeg(9, 9), "notes.md": "x"})
+    found = look(FolderSource(path=str(here)))
+    said = found.survey
+    assert (said.pictures, said.counted, said.looked) == (10, True, 12)
+    assert said.bad == pytest.approx(2 / 12)
+    assert said.side == 32.5
+    assert said.longer == pytest.approx(np.median([60 / (30 + n) for n in range(8)] + [2, 2]))
+    assert (said.lossy, said.transparent) == (0.8, 0.1)
+    assert (said.captions, said.words, said.length) == (4, 7, pytest.approx(34 / 10))
+    assert 0 < said.seconds < 1
+    assert found.kind == "a folder with captions in .txt files beside the pictures"
+    assert [(e.name, e.width, e.height) for e in found.examples] == [
+        ("0.jpg", 60, 30),
+        ("1.jpg", 60, 31),
+        ("2.jpg", 60, 32),
+    ]
+    first, *examples, other, broken = found.lines()
+    assert (
+        first
+        == f"{found.kind}: 10 pictures (12 looked at, 16.7% of those cannot be used), 4 different captions"
+    )
+    assert examples[0] == "  0.jpg  60x30  A picture, number 0"
+    assert {other[:44], broken[:44]} == {
+        "cannot be used: 1 of 12 looked at, no captio",
+        "cannot be used: 1 of 12 looked at, not one o",
+    }
+
+
+@pytest.mark.parametrize(
+    ("mode", "alpha", "share"), [("LA", 254, 1), ("LA", 255, 0), ("P", 0, 1), ("RGB", 0, 0)]
+)
+def test_transparency_counts_where_it_is_in_use(here, mode, alpha, share):
+    write(here, {"a.png": rgba(alpha, mode), "a.txt": "a"})
+    assert look(FolderSource(path=str(here))).survey.transparent == share
+
+
+def test_of_a_large_folder_a_few_are_opened_all_over_it(here, monkeypatch):
+    monkeypatch.setattr(survey, "MOST", 100)
+    good, bad = picture(), picture()[:60]
+    write(here, {f"{number:04d}.png": bad if number % 20 == 7 else good for number in range(1000)})
+    lines = (json.dumps({"file_name": f"{n:04d}.png", "text": f"number {n % 10}"}) for n in range(1000))
+    write(here, {"metadata.jsonl": "\n".join(lines)})
+    said = look(FolderSource(path=str(here))).survey
+    assert (said.looked, said.counted, said.captions) == (100, False, 10)
+    assert 850 < said.pictures < 1000
+    places = [
+        int(record.key[:4])
+        for record in sample(FolderSource(path=str(here)), 16, 100, time.monotonic() + 9).records
+    ]
+    assert places == sorted(places)
+    assert min(np.histogram(places, 4, (0, 1000))[0]) > 10
+
+
+def test_captions_are_estimated_by_how_often_each_was_met():
+    names = [f"{number} of its own" for number in range(300)]
+    assert survey._distinct(names, 30_000) == 30_000
+    assert survey._distinct(["a", "b", "c"] * 100, 30_000) == 3
+    chance = np.random.default_rng(0)
+    assert 800 < survey._distinct(list(map(str, chance.integers(1000, size=600))), 30_000) < 1250
+    assert survey._distinct(["a", "b"], 2) == 2
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_of_tars_the_first_samples_of_some_are_read_and_the_number_of_all_follows(here, monkeypatch, packed):
+    chance = np.random.default_rng(0)
+    for shard in range(6):
+        members = {}
+        for number in range(300):
+            noise = Image.fromarray(
+                chance.integers(256, size=(24, int(chance.integers(20, 60)), 3), dtype=np.uint8)
+            )
+            buffer = io.BytesIO()
+            noise.save(buffer, "PNG")
+            members |= {
+                f"{number:04d}.png": buffer.getvalue(),
+                f"{number:04d}.txt": f"{shard} {number}".encode(),
+            }
+        path = tar(here / f"{shard}.tar", members)
+        path.write_bytes(gzip.compress(path.read_bytes()) if packed else path.read_bytes())
+    source = WebDatasetSource(urls=f"{here}/{{0..5}}.tar")
+    found = look(source)
+    assert found.kind == "6 tar shards"
+    assert (found.survey.looked, found.survey.counted) == (300, False)
+    assert 1650 < found.survey.pictures < 1950
+    monkeypatch.setattr(survey, "MOST", 3000)
+    assert (look(source).survey.pictures, look(source).survey.counted) == (1800, False)
+    one = look(WebDatasetSource(urls=f"{here}/0.tar")).survey
+    assert (one.pictures, one.counted) == (300, True)
+
+
+def test_a_tar_with_all_its_captions_at_the_end_does_not_hold_a_look_up(here, monkeypatch):
+    pictures = {f"{number}.png": picture(number) for number in range(200)}
+    tar(here / "a.tar", pictures | {f"{number}.txt": b"x" for number in range(200)})
+    assert look(WebDatasetSource(urls=f"{here}/a.tar")).survey.pictures == 200
+    monkeypatch.setattr(survey, "SECONDS", 0)
+    with pytest.raises(UserError, match="holds no pictures"):
+        look(WebDatasetSource(urls=f"{here}/a.tar"))
+
+
+@pytest.mark.parametrize("source", [OpenMojiSource(), ShapesSource(count=20_000)])
+def test_pictures_that_are_drawn_are_known_in_number(source):
+    began = time.monotonic()
+    found = look(source, 32).survey
+    assert time.monotonic() - began < 20
+    assert found.counted
+    assert found.pictures == (3953 if source.kind == "openmoji" else 20_000)
+    assert found.looked == 300
+    assert found.transparent == (source.kind == "openmoji")
+    assert found.captions > 2000
+
+
+def test_a_look_ends_when_its_time_is_over(here, monkeypatch):
+    monkeypatch.setattr(survey, "SECONDS", 0)
+    for number in range(20):
+        write(here, {f"{number:02d}.png": picture(number), f"{number:02d}.txt": str(number)})
+    found = look(FolderSource(path=str(here)))
+    assert (found.survey.looked, found.survey.pictures, found.survey.counted) == (1, 20, False)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (
+            {"a.png": picture(1), "b.png": picture(2)},
+            "none of the 2 pictures of .* 2 x no caption .* cat.txt",
+        ),
+        (
+            {"a.png": b"x", "a.txt": "a"},
+            "none of the 1 .* 1 x not one of JPEG, PNG, WEBP .* that open elsewhere",
+        ),
+    ],
+)
+def test_a_source_of_nothing_usable_is_refused_in_one_line(here, files, said):
+    write(here, files)
+    with pytest.raises(UserError, match=said) as caught:
+        look(FolderSource(path=str(here)))
+    assert len(str(caught.value).splitlines()) == 1
+    assert re.match("data: ", str(caught.value))
