@@ -15,8 +15,6 @@ import typer
 
 from model.errors import UserError
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-
 Preset = Annotated[str, typer.Option(help="Name of a shipped preset, or a .yaml file.")]
 Registered = Annotated[str, typer.Option(help="Name of a registered model; left out, the last one.")]
 Overrides = Annotated[
@@ -83,6 +81,10 @@ def generate(
         ),
     ] = "",
     num_images: Annotated[int, typer.Option(min=1)] = 1,
+    size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, max=4096, help="Side in pixels, enlarged; left out, as the model draws."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the first picture; the next ones count on.")] = 0,
     cfg_scale: Annotated[Optional[float], typer.Option(min=0, help="Guidance; 1 is none.")] = None,  # noqa: UP045
     temperature: Annotated[Optional[float], typer.Option(min=0, help="0 is greedy.")] = None,  # noqa: UP045
@@ -91,7 +93,9 @@ def generate(
     unconditional: Annotated[bool, typer.Option("--unconditional", help="Draw without a prompt.")] = False,
 ) -> None:
     """Draw pictures from a prompt. Options left out are those that the model was registered with."""
-    if out.suffix.lower() not in PICTURES:
+    from model.inference import files
+
+    if out.suffix.lower() not in files.SUFFIXES:
         raise UserError(f"--out {out} must end in .png, .jpg or .webp")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: folder {out.parent} does not exist")
@@ -107,20 +111,31 @@ def generate(
     needs_services = not model or model.startswith(("models:/", "s3://"))
     shared = _shared()
     with _services() if needs_services else contextlib.nullcontext():
-        if not model:
-            name = registry.last_registered(shared)
-            model = f"models:/{name}@{registry.CHAMPION}"
-            print(f"draws with {name}, version {registry.version_of(registry.CHAMPION, name)}")
+        left_out = not model
+        if left_out:
+            model = f"models:/{registry.last_registered(shared)}@{registry.CHAMPION}"
+        called = Path(model).resolve().name  # of a folder, or in S3: no more of a path goes into a picture
+        if model.startswith("models:/"):
+            name, number = registry.named(model)
+            model, called = f"models:/{name}/{number}", f"{name} version {number}"
+            if left_out:
+                print(f"draws with {name}, version {number}")
         folder = registry.resolve(model)
     generator = Generator.load(folder)
+    side = size or generator.side
+    files.check_side(side, generator.side)
     options = {"cfg_scale": cfg_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     given = {name: value for name, value in options.items() if value is not None}
     sampling = generator.sampling.model_copy(update=given)
     seeds = list(range(seed, seed + num_images))
     pictures = generator.generate([prompt] * num_images, seeds, sampling, unconditional)
-    for path, picture in zip(paths, pictures, strict=True):
+    for path, picture, own_seed in zip(paths, pictures, seeds, strict=True):
+        told = None if unconditional else prompt
+        said = files.origin(called, told, own_seed, sampling, generator.side, side)
+        if side != generator.side:
+            picture = files.enlarged(picture, side)
         try:
-            picture.save(path)
+            files.save(picture, path, said)
         except OSError as error:
             raise UserError(f"--out {path} cannot be written: {error.strerror or error}") from None
         print(path)

@@ -107,6 +107,11 @@ class Generator:
         """Where pictures are drawn."""
         return self.gpt.embedding.weight.device
 
+    @property
+    def side(self) -> int:
+        """Of a picture as it is drawn, pixels."""
+        return self.gpt.grid[0] * self.tokenizer.factor
+
     def generate(
         self,
         prompts: Sequence[str],

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from model.errors import UserError
 from model.plumbing import registry
@@ -42,6 +43,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             {"temperature": float("inf")},
             "sampling: temperature is inf: Input should be a finite number",
         ),
+        ({"size": 15}, "--size 15 is less than the 16 px that this model draws; it only enlarges"),
         ({"cfg_scale": float("nan")}, "sampling: cfg_scale is nan: Input should be a finite number"),
         (
             {"seed": 2**63 - 1, "num_images": 2},
@@ -62,6 +64,20 @@ def test_several_pictures_are_numbered(here: Path, capsys: pytest.CaptureFixture
     generate("x", Path("a.png"), "model", num_images=2)
     assert capsys.readouterr().out.split() == ["a-0.png", "a-1.png"]
     assert {path.name for path in here.glob("*.png")} == {"a-0.png", "a-1.png"}
+
+
+def test_a_picture_has_the_size_that_was_asked_for_and_says_so(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate("a cat", Path("own.png"), "model", seed=3)
+    generate("a cat", Path("large.png"), "model", num_images=2, seed=2, size=40)
+    own, large = Image.open("own.png"), Image.open("large-1.png")
+    assert (own.size, large.size) == ((16, 16), (40, 40))
+    assert own.text.keys() == {"Software", "Model", "Prompt", "Seed", "Sampling", "Drawn size"}  # type: ignore[attr-defined]
+    assert large.text == own.text | {"Processing": "upscaled from 16 px by lanczos"}  # type: ignore[attr-defined]
+    assert (own.text["Model"], own.text["Seed"]) == ("model", "3")  # type: ignore[attr-defined]
+    generate(out=Path("none.png"), model="model", unconditional=True)
+    assert "Prompt" not in Image.open("none.png").text  # type: ignore[attr-defined]
 
 
 @pytest.fixture

@@ -139,6 +139,7 @@ def test_generate_draws_from_the_champion(first: First, state: Path, tmp_path: P
     assert many.returncode == 0, many.stderr
     picture = Image.open(tmp_path / "a.png")
     assert picture.size == (16, 16)
+    assert picture.info["Model"] == "latent-gpt-smoke version 1"
     assert picture.tobytes() == Image.open(tmp_path / "b-1.png").tobytes(), "a seed's picture is its own"
 
 
