@@ -10,12 +10,9 @@ Samples before the place where a shard breaks off are used; the break is quarant
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import hashlib
 import io
 import json
-import lzma
 import os
 import tarfile
 import tempfile
@@ -30,6 +27,7 @@ from typing import IO, Any, BinaryIO, NamedTuple
 from webdataset.shardlists import expand_urls
 
 from model.config import WebDatasetSource
+from model.data import tars
 from model.data.captions import LARGEST_TEXT, as_list, clean_captions, decode, lines, lookup, parse
 from model.data.sources import (
     LARGEST_PICTURE,
@@ -49,12 +47,7 @@ from model.plumbing import storage
 
 SIDE_BY_SIDE = 16  # shards looked at together
 LOOKED_AT = 4  # shards that a look opens
-PAX_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 LARGEST_UNPACKED = 1 << 30  # bytes of a member of a compressed shard: to pass over it, it has to be unpacked
-BLOCK = 512  # bytes of a header
-LARGEST_HEADER = 1 << 18  # bytes of a header that extends another
-XZ_MEMORY = 1 << 28  # bytes that unpacking may take
-TAIL = 1 << 26  # bytes behind the end of an archive that are looked at
 MOST_WAITING = 1 << 17  # samples that are not complete
 MOST_TEXT = 1 << 26  # characters of their captions
 MOST_SPOOLED = 1 << 33  # bytes of their pictures, on disk
@@ -185,28 +178,6 @@ def _uris(config: WebDatasetSource) -> list[str]:
 # ── members of a tar ────────────────────────────────────────────────────────────────────────────────────
 
 
-class _Header(tarfile.TarInfo):
-    """A header that is refused where Python's would end the archive in silence, or read without bounds."""
-
-    @classmethod
-    def frombuf(cls, buf: Any, encoding: str, errors: str) -> _Header:
-        try:
-            header = super().frombuf(buf, encoding, errors)
-        except tarfile.HeaderError as error:
-            if len(buf) == BLOCK and not any(buf):  # the end, as it should be
-                raise
-            raise tarfile.ReadError(str(error)) from None
-        plain = header.isreg() or header.type not in tarfile.SUPPORTED_TYPES + PAX_TYPES
-        if header.size < 0 or (not plain and header.size > LARGEST_HEADER):
-            raise tarfile.ReadError(f"a header announces {header.size:,} bytes")
-        return header
-
-    def _sparse(self, *_: Any) -> None:
-        raise tarfile.ReadError("sparse members are not read")
-
-    _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _sparse
-
-
 class _Member(NamedTuple):
     name: str
     size: int
@@ -215,94 +186,11 @@ class _Member(NamedTuple):
 
 
 def _members(stream: BinaryIO) -> Iterator[_Member]:
-    """Members in their order.
-
-    Raises:
-        tarfile.ReadError: the archive breaks off.
-    """
-    try:
-        unpacked, packed = _unpacked(stream)
-        with tarfile.open(fileobj=unpacked, mode="r:", tarinfo=_Header) as archive:
-            while member := archive.next():
-                archive.members = []  # type: ignore[attr-defined]  # or they are all held
-                if member.size < 0 or archive.offset <= member.offset:
-                    raise tarfile.ReadError("damaged header: the archive leads back into itself")
-                if packed and member.size > LARGEST_UNPACKED:
-                    raise tarfile.ReadError(f"{member.name} unpacks to {member.size:,} bytes")
-                kind = suffix(member.name) if member.isreg() else "links and special files"
-                data = b""
-                if member.size <= _most(kind):
-                    unpacked.seek(member.offset_data)
-                    data = unpacked.read(member.size)
-                    if len(data) < member.size:
-                        raise tarfile.ReadError("unexpected end of data")
-                if not member.isdir():
-                    yield _Member(member.name, member.size, kind, data)
-            unpacked.seek(archive.offset)
-            for _ in range(0, TAIL, storage.MIB):
-                if (block := unpacked.read(storage.MIB)).count(0) < len(block):
-                    raise tarfile.ReadError("what follows its end is not read (two tars in one file?)")
-    except (UserError, tarfile.ReadError):
-        raise
-    except Exception as error:  # whatever a parser throws at a stranger's tar
-        raise tarfile.ReadError(str(error) or type(error).__name__) from None
-
-
-def _unpacked(stream: BinaryIO) -> tuple[Any, bool]:
-    """The archive, and whether it is compressed. (`tarfile` itself would unpack any amount at once.)"""
-    head = stream.read(1024)
-    stream.seek(0)
-    if head.startswith(b"\x1f\x8b"):
-        return gzip.GzipFile(fileobj=stream), True
-    if head.startswith(b"BZh"):
-        return bz2.BZ2File(stream), True
-    if head.startswith(b"\xfd7zXZ"):
-        return io.BufferedReader(_Xz(stream)), True
-    return stream, False
-
-
-class _Xz(io.RawIOBase):
-    """What an xz file unpacks to, read forwards only. (`lzma.LZMAFile` gives a block what memory it asks.)"""
-
-    def __init__(self, packed: BinaryIO) -> None:
-        self._packed, self._at = packed, 0
-        self._decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=XZ_MEMORY)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        if whence != os.SEEK_SET or offset < self._at:
-            raise io.UnsupportedOperation("an xz file is read forwards only")
-        while self._at < offset and self.read(min(storage.MIB, offset - self._at)):
-            pass
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._unpack(len(buffer))
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-    def _unpack(self, most: int) -> bytes:
-        """Some bytes; none at the end."""
-        while True:
-            packed = b""
-            if self._decoder.eof:  # another stream may follow, behind zeros
-                packed = (self._decoder.unused_data or self._packed.read(storage.MIB)).lstrip(b"\0")
-                if not packed:
-                    return b""
-                self._decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=XZ_MEMORY)
-            elif self._decoder.needs_input and not (packed := self._packed.read(storage.MIB)):
-                raise EOFError("the xz file ends early")
-            if data := self._decoder.decompress(packed, most):
-                return data
+    """Members in their order. Raises tarfile.ReadError: the archive breaks off."""
+    for member in tars.members(stream, LARGEST_UNPACKED):
+        kind = suffix(member.name) if member.is_file else tars.SPECIAL
+        data = b"".join(member.parts()) if member.size <= _most(kind) else b""
+        yield _Member(member.name, member.size, kind, data)
 
 
 def _most(kind: str) -> int:
