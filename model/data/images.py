@@ -38,6 +38,7 @@ TURNS: dict[Any, Callable[[np.ndarray], np.ndarray]] = {  # that make pictures o
     7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
     8: lambda pixels: np.rot90(pixels),
 }
+THUMBNAIL = 64  # longer side of a small picture for people, pixels
 BAND = 1 << 22  # pixels converted at a time: of a large picture, no second copy in another mode is held
 
 # Drawing programs store whole workflows as text; 64 MiB of it, Pillow's own limit for all, is no damage.
@@ -153,6 +154,32 @@ def encode(pixels: np.ndarray, lossless: bool) -> tuple[str, bytes]:
 def is_jpeg(data: bytes) -> bool:
     """Whether bytes begin as a JPEG does."""
     return data[:3] == b"\xff\xd8\xff"
+
+
+def dimensions(data: bytes) -> tuple[int, int]:
+    """Width and height of a picture that `decode` takes, as its file says them, pixels."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        return image.size
+
+
+def thumbnail(data: bytes, config: DataConfig) -> bytes:
+    """A small JPEG of a picture that cannot be used, for people; empty where nothing can be seen of it."""
+    if is_jpeg(data):
+        data += b"\xff\xd9"  # an end: what precedes the break can be seen then
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > config.max_pixels:  # a progressive JPEG is held whole
+                return b""
+            if image.format == "JPEG":
+                image.draft(None, (THUMBNAIL, THUMBNAIL))
+            pixels = _to_rgb(image, config.background)
+    except Exception:  # whatever a parser or decoder throws at what was refused already
+        return b""
+    small = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels.repeat(3, axis=2))
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=70)
+    return buffer.getvalue()
 
 
 def _first_line(error: Exception) -> str:

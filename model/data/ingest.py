@@ -14,8 +14,10 @@ tar of a chunk then holds what is new, beside the journal, until all chunks are 
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import re
 import tempfile
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
@@ -25,6 +27,7 @@ from functools import partial
 from itertools import count, groupby, islice
 from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 from model.config import DataConfig
 from model.data import growth, sources
@@ -35,16 +38,22 @@ from model.data.records import Outcome, digest, record_lines, records_name
 from model.data.sources import Record
 from model.errors import UserError
 from model.plumbing import speech, storage
-from model.plumbing.assets import AssetWriter, File, Manifest, find, load, place
+from model.plumbing.assets import PICTURES, AssetWriter, File, Manifest, find, load, place
 from model.plumbing.parallel import cores, parallel_map, single_threaded
 from model.plumbing.speech import Progress
 
 QUARANTINE = "quarantine.jsonl"
+QUARANTINED = "quarantined.json"  # beside the asset: small pictures of some of these, for people
+SHOWN, SHOWN_OF_ONE = 24, 6  # of them, in all and of one kind of reason
 JOURNAL = "journal"  # folder of an entry per chunk, until all are done
 BATCH = 32  # pictures per task of a worker, at most
 BATCH_KNOWN = 2048  # records of a task of which nothing is to be done
 BATCH_BYTES = 1 << 22  # of those, as they are found; fewer are taken when they are larger
 IN_FLIGHT = 1 << 28  # bytes of all tasks under way
+# Sides (the shorter one) and shapes (longer / shorter) of pictures as they were found are counted from these
+# bounds on.
+SIDES = (1, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
+LONGER = (1.0, 1.1, 1.3, 1.45, 1.6, 2.0, 3.0)
 LISTED = 1000  # bad pictures that a refusal names one by one
 THREADS_ENOUGH = 4  # cores; with more, Python's lock holds threads up and processes pay for their start
 
@@ -109,6 +118,8 @@ def _ingest(config: DataConfig, writer: AssetWriter, scratch: Path) -> Manifest:
     finished = [entry for entry in storage.list_uris(journal) if entry.endswith(".json")]
     shards: dict[str, int] = {}  # pictures in each tar
     others: Counter[str] = Counter()
+    sizes: Counter[str] = Counter(earlier.manifest.info.get("sizes", {}) if earlier else {})
+    small: list[Quarantined] = _small(earlier.manifest) if earlier else []
     parts: list[Part] = []  # of what is new, where the asset grows
     total = sources.count(config.source)
     with (scratch / QUARANTINE).open("w", encoding="utf-8") as quarantine:
@@ -120,6 +131,8 @@ def _ingest(config: DataConfig, writer: AssetWriter, scratch: Path) -> Manifest:
                 seen.add(chunk.hashes)
             counts.update(chunk.counts)
             others.update(chunk.others)
+            sizes.update(chunk.sizes)
+            small.extend(chunk.small[: 10 * SHOWN - len(small)])
             tars = (file.name for file in chunk.files if file.name.endswith(".tar"))
             shards.update({name: chunk.counts[growth.split_of_shard(name)] for name in tars})
             if chunk.part:
@@ -161,7 +174,9 @@ def _ingest(config: DataConfig, writer: AssetWriter, scratch: Path) -> Manifest:
             )
         grown = {"grown": {**tally, "from": earlier.manifest.sha256}}
     writer.add_file(QUARANTINE, scratch / QUARANTINE)
-    info = {**counts, "others": others, "image_size": config.image_size, "shards": shards, **grown}
+    _leave(writer.uri, small, scratch / QUARANTINE)
+    info = {**counts, "others": others, "image_size": config.image_size, "shards": shards, "sizes": sizes}
+    info |= grown
     return writer.finish(info, scratch=JOURNAL)
 
 
@@ -189,12 +204,8 @@ def normalise(records: Iterable[Record | Outcome], config: DataConfig) -> list[O
 
 
 def _normalise(record: Record, config: DataConfig) -> Outcome:
-    from model.data.images import (
-        BadImage,
-        decode,
-        encode,
-        is_jpeg,
-    )  # torch: what is found needs none
+    # torch: what is found needs none
+    from model.data.images import BadImage, decode, dimensions, encode, is_jpeg, thumbnail
 
     found = Outcome(shown(record.key), record.unit, record.mark, record.place)
     if record.others:
@@ -202,15 +213,21 @@ def _normalise(record: Record, config: DataConfig) -> Outcome:
     captions = clean_captions(record.captions)
     problem = record.problem or damage(record.captions) or ("" if captions else "no caption")
     if problem:
-        return replace(found, reason=shown(problem))
+        return replace(found, reason=shown(problem), data=thumbnail(record.image, config))
     try:
         pixels = decode(record.image, config)
     except BadImage as error:
-        return replace(found, reason=shown(str(error)))
+        return replace(found, reason=shown(str(error)), data=thumbnail(record.image, config))
     content = hashlib.sha256(pixels.data).digest()[:16]
     suffix, data = encode(pixels, lossless=not is_jpeg(record.image))
     return replace(
-        found, content=content, suffix=suffix, data=data, captions=captions, composition=record.composition
+        found,
+        content=content,
+        suffix=suffix,
+        data=data,
+        size=dimensions(record.image),
+        captions=captions,
+        composition=record.composition,
     )
 
 
@@ -275,6 +292,14 @@ def _work(task: tuple[int, list[Record | Outcome]], config: DataConfig) -> tuple
 # ── pictures to shards ──────────────────────────────────────────────────────────────────────────────────
 
 
+class Quarantined(NamedTuple):
+    """A small picture of one that was left out."""
+
+    source: str
+    reason: str
+    jpeg: str  # base64
+
+
 @dataclass
 class Chunk:
     """What became of one chunk: its journal entry."""
@@ -284,9 +309,19 @@ class Chunk:
     hashes: list[bytes] = field(default_factory=list)  # contents that are now part of the asset
     quarantined: list[dict[str, str]] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)  # files that are no pictures, by kind
+    sizes: Counter[str] = field(default_factory=Counter)  # of pictures as they were found, see `_sizes`
+    small: list[Quarantined] = field(default_factory=list)
     # Where the asset grows, in place of shards and hashes:
     wanted: list[Wish] = field(default_factory=list)
     part: Part | None = None  # those of them that are new, if any are
+
+    def show(self, outcome: Outcome) -> None:
+        """Keep the small picture of one that is quarantined, unless there are enough of its kind."""
+        kind = kind_of(outcome.reason)
+        alike = sum(kind_of(one.reason) == kind for one in self.small)
+        if outcome.data and alike < SHOWN_OF_ONE and len(self.small) < SHOWN:
+            jpeg = base64.b64encode(outcome.data).decode()
+            self.small.append(Quarantined(outcome.source, outcome.reason, jpeg))
 
     def to_json(self) -> bytes:
         """For the journal."""
@@ -297,6 +332,8 @@ class Chunk:
                 "hashes": [content.hex() for content in self.hashes],
                 "quarantined": self.quarantined,
                 "others": self.others,
+                "sizes": self.sizes,
+                "small": self.small,
                 "wanted": self.wanted,
                 "part": self.part,
             }
@@ -312,6 +349,8 @@ class Chunk:
             [bytes.fromhex(content) for content in values["hashes"]],
             values["quarantined"],
             Counter(values["others"]),
+            Counter(values.get("sizes", {})),  # of a journal that an earlier release began
+            [Quarantined(*one) for one in values.get("small", [])],
             [Wish(*wish) for wish in values["wanted"]],
             Part(*values["part"]) if values["part"] else None,
         )
@@ -355,6 +394,7 @@ def _pack(outcomes: Iterable[Outcome], packer: Packer, progress: Progress, befor
             if outcome.reason:
                 chunk.counts["quarantined"] += 1
                 chunk.quarantined.append({"source": outcome.source, "reason": outcome.reason})
+                chunk.show(outcome)
             elif same := entries.get(outcome.content):
                 chunk.counts["duplicates"] += 1
                 same.join(outcome.captions, outcome.composition, outcome.source)
@@ -369,6 +409,8 @@ def _pack(outcomes: Iterable[Outcome], packer: Packer, progress: Progress, befor
                     outcome.composition,
                     [outcome.source],
                 )
+            if outcome.size != (0, 0):
+                chunk.sizes.update(_sizes(*outcome.size, packer.config))
             progress.update(before + chunk.counts["read"])
 
         def taken() -> Iterator[Outcome]:
@@ -399,6 +441,48 @@ def _pack(outcomes: Iterable[Outcome], packer: Packer, progress: Progress, befor
     chunk.files.append(_records_file(records, packer))
     records.unlink()
     return chunk
+
+
+def _sizes(width: int, height: int, config: DataConfig) -> list[str]:
+    """What a picture's size counts for: the bounds of its side and shape, and whether it was enlarged."""
+    shorter, longer = sorted((width, height))
+    side = max(bound for bound in SIDES if bound <= shorter)
+    shape = max(bound for bound in LONGER if bound <= longer / shorter)
+    enlarged = (shorter if config.fit == "crop" else longer) < config.image_size
+    return ["pictures", f"side {side}", f"longer {shape}", *(["enlarged"] if enlarged else [])]
+
+
+def _small(images: Manifest) -> list[Quarantined]:
+    """The small pictures beside an asset; none where there are none, or they cannot be read."""
+    try:
+        found = json.loads(storage.read_bytes(storage.join(images.uri, PICTURES, QUARANTINED)))
+        return [Quarantined(one["source"], one["reason"], one["jpeg"]) for one in found]
+    except (storage.NotFound, ValueError, KeyError, TypeError):  # they are only looked at
+        return []
+
+
+def kind_of(reason: str) -> str:
+    """A reason without its figures: those that differ in nothing else are of one kind."""
+    return re.sub(r"\d[\d,.]*", "N", reason)
+
+
+def _leave(uri: str, small: list[Quarantined], quarantine: Path) -> None:
+    """Leave some small pictures beside the asset at `uri`, of those that are quarantined now."""
+    asked = {(one.source, one.reason) for one in small}
+    with quarantine.open(encoding="utf-8") as lines:
+        left = ((entry["source"], entry["reason"]) for entry in map(json.loads, lines))
+        now = asked.intersection(left)
+    chosen: list[Quarantined] = []
+    kinds: Counter[str] = Counter()
+    for one in small:
+        kind = kind_of(one.reason)
+        if (one.source, one.reason) in now and kinds[kind] < SHOWN_OF_ONE and len(chosen) < SHOWN:
+            kinds[kind] += 1
+            chosen.append(one)
+            now.discard((one.source, one.reason))
+    if chosen:
+        data = json.dumps([one._asdict() for one in chosen]).encode()
+        storage.write_bytes(storage.join(uri, PICTURES, QUARANTINED), data)
 
 
 def _records_file(path: Path, packer: Packer) -> File:

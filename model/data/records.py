@@ -38,10 +38,13 @@ class Outcome:
     reason: str = ""  # why it is quarantined
     others: Counter[str] = field(default_factory=Counter)  # files that are no pictures, by kind
     suffix: str = ""  # png or jpg
-    data: bytes = b""  # the picture; empty where the asset that this one grows from has it
+    # The picture; empty where the asset that this one grows from has it. Of what is quarantined a small one,
+    # where anything can be seen of it.
+    data: bytes = b""
+    size: tuple[int, int] = (0, 0)  # width and height at the source, pixels; (0, 0) where it was not read now
 
     def to_json(self) -> dict[str, Any]:
-        """All but unit, mark, place and picture."""
+        """All but unit, mark, place, picture and its size."""
         if self.others:
             return {"others": self.others}
         if self.reason:

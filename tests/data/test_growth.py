@@ -28,7 +28,7 @@ from model.nets.vqvae import VQVAE
 from model.plumbing import assets, storage, uses
 from model.plumbing.assets import AssetWriter, Manifest
 from model.plumbing.sweeping import Needed, look, sweep
-from tests.data.test_ingest import picture, sample, tar, write
+from tests.data.test_ingest import picture, sample, small, tar, write
 from tests.instances import config, make, publish_models
 
 Pictures = list[tuple[str, tuple[str, ...], str]]  # content, captions, split; sorted
@@ -595,3 +595,22 @@ def test_s3_holds_what_was_taken_over_once(services, here, tmp_path, monkeypatch
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this thread: pictures are few."""
     monkeypatch.setattr("model.plumbing.parallel.cores", lambda: 1)
+
+
+def test_sizes_and_small_pictures_of_what_is_not_read_again_are_kept(store, here, decoded):
+    tiny = {f"{n}.png": picture(n, size=(8, 8)) for n in (1, 2)} | {"1.txt": "one", "2.txt": "two"}
+    good = {f"{n}.png": picture(10 + n, size=(40, 40)) for n in range(3, 9)}
+    write(here, tiny | good | {f"{n}.txt": "x" for n in range(3, 9)})
+    source = {"kind": "folder", "path": str(here)}
+    first = ingest(run_of(source))
+    write(here, {"new.png": picture(50, size=(100, 80)), "new.txt": "new"})
+    (here / "1.png").unlink()
+    (here / "1.txt").unlink()
+    decoded.clear()
+    second = ingest(run_of(source, first))
+    assert decoded == [(here / "new.png").read_bytes()]
+    assert first.info["sizes"] == {"pictures": 6, "side 32": 6, "longer 1.0": 6}
+    grown = {"pictures": 7, "side 32": 6, "side 64": 1, "longer 1.0": 6, "longer 1.1": 1}
+    assert second.info["sizes"] == grown
+    assert [name for name, _, _ in small(first)] == ["1.png", "2.png"]
+    assert [name for name, _, _ in small(second)] == ["2.png"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
@@ -31,11 +32,11 @@ from model.config import (
 from model.data import sources
 from model.data.captions import clean_captions
 from model.data.image_shards import load_images
-from model.data.ingest import QUARANTINE
+from model.data.ingest import QUARANTINE, QUARANTINED, SHOWN_OF_ONE
 from model.data.sources import Record
 from model.errors import UserError
 from model.plumbing import storage
-from model.plumbing.assets import Manifest
+from model.plumbing.assets import PICTURES, Manifest
 from tests import ROOT
 from tests.data.test_images import bomb
 from tests.instances import ingest
@@ -340,6 +341,51 @@ def test_bad_pictures_are_quarantined_with_their_reasons(store, here):
     assert "min_side" in reasons["small.png"]
     assert "not one of JPEG" in reasons["text.jpg"]
     assert reasons["zero.png"] == "empty file"
+
+
+def small(manifest: Manifest) -> list[tuple[str, str, tuple[int, int]]]:
+    """Name, reason and size of the small pictures of what was left out."""
+    entries = json.loads(storage.read_bytes(storage.join(manifest.uri, PICTURES, QUARANTINED)))
+    found = []
+    for entry in entries:
+        with Image.open(io.BytesIO(base64.b64decode(entry["jpeg"]))) as image:
+            found.append((entry["source"], entry["reason"], image.size))
+    return found
+
+
+def test_what_can_be_seen_of_quarantined_pictures_lies_beside_the_asset(store, here, monkeypatch):
+    monkeypatch.setattr("model.plumbing.parallel.cores", lambda: 1)
+    whole = picture(3, "JPEG", size=(400, 300))
+    files = {f"{n:02}.jpg": picture(n, "JPEG", size=(9, 9 + n % 3)) for n in range(9)}
+    files |= {"cut.jpg": whole[: len(whole) // 2], "good.png": picture(1)}
+    files |= {"text.jpg": b"none", "zero.jpg": b""}
+    files |= {f"{Path(name).stem}.txt": name for name in files}
+    write(here, files | {"mute.png": picture(2, size=(300, 100)), "mute.txt": " "})
+    for shard_images in (2, 100):
+        made = ingest(folder(here, shard_images=shard_images))
+        shown = small(made)
+        assert [(name, size) for name, _, size in shown if not name[0].isdigit()] == [
+            ("cut.jpg", (64, 48)),
+            ("mute.png", (64, 21)),
+        ]
+        tiny = [(name, size) for name, _, size in shown if name[0].isdigit()]
+        assert tiny == [(f"{n:02}.jpg", (9, 9 + n % 3)) for n in range(SHOWN_OF_ONE)], "enough of one kind"
+        assert {name: reason for name, reason, _ in shown}.items() <= quarantine(made).items()
+        assert not [file for file in made.files if QUARANTINED in file.name]
+
+
+def test_sizes_are_counted_as_they_were_found(store, here, monkeypatch):
+    sizes = [(16, 16), (31, 20), (40, 33), (300, 100), (1000, 200)]
+    files = {f"{n}.png": picture(n, size=size) for n, size in enumerate(sizes)} | {"bad.png": b"x"}
+    write(here, files | {f"{Path(name).stem}.txt": "a caption" for name in files})
+    expected = {
+        "pictures": 5, "enlarged": 2, "side 16": 2, "side 32": 1, "side 96": 1, "side 192": 1,
+        "longer 1.0": 1, "longer 1.1": 1, "longer 1.45": 1, "longer 3.0": 2,
+    }  # fmt: skip
+    assert ingest(folder(here, image_size=32)).info["sizes"] == expected
+    padded = ingest(folder(here, image_size=32, fit="pad")).info["sizes"]
+    assert padded == expected, "of 31 x 20 the longer side is enlarged, too"
+    assert ingest(folder(here, image_size=24, fit="pad")).info["sizes"]["enlarged"] == 1
 
 
 def test_too_many_bad_pictures_fail_and_leave_nothing(store, here):
