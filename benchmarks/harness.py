@@ -342,7 +342,7 @@ class Results:
         """
         stamp = {
             "measured": datetime.date.today().isoformat(),
-            "commit": _commit(),
+            "commit": commit(),
             "others": round(others, 1),
         }
         if row.number not in self._begun:
@@ -363,11 +363,11 @@ class Results:
         self._rows.sort(key=lambda row: row["number"])
         self._json.parent.mkdir(parents=True, exist_ok=True)
         document = {"machine": self._facts, "rows": self._rows}
-        _write(self._json, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-        _write(self._markdown, markdown(document))
+        write(self._json, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        write(self._markdown, markdown(document))
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
     """All or nothing: the machine may be taken away at any moment."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
@@ -404,7 +404,7 @@ def _short(value: float) -> str:
 
 
 @functools.cache
-def _commit() -> str:
+def commit() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=10", "HEAD"]
     found = subprocess.run(command, capture_output=True, text=True)
     return found.stdout.strip()

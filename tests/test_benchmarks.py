@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import io
 import json
 import math
 import pkgutil
@@ -12,18 +13,26 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import benchmarks
 from benchmarks import __main__ as command
-from benchmarks import harness
+from benchmarks import harness, own, pictures
 from benchmarks.growth import exponent
 from benchmarks.harness import LEFT_OUT, Comparison, Part, Ratio, Results, Row, compare
 from benchmarks.main_job import Timeline
+from model.config import DataConfig, FolderSource
+from model.data import sources
+from model.data.images import BadImage, decode, to_tensor
+from model.data.sources.shapes import parse
+from model.evaluation import oracle
 
 pytestmark = pytest.mark.slow  # too long for the inner loop
 CPU = torch.device("cpu")
@@ -276,3 +285,128 @@ def test_an_unknown_row_is_refused_before_anything_is_measured(
     with pytest.raises(SystemExit):
         command.main()
     assert "there is no row 99" in capsys.readouterr().err
+
+
+# ── people's own pictures ───────────────────────────────────────────────────────────────────────────────
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, by its path there."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def hundred(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A collection of a hundred pictures."""
+    return pictures.made(tmp_path_factory.mktemp("own") / "100", partial(pictures.collection, count=100))
+
+
+def test_a_collection_is_the_same_each_time_and_begins_as_a_smaller_one(
+    hundred: Path, tmp_path: Path
+) -> None:
+    again, smaller = tmp_path / "again", tmp_path / "smaller"
+    pictures.made(again, partial(pictures.collection, count=100))
+    assert contents(again) == contents(hundred)
+    pictures.made(smaller, partial(pictures.collection, count=40))
+    wrong = pictures.broken(100).keys() | pictures.broken(40).keys()
+    whole = {name: data for name, data in contents(smaller).items() if int(Path(name).stem[-5:]) not in wrong}
+    assert whole
+    assert whole.items() <= contents(hundred).items()
+    pictures.made(again, lambda folder: pytest.fail("it is there"))
+
+
+def test_of_a_collection_all_is_of_use_but_what_was_broken(hundred: Path) -> None:
+    assert sorted(pictures.broken(100).values()) == sorted(pictures.BROKEN)
+    assert pictures.broken(3000).keys() < set(range(3000))
+    source = FolderSource(path=str(hundred))
+    good, sides, forms, clear = [], [], set(), 0
+    for record in sources.iterate(source, 32):
+        if record.problem or record.others or not record.captions:
+            continue
+        try:
+            decode(record.image, DataConfig(source=source, image_size=32))
+        except BadImage:
+            continue
+        image = Image.open(io.BytesIO(record.image))
+        good.append(record.captions[0])
+        sides += image.size
+        forms.add(image.format)
+        clear += image.mode == "RGBA"
+    assert len(good) == len(set(good)) == pictures.usable(100) == 96
+    assert forms == set(pictures.SUFFIXES)
+    assert min(sides) < 40
+    assert 600 < max(sides) <= 900
+    assert 10 < clear < 50
+
+
+def test_captions_of_a_large_collection_are_all_different_and_say_what_is_there() -> None:
+    captions = [pictures.caption(number) for number in range(30_000)]
+    assert len(set(captions)) == 30_000
+    beyond = next(number for number, text in enumerate(captions) if text.endswith("orange background"))
+    assert captions[beyond].endswith(" on an orange background")
+    form, data = pictures.picture(beyond)
+    assert form in pictures.SUFFIXES
+    corner = Image.open(io.BytesIO(data)).convert("RGB").getpixel((0, 0))
+    assert corner == pytest.approx(pictures.COLOURS["orange"], abs=6)
+
+
+def test_shapes_as_a_folder_show_no_combination_that_is_held_out(tmp_path: Path) -> None:
+    folder = pictures.made(tmp_path / "shapes", partial(pictures.shapes, count=60, side=32))
+    told = [path.read_text().splitlines() for path in sorted(folder.rglob("*.txt"))]
+    assert len(told) == len(list(folder.rglob("*.png"))) == 60
+    scenes = [[parse(line) for line in lines] for lines in told]
+    assert all(one.canonical() == other.canonical() for one, other in scenes)
+    assert not any(scene.composition for lines in scenes for scene in lines)
+    first = Image.open(next(iter(sorted(folder.rglob("*.png")))))
+    assert oracle.read(to_tensor(torch.from_numpy(np.array(first)).permute(2, 0, 1)[None])) == [
+        scenes[0][0].canonical()
+    ]
+    asked = pictures.held_out(20)
+    assert len(asked) == 20
+    assert all(scene.composition for scene in asked)
+
+
+@pytest.mark.parametrize("captioned", [False, True])
+def test_flags_are_called_after_their_countries(captioned: bool, tmp_path: Path) -> None:
+    svg = (
+        "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 4 3'><path fill='#f00' d='M0 0h4v3H0z'/></svg>"
+    )
+    (tmp_path / "ci.svg").write_text(svg)
+    country = {"code": "ci", "flag_4x3": "ci.svg", "name": "Côte d'Ivoire"}
+    (tmp_path / "country.json").write_text(json.dumps([country]))
+    out = tmp_path / "out"
+    out.mkdir()
+    pictures.render_flags(tmp_path, out, captioned)
+    (path,) = out.glob("*.png")
+    assert path.stem == ("ci" if captioned else "Côte d'Ivoire")
+    assert [path.read_text() for path in out.glob("ci.txt")] == (["Côte d'Ivoire\n"] if captioned else [])
+    flag = Image.open(path)
+    assert (flag.size, flag.getpixel((320, 240))) == ((640, 480), (255, 0, 0, 255))
+
+
+def test_the_table_of_own_pictures_keeps_rows_and_says_what_was_beyond(tmp_path: Path) -> None:
+    figures = {
+        "validation/psnr": 20.04,
+        "codebook_use": 0.5,
+        "train/retrieval": 0.9,
+        "train/retrieval_chance": 0.1,
+    }
+    own.Table(tmp_path).add(own.Row("300", 300, 10, 288, 280, minutes=12.1, figures=figures))
+    own.Table(tmp_path).add(own.Row("60", 60, 5, 58, minutes=1, note="FAILED with status 2: error: a|b"))
+    for name, share in ((own.PRESET, 0.94), ("shapes", 0.88)):
+        own.Table(tmp_path).add(own.Row(name, 80000, 25, minutes=25, all_right=share))
+    table = own.Table(tmp_path)
+    assert (table.minutes("60"), table.minutes("300"), table.minutes("none")) == (0, 12.1, 0)
+    lines = (tmp_path / "own.md").read_text().splitlines()
+    assert lines[2].startswith("| 60 | 0 of 58 | 5 | 1 |  | FAILED with status 2: error: a\\|b |")
+    assert "| 12.1 | 1.21 **(beyond)** |" in lines[3]
+    assert "| 20.0 dB | 50.0% | 90.0% (chance 10.0%) |  |" in lines[3]
+    assert len({line.replace("\\|", "").count("|") for line in lines[:6]}) == 1, "as many cells in each"
+    assert lines[-1] == "Within 5% of the preset: **no**."
+
+
+def test_a_failed_run_is_a_row_that_says_why(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    work = own.Work(3, 1, lambda folder: None)
+    row = own.measured("60", work, tmp_path / "nowhere", 1, tmp_path / "state")
+    assert row.note.startswith("FAILED with status 2: ")
+    assert row.report == ""
