@@ -185,7 +185,9 @@ def flags(folder: Path, captioned: bool = False) -> None:
         captioned: names go into .txt files, and the pictures are called as the package calls them.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        subprocess.run(["npm", "pack", "--silent", "flag-icons"], cwd=scratch, check=True, capture_output=True)
+        subprocess.run(
+            ["npm", "pack", "--silent", "flag-icons"], cwd=scratch, check=True, capture_output=True
+        )
         with tarfile.open(next(Path(scratch).glob("*.tgz"))) as package:
             package.extractall(scratch, filter="data")
         render_flags(Path(scratch, "package"), folder, captioned)
