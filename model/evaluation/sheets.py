@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,13 +56,16 @@ def sheet(rows: Tensor, captions: Sequence[str] = ()) -> bytes:
     step = side * factor + GAP
     left = LABEL if captions else GAP
     canvas = Image.new("RGB", (left + rows.shape[1] * step, GAP + rows.shape[0] * step), PAPER)
-    pen, font = ImageDraw.Draw(canvas), _font()
+    pen, (ascent, _) = ImageDraw.Draw(canvas), _font().getmetrics()
     for r, row in enumerate(rows):
         y = GAP + r * step
         if captions:
-            lines = _wrapped(captions[r], font, LABEL - 2 * GAP)[: (step - GAP) // LINE]
+            lines = _wrapped(_spelled(captions[r]), LABEL - 2 * GAP)[: (step - GAP) // LINE]
             for number, line in enumerate(lines):
-                pen.text((GAP, y + number * LINE), line, INK, font)
+                x, base = float(GAP), y + number * LINE + ascent
+                for text, font in _runs(line):
+                    pen.text((x, base), text, INK, font, anchor="ls")
+                    x += font.getlength(text)
         for c, picture in enumerate(row):
             image = _image(picture).resize((side * factor,) * 2, Image.Resampling.NEAREST)
             canvas.paste(image, (left + c * step, y))
@@ -104,21 +108,91 @@ def _image(picture: Tensor) -> Image.Image:
 
 
 @functools.cache
-def _font() -> ImageFont.FreeTypeFont:
-    """DejaVu, which comes with matplotlib: Latin, Greek, Cyrillic and more, where Pillow's own has ASCII."""
+def _font(path: str = "") -> ImageFont.FreeTypeFont:
+    """DejaVu, which comes with matplotlib: Latin, Greek, Cyrillic and more, where Pillow's own has ASCII.
+    Or the font of another file."""
+    return ImageFont.truetype(path or _ours(), LETTERS)
+
+
+def _ours() -> str:
     import matplotlib
 
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", LETTERS)
+    return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+@functools.cache
+def _letters(path: str) -> frozenset[int]:
+    """The code points that a font's file has letters for; none of a file that cannot be read."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        return frozenset(FT2Font(path).get_charmap())
+    except (OSError, RuntimeError):
+        return frozenset()
+
+
+@functools.cache
+def _other_font(letter: str) -> str:
+    """The font of this machine that is taken for a letter which ours lacks; "": none has it.
+
+    Looked through are those that matplotlib finds, where systems have their fonts and in a folder of its own.
+    """
+    from matplotlib.font_manager import fontManager
+
+    found = sorted(
+        (font.style != "normal", font.weight != 400, font.fname)
+        for font in fontManager.ttflist
+        if "LastResort" not in font.fname  # has a box for everything
+    )
+    for _, _, path in found:
+        if ord(letter) in _letters(path):
+            try:
+                _font(path).getlength(letter)
+            except OSError:  # coloured pictures, in sizes of their own
+                continue
+            return path
+    return ""
+
+
+def _spelled(text: str) -> str:
+    """A caption in letters that some font has: an emoji is called by its name, what else is missing by its
+    code (`\\u8d64`)."""
+    import emoji
+
+    ours = _letters(_ours())
+
+    def named(sequence: str, known: dict[str, str]) -> str:
+        return sequence if ours.issuperset(map(ord, sequence)) else known["en"]
+
+    letters = emoji.replace_emoji(text, named)
+    return "".join(
+        letter
+        if letter.isspace() or ord(letter) in ours or _other_font(letter)
+        else letter.encode("unicode_escape").decode()
+        for letter in letters
+    )
+
+
+def _runs(text: str) -> Iterator[tuple[str, ImageFont.FreeTypeFont]]:
+    """Neighbouring letters of one font, and that font."""
+    ours = _letters(_ours())
+    for path, letters in groupby(text, lambda letter: "" if ord(letter) in ours else _other_font(letter)):
+        yield "".join(letters), _font(path)
+
+
+def _length(text: str) -> float:
+    """Width of a line, pixels."""
+    return sum(font.getlength(run) for run, font in _runs(text))
+
+
+def _wrapped(text: str, width: int) -> list[str]:
     """Lines of at most `width` pixels, broken between words, and within those that are longer than a line."""
     lines = [""]
     for word in text.split():
-        if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
+        if lines[-1] and _length(f"{lines[-1]} {word}") > width:
             lines.append("")
         for letter in f" {word}" if lines[-1] else word:
-            if font.getlength(lines[-1] + letter) > width:
+            if _length(lines[-1] + letter) > width:
                 lines.append("")
             lines[-1] += letter
     return lines
