@@ -18,7 +18,7 @@ from PIL import Image
 from model.config import DataConfig, Source
 from model.data import sources
 from model.data.captions import clean_captions, damage, shown
-from model.data.sources import DRAWN, Record
+from model.data.sources import DRAWN, HOW_TO_CAPTION, Record
 from model.errors import UserError
 from model.plumbing.parallel import single_threaded
 from model.recipe import Survey
@@ -28,9 +28,6 @@ SECONDS = 10.0  # that a look takes at most
 LISTING = 0.5  # share of them in which names are looked through
 EXAMPLES = 3  # pictures that are shown
 LONGEST_LINE = 100  # characters of a name or caption that is shown
-HOW_TO_CAPTION = (
-    "write what cat.jpg shows into cat.txt beside it, or into captions.csv (columns file_name, caption)"
-)
 
 
 @dataclass(frozen=True)

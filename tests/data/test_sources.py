@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 from model.config import OpenMojiSource, ShapesSource
+from model.data.names import words
 from model.data.sources import fingerprint, iterate, openmoji, recognise, shapes
 from model.errors import UserError
+from model.plumbing import storage
 from tests.instances import config
 
 
@@ -167,7 +169,6 @@ def test_openmoji_renders_colour_on_transparent(monkeypatch):
         ("s3://b/p/{000..099}.tar", {"kind": "webdataset", "urls": "s3://b/p/{000..099}.tar"}),
         ("one.tar", {"kind": "webdataset", "urls": "one.tar"}),
         ("s3://b/p.parquet", {"kind": "parquet", "path": "s3://b/p.parquet"}),
-        ("s3://b/folder", {"kind": "parquet", "path": "s3://b/folder"}),
         ("folder/*.parquet", {"kind": "parquet", "path": "folder/*.parquet"}),
     ],
 )
@@ -178,34 +179,87 @@ def test_data_is_recognised_by_its_name(uri, values):
 
 
 @pytest.mark.parametrize(
-    ("files", "kind"),
+    ("files", "values"),
     [
-        (["a/b.PNG", "c.csv"], "folder"),
-        (["a.gif", "a.txt"], "folder"),
-        (["deep/er/x.parquet"], "parquet"),
-        (["x.parquet", "y.jpg"], "folder"),
+        (["a/b.PNG", "c.csv", "a/b.txt"], {"kind": "folder"}),
+        (["a/b.PNG", "c/captions.TSV"], {"kind": "folder"}),
+        (["a.gif", "a.gif.txt"], {"kind": "folder"}),
+        (["a.jpg", "a.json"], {"kind": "folder"}),
+        (["deep/er/x.parquet"], {"kind": "parquet"}),
+        (["x.parquet", "y.jpg"], {"kind": "parquet"}),
+        (["x.parquet", "y.jpg", "y.caption"], {"kind": "folder"}),
+        (["metadata.parquet", "y.jpg"], {"kind": "folder"}),
+        (["red-apple_03.png", "IMG_1234.jpg", "blue pear.webp"], {"kind": "folder", "captions": "names"}),
+        (["train/red apple/1.png", "train/pear/IMG_2.png"], {"kind": "folder", "captions": "folders"}),
     ],
 )
-def test_a_folder_is_recognised_by_what_it_holds(files, kind, tmp_path):
+@pytest.mark.parametrize("where", ["here", pytest.param("s3", marks=pytest.mark.slow)])
+def test_a_folder_is_recognised_by_what_it_holds(files, values, where, request, tmp_path):
+    root = (
+        str(tmp_path / "data")
+        if where == "here"
+        else f"{request.getfixturevalue('services')['LATENT_GPT_STORE']}"
+    )
     for name in files:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    assert recognise(str(tmp_path)) == {"kind": kind, "path": str(tmp_path)}
+        storage.write_bytes(f"{root}/{name}", b'{"text": "a"}')
+    assert recognise(root) == {"path": root, **values}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("red-apple_03", "red apple"),
+        ("0012 Red Apple (2)", "Red Apple"),
+        ("RedApple7", "Red Apple"),
+        ("3 apples", "3 apples"),
+        ("caf%C3%A9 au lait", "café au lait"),
+        ("cafe\u0301", "café"),
+        ("红苹果_1", "红苹果"),
+        ("photo of a cat copy", "photo of a cat"),
+        ("IMG_1234", ""),
+        ("IMG-20240101-WA0001", ""),
+        ("Screenshot 2024-01-01 at 10.11.12", ""),
+        ("deadbeefcafe", ""),
+        ("3f2504e0-4f89-11d3-9a0c-0305e82c3301", ""),
+        ("000123", ""),
+        ("n01440764_10026", ""),
+        ("de", ""),
+        ("train", ""),
+        ("", ""),
+    ],
+)
+def test_what_a_name_says(name, said):
+    assert words(name) == said
 
 
 @pytest.mark.parametrize(
     ("uri", "said"),
     [
         ("{}/nowhere", "data: there is no folder {}/nowhere here; data is that, tar shards"),
-        ("{}/empty", "data: {}/empty holds no pictures; data is a folder of them, tar shards"),
+        ("{}/empty", "data: {}/empty holds no pictures (it is empty); data is a folder of them, tar shards"),
+        ("{}/films", "data: {}/films holds no pictures (2 .mp4, 1 without suffix); data is a folder of them"),
+        ("{}/svg", "data: no picture in {}/svg is of a format that is read (1 .svg); make them JPEG, PNG or"),
+        (
+            "{}/camera",
+            "data: no picture in {}/camera has a caption (2 .jpg, 1 .txt, 1 .csv), and names of files and"
+            " folders are no words; sub/labels.csv cannot be read as captions by this name; write what",
+        ),
         ("{}/tars", "data: {}/tars is a folder of tar shards; name them, e.g. {}/tars/{{000..999}}.tar"),
         ("https://example.org/x", "data: https://example.org/x: only s3://bucket/key and local paths"),
         ("\0", "data: "),
     ],
 )
 def test_what_is_no_data_is_refused(uri, said, tmp_path):
-    for name in ("empty/.hidden.png", "tars/0.tar"):
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).touch()
+    empty = (
+        "empty/.hidden.png",
+        "tars/0.tar",
+        "films/1.mp4",
+        "films/2.mp4",
+        "films/LICENSE",
+        "svg/red apple.svg",
+    )
+    camera = ("camera/IMG_1.jpg", "camera/IMG_1.txt", "camera/sub/2.jpg", "camera/sub/labels.csv")
+    for name in (*empty, *camera):
+        storage.write_bytes(f"{tmp_path}/{name}", b"")
     with pytest.raises(UserError, match=re.escape(said.format(tmp_path, tmp_path))):
         recognise(uri.format(tmp_path))

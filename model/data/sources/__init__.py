@@ -20,7 +20,6 @@ regular files are opened, and sizes are looked at before anything is read.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -31,8 +30,6 @@ from types import ModuleType
 from typing import Any
 
 from model.config import Source
-from model.errors import UserError
-from model.plumbing import storage
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of picture files
 # Of files that are pictures where they have a caption; what is in them decides whether they can be read.
@@ -43,6 +40,7 @@ OTHER_SUFFIXES = (
 DRAWN = ("openmoji", "shapes")  # kinds that bring their own pictures
 LARGEST_PICTURE = 128 << 20  # bytes of a picture's file; larger ones are quarantined and not read
 KNOWN = "tar shards (s3://bucket/{000..999}.tar), parquet files, `openmoji` or `shapes`"
+HOW_TO_CAPTION = "write what cat.jpg shows into cat.txt beside it, or into captions.csv (file_name, caption)"
 KINDS = 50  # of other files that are told apart
 NAMES = {  # of kinds of sources, for people
     "openmoji": "OpenMoji's pictures with their names in Unicode",
@@ -144,44 +142,21 @@ def sample(config: Source, side: int, most: int, until: float) -> Sample:
     return Sample(islice(iterate(few, side), most), NAMES.get(config.kind, config.kind), count(config))
 
 
-def recognise(uri: str) -> dict[str, Any] | None:
+def recognise(uri: str, look: bool = True) -> dict[str, Any] | None:
     """The values of `data.source` for what a person names as their data; None for nothing.
 
     Args:
-        uri: a folder of pictures; tar shards, with a {000..999} range where there are several; a parquet
-            file, or a folder or glob of such; the word `openmoji` or `shapes`. Tars and parquet may be in S3.
+        uri: a folder of pictures, or of parquet files; tar shards, with a {000..999} range where there are
+            several; a parquet file or a glob of such; the word `openmoji` or `shapes`. All but the words may
+            be in S3.
+        look: into S3; if not, a folder there is said to be one of pictures. (A cluster's S3 need not be in
+            reach of who submits to it.)
 
     Raises:
-        UserError: it is none of these.
+        UserError: it is none of these, or nothing in it can be used; with what was there and what would do.
     """
-    uri = uri.strip()
-    if not uri:
-        return None
-    if uri in DRAWN:
-        return {"kind": uri}
-    if suffix(uri) == ".tar":
-        return {"kind": "webdataset", "urls": uri}
-    if suffix(uri) == ".parquet" or _in_s3(uri):  # a folder in S3 can only be one of parquet files
-        return {"kind": "parquet", "path": uri}
-    path, found = os.path.expanduser(uri), Counter[str]()
-    if not os.path.isdir(path):
-        raise UserError(f"data: there is no folder {uri} here; data is that, {KNOWN}")
-    for _, _, names in os.walk(path):
-        found.update(suffix(name) for name in names if not name.startswith("."))
-        if any(found[known] for known in SUFFIXES + OTHER_SUFFIXES):
-            return {"kind": "folder", "path": uri}
-    if found[".parquet"]:
-        return {"kind": "parquet", "path": uri}
-    if found[".tar"]:
-        raise UserError(f"data: {uri} is a folder of tar shards; name them, e.g. {uri}/{{000..999}}.tar")
-    raise UserError(f"data: {uri} holds no pictures; data is a folder of them, {KNOWN}")
-
-
-def _in_s3(uri: str) -> bool:
-    try:
-        return storage.is_s3(uri)
-    except UserError as error:
-        raise UserError(f"data: {error}") from None
+    found: dict[str, Any] | None = import_module(f"{__name__}.recognition").recognise(uri, look)
+    return found
 
 
 def suffix(name: str) -> str:

@@ -1,13 +1,12 @@
-"""A folder of pictures, captioned by a list or by files beside them.
+"""A folder of pictures, here or in S3, captioned by a list, by files beside them, or by names.
 
 - Lists (Hugging Face imagefolder), in any folder for it and those below; the first of `metadata.jsonl`,
-  `captions.csv`, `metadata.csv`, `metadata.parquet`. Each entry has `file_name` (or `file`, `image`),
-  relative to the list, and `caption` (or `text`, or a list `captions`). Neighbouring entries that name the
-  same picture give it several captions; pictures that no entry names are left out.
-- Beside `cat.jpg`, one caption per line, the first of these that is there: `cat.jpg.txt`, `cat.txt`,
-  `cat.jpg.caption`, `cat.caption`.
-
-Links are followed within the folder only.
+  `captions.csv`, `captions.tsv`, `metadata.csv`, `metadata.parquet`. Each entry has `file_name` (or `file`,
+  `image`), relative to the list, and `caption` (or `text`, or a list `captions`). Neighbouring entries that
+  name the same picture give it several captions; pictures that no entry names are left out.
+- Beside `cat.jpg`, the first of these that is there: `cat.jpg.txt`, `cat.txt`, `cat.jpg.caption`,
+  `cat.caption`, with one caption per line; `cat.jpg.json`, `cat.json`, with `caption`, `text` or `captions`.
+- Where the config says so, names: those of pictures that have no caption in a file, or of their folders.
 """
 
 from __future__ import annotations
@@ -15,17 +14,19 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+import posixpath
 import random
-import stat
 import time
-import unicodedata
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from io import BufferedReader
 from itertools import chain, groupby, islice
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from model.config import FolderSource
 from model.data.captions import (
@@ -40,6 +41,7 @@ from model.data.captions import (
     parse,
     shown,
 )
+from model.data.names import words
 from model.data.sources import (
     LARGEST_PICTURE,
     OTHER_SUFFIXES,
@@ -53,269 +55,283 @@ from model.data.sources import (
     suffix,
     too_large,
 )
+from model.data.sources.tree import Folder, Tree, Unreadable, joined, nfc, open_tree, within
 from model.errors import UserError
 
-SIDECARS = (".txt", ".caption")
+SIDECARS = (".txt", ".caption", ".json")
+MOST_EMPTY = 100  # files without a caption, after which no more are sought
+AHEAD = 4  # pictures under way for each reader
+AHEAD_BYTES = 1 << 28  # of them
+NAMES = {"names": "names of files", "folders": "names of folders"}  # that are captions
 Entry = tuple[str, list[Any], str]  # a picture's name as a list has it, its captions, what is wrong with them
 
 
-class Unreadable(Exception):
-    """A file that is not read; the message is the reason."""
+class Found(NamedTuple):
+    """A picture that is not read yet, and where its captions are."""
+
+    record: Record  # with its captions, where a list or its name says them
+    sidecar: str = ""  # the file of its captions
+    place: str = ""  # of its captions, for people
 
 
 def iterate(
     config: FolderSource, side: int, start: int = 0, known: Known = nothing_known
 ) -> Iterator[Record]:
     """Pictures in the order of paths, those of a list in the list's. Each is a unit, with its captions."""
-    root = _root(config)
-    for record, sidecar in islice(_found(root), start, None):
-        if record.problem or record.others:
-            yield record
-            continue
-        unit, mark = record.key, _mark(root, record, sidecar)  # of before it is read
-        if known(unit, mark):
-            yield Record(unit, b"", unit=unit, mark=mark, known=True)
-            continue
-        yield _filled(root, replace(record, unit=unit, mark=mark), sidecar)
+    tree = _tree(config)
 
+    def marked_ones() -> Iterator[Found]:
+        for one in islice(_found(tree, config), start, None):
+            unit, mark = one.record.key, _mark(tree, one)  # of before it is read
+            if one.record.problem or one.record.others:
+                yield one
+            elif known(unit, mark):
+                yield Found(Record(unit, b"", unit=unit, mark=mark, known=True))
+            else:
+                yield one._replace(record=replace(one.record, unit=unit, mark=mark))
 
-def _filled(root: str, record: Record, sidecar: str) -> Record:
-    """A record with the bytes of its picture, and the captions of the file beside it."""
-    if record.problem or record.others:
-        return record
-    problem = ""
-    try:
-        data = _read(root, record.key, LARGEST_PICTURE)
-        problem = f"{sidecar}: "
-        captions = lines(decode(_read(root, sidecar, LARGEST_TEXT))) if sidecar else record.captions
-    except Unreadable as error:
-        return replace(record, problem=f"{problem}{error}", unit="", mark="")
-    return replace(record, image=data, captions=captions)
-
-
-def sample(config: FolderSource, most: int, until: float) -> Sample:
-    """Pictures spread over the folder, each as likely as any other."""
-    root, chance = _root(config), random.Random(0)
-    chosen: list[tuple[int, Record, str]] = []
-    others: list[Record] = []
-    number, exact = 0, True
-    for record, sidecar in _found(root):
-        if record.others:
-            others.append(record)
-            continue
-        if (place := number if number < most else chance.randrange(number + 1)) < most:
-            chosen[place : place + 1] = [(number, record, sidecar)]
-        number += 1
-        if number % 1000 == 0 and time.monotonic() > until:
-            exact = False
-            break
-    chosen.sort(key=itemgetter(0))
-    filled = (_filled(root, record, sidecar) for _, record, sidecar in chosen)
-    return Sample(
-        chain(others, filled), _kind((record, sidecar) for _, record, sidecar in chosen), number, exact
-    )
-
-
-def _kind(found: Iterable[tuple[Record, str]]) -> str:
-    """What the folder is, for people."""
-    places = Counter(
-        f"{suffix(sidecar)} files beside the pictures" if sidecar else "a list" if record.captions else ""
-        for record, sidecar in found
-    )
-    del places[""]
-    places_said = " and in ".join(place for place, _ in places.most_common())
-    return f"a folder with captions in {places_said}" if places else "a folder without captions"
+    yield from _read(tree, marked_ones())
 
 
 def fingerprint(config: FolderSource) -> str:
-    """A hash over names, sizes and times of change of every file; contents are not read."""
-    root = _root(config)
+    """A hash over names, sizes and times of change (in S3 ETags) of every file; contents are not read."""
+    tree = _tree(config)
     digest = hashlib.sha256()
     kinds: Counter[str] = Counter()
-    for folder, names, _ in _folders(root):
-        for name in names:
-            path = os.path.join(folder, name)
-            try:
-                status = os.stat(os.path.join(root, path))
-            except OSError:  # a link that leads nowhere
-                status = os.lstat(os.path.join(root, path))
-            digest.update(
-                f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape")
-            )
-            kinds[suffix(name)] += 1
+    for folder in tree.folders():
+        for name in folder.names:
+            path = joined(folder.path, name)
+            with suppress(Unreadable):  # somebody has just deleted it
+                size, changed = tree.state(path)
+                digest.update(f"{path}\0{size}\0{changed}\n".encode(errors="surrogateescape"))
+                kinds[suffix(name)] += 1
     if not any(kinds[known] for known in SUFFIXES + OTHER_SUFFIXES):
-        raise UserError(f"data.source.path: {root} holds no picture ({', '.join(SUFFIXES)})")
+        raise UserError(f"data.source.path: {tree.place} holds no picture ({', '.join(SUFFIXES)})")
     return digest.hexdigest()
 
 
 def count(config: FolderSource) -> int:
     """Pictures in the lists, or in the folder where there is none."""
-    return sum(not record.others for record, _ in _found(_root(config)))
+    return sum(not one.record.others for one in _found(_tree(config), config))
 
 
-def _root(config: FolderSource) -> str:
-    root = os.path.realpath(os.path.expanduser(config.path))
+def sample(config: FolderSource, most: int, until: float) -> Sample:
+    """Pictures spread over the folder, each as likely as any other."""
+    tree, chance = _tree(config, until), random.Random(0)
+    chosen: list[tuple[int, Found]] = []
+    others: list[Record] = []
+    number, exact = 0, True
+    for one in _found(tree, config):
+        if one.record.others:
+            others.append(one.record)
+            continue
+        if (place := number if number < most else chance.randrange(number + 1)) < most:
+            chosen[place : place + 1] = [(number, one)]
+        number += 1
+        if number % 1000 == 0 and time.monotonic() > until:
+            exact = False
+            break
+    chosen.sort(key=itemgetter(0))
+    places = Counter(one.place for _, one in chosen if one.place)
+    said = " and in ".join(place for place, _ in places.most_common(3))
+    kind = f"a folder with captions in {said}" if said else "a folder without captions"
+    return Sample(chain(others, _read(tree, (one for _, one in chosen))), kind, number, exact and tree.whole)
+
+
+def best_captions(tree: Tree) -> str:
+    """Where captions of a folder are to come from, a value of `FolderSource.captions`; "" if there are none.
+
+    Names count where no file says anything: those of most pictures, or of their folders, have to be words.
+    """
+    pictures = looked = 0
+    said: Counter[str] = Counter()
+    for folder in tree.folders():
+        if _list_of(folder.names):
+            return "files"
+        for one in _captioned(folder, Counter(), "files"):
+            if one.sidecar and looked < MOST_EMPTY:
+                looked += 1
+                if _says(tree, one.sidecar):
+                    return "files"
+        for name in folder.names:
+            if suffix(name) in SUFFIXES:
+                pictures += 1
+                said["names"] += bool(words(stem(name)))
+                said["folders"] += bool(_folder_name(folder.path))
+    return next((where for where in ("names", "folders") if said[where] * 2 > pictures), "")
+
+
+def _tree(config: FolderSource, until: float = 0.0) -> Tree:
     try:
-        os.scandir(root).close()
-    except PermissionError:
-        raise UserError(f"data.source.path: {root}: permission denied; give this user access") from None
-    except (OSError, ValueError):
-        raise UserError(f"data.source.path: {config.path} is not a folder") from None
-    return root
+        return open_tree(config.path, until)
+    except UserError as error:
+        raise type(error)(f"data.source.path: {error}") from None
+
+
+def _mark(tree: Tree, one: Found) -> str:
+    """Over what changes with a picture and its captions' file, or what a list says."""
+    found: list[object] = [one.sidecar, one.record.captions]
+    try:
+        for name in filter(None, (one.record.key, one.sidecar)):
+            found += tree.state(name)
+    except Unreadable:
+        return ""
+    return marked(*found)
 
 
 # ── what is there ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def _folders(root: str) -> Iterator[tuple[str, list[str], list[Record]]]:
-    """Each folder before those in it: its path, its files' names, and subfolders that are not entered."""
-    closed: list[OSError] = []
-    for path, subfolders, names in os.walk(root, onerror=closed.append):
-        folder = "" if path == root else os.path.relpath(path, root)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        links = [name for name in subfolders if os.path.islink(os.path.join(path, name))]
-        yield (
-            folder,
-            sorted(name for name in names if not name.startswith(".")),
-            [_linked(root, os.path.join(folder, name)) for name in links],
-        )
-    for error in closed:
-        name = os.path.relpath(error.filename, root)
-        yield name, [], [Record(name, b"", problem=f"this folder cannot be read: {error.strerror}")]
-
-
-def _linked(root: str, name: str) -> Record:
-    if _within(root, os.path.realpath(os.path.join(root, name))):
-        return Record(
-            name, b"", others=Counter({"linked folders": 1})
-        )  # its pictures are found where they are
-    return Record(
-        name, b"", problem="a folder that is a link out of this one; copy what it leads to (cp -rL)"
-    )
-
-
-def _found(root: str) -> Iterator[tuple[Record, str]]:
-    """Every picture, not read yet, with the file of its captions where no list says them."""
+def _found(tree: Tree, config: FolderSource) -> Iterator[Found]:
+    """Every picture, not read yet; what is none is counted."""
     others: Counter[str] = Counter()
     covering: str | None = None  # the folder whose list says which pictures count
     listed: set[str] = set()
-    for folder, names, apart in _folders(root):
-        for record in apart:
+    for folder in tree.folders():
+        for record in folder.apart:
             others.update(record.others)
             if record.problem:
-                yield record, ""
-        if covering is not None and not _within(covering, folder):
+                yield Found(record)
+        if covering is not None and not within(covering, folder.path):
             covering = None
             listed.clear()
-        known = {name.lower(): name for name in names}
-        if found := next((known[name] for name in LISTS if name in known), None):
-            names.remove(found)
-            covering = folder if covering is None else covering
-            for record in _entries(root, os.path.join(folder, found)):
-                listed.add(_nfc(os.path.normpath(record.key)))
-                yield record, ""
+        if name := _list_of(folder.names):
+            folder.names.remove(name)
+            covering = folder.path if covering is None else covering
+            for record in _entries(tree, joined(folder.path, name)):
+                listed.add(nfc(posixpath.normpath(record.key)))
+                yield Found(record, place=name)
         if covering is None:
-            yield from _captioned(folder, names, others)
+            yield from _captioned(folder, others, config.captions)
             continue
-        for name in names:
-            if _nfc(os.path.join(folder, name)) not in listed:
+        for name in folder.names:
+            if nfc(joined(folder.path, name)) not in listed:
                 picture = suffix(name) in SUFFIXES
                 pass_over(others, "pictures that no list names" if picture else suffix(name))
     if others:
-        yield Record(root, b"", others=others), ""
+        yield Found(Record(tree.place, b"", others=others))
 
 
-def _captioned(folder: str, names: list[str], others: Counter[str]) -> Iterator[tuple[Record, str]]:
+def _list_of(names: list[str]) -> str:
+    """The list among a folder's files."""
+    present = {name.lower(): name for name in names}
+    return next((present[name] for name in LISTS if name in present), "")
+
+
+def _captioned(folder: Folder, others: Counter[str], captions: str) -> Iterator[Found]:
     """Pictures of a folder with the files of their captions; what is neither is counted."""
-    texts = {
-        _nfc(name[: -len(suffix(name))]) + suffix(name): name for name in names if suffix(name) in SIDECARS
-    }
+    texts = {nfc(stem(name)) + suffix(name): name for name in folder.names if suffix(name) in SIDECARS}
     used = set()
-    for name in names:
-        wanted = (
-            _nfc(stem) + kind for kind in SIDECARS for stem in (name, name[: -len(suffix(name)) or None])
-        )
-        text = next((texts[stem] for stem in wanted if stem in texts), "")
+    for name in folder.names:
+        wanted = (nfc(base) + kind for kind in SIDECARS for base in (name, stem(name)))
+        text = next((texts[one] for one in wanted if one in texts), "")
         if suffix(name) in SUFFIXES or (text and suffix(name) in OTHER_SUFFIXES):
             used |= {name, text}
-            yield Record(os.path.join(folder, name), b""), text and os.path.join(folder, text)
-    for name in names:
+            said = _said_by_names(folder.path, name, captions)
+            place = f"{suffix(text)} files beside the pictures" if text else NAMES[captions] if said else ""
+            record = Record(joined(folder.path, name), b"", said)
+            yield Found(record, text and joined(folder.path, text), place)
+    for name in folder.names:
         if name not in used:
             pass_over(others, suffix(name))
 
 
-# ── files of the folder ─────────────────────────────────────────────────────────────────────────────────
+def stem(name: str) -> str:
+    """A file's name without its suffix."""
+    return name[: -len(suffix(name)) or None]
 
 
-def _within(root: str, path: str) -> bool:
-    return not root or path == root or path.startswith(f"{root.rstrip('/')}/")
+def _said_by_names(folder: str, name: str, captions: str) -> list[Any]:
+    """The caption that a picture's name is, or its folder's."""
+    if captions == "files":
+        return []
+    said = (captions == "names" and words(stem(name))) or _folder_name(folder)
+    return [said] if said else []
 
 
-def _nfc(name: str) -> str:
-    return unicodedata.normalize("NFC", name)  # a Mac writes names decomposed, lists have them composed
+def _folder_name(path: str) -> str:
+    """What the innermost folder whose name is words says."""
+    return next(filter(None, map(words, reversed(path.split("/")))), "")
 
 
-def _mark(root: str, record: Record, sidecar: str) -> str:
-    """Over sizes and times of change of a picture and its captions' file, or what a list says."""
-    found: list[object] = [sidecar, record.captions]
+# ── reading ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _read(tree: Tree, found: Iterable[Found]) -> Iterator[Record]:
+    """Records with their bytes, in order; where that pays, several are read at a time, ahead of their use."""
+    fill = partial(_filled, tree)
+    if tree.readers == 1:
+        yield from map(fill, found)
+        return
+    flying: deque[tuple[int, Future[Record]]] = deque()
+    size = 0
+    pool = ThreadPoolExecutor(tree.readers)
     try:
-        for name in filter(None, (record.key, sidecar)):
-            status = os.stat(_located(root, name))
-            found += [status.st_size, status.st_mtime_ns]
-    except (OSError, ValueError):
-        return ""
-    return marked(*found)
+        for one in found:
+            wanted = min(tree.size(one.record.key), LARGEST_PICTURE)
+            while flying and (size + wanted > AHEAD_BYTES or len(flying) >= AHEAD * tree.readers):
+                landed, record = flying.popleft()
+                size -= landed
+                yield record.result()
+            size += wanted
+            flying.append((wanted, pool.submit(fill, one)))
+        for _, record in flying:
+            yield record.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _located(root: str, name: str) -> str:
-    """The path of a file, whichever way its name is composed."""
-    path = os.path.join(root, name)
-    if not os.path.lexists(path):
-        forms = (os.path.join(root, unicodedata.normalize(form, name)) for form in ("NFC", "NFD"))
-        path = next(filter(os.path.lexists, forms), path)
-    return path
-
-
-def _open(root: str, name: str) -> BufferedReader:
-    """A regular file of the folder, wherever in it links lead."""
-    if os.path.isabs(name) or os.path.normpath(name).split("/")[0] == "..":
-        raise Unreadable("lies outside the folder")
+def _filled(tree: Tree, one: Found) -> Record:
+    """A record with the bytes of its picture, and the captions of the file beside it."""
+    record = one.record
+    if record.problem or record.others or record.known:
+        return record
+    problem = ""
     try:
-        path = os.path.realpath(_located(root, name), strict=True)
-        if not _within(root, path):
-            raise Unreadable("a link that leads out of the folder; copy what it leads to (cp -rL)")
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its writer
-    except OSError as error:
-        raise Unreadable(f"cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise Unreadable("cannot be read: no file can have this name") from None
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise Unreadable("cannot be read: not a regular file")
-    return open(handle, "rb")
+        data = tree.read(record.key, LARGEST_PICTURE)
+        problem = f"{one.sidecar}: "
+        captions = (_told(tree, one.sidecar) if one.sidecar else []) or record.captions
+    except Unreadable as error:
+        return replace(record, problem=f"{problem}{error}", unit="", mark="")
+    return replace(record, image=data, captions=captions)
 
 
-def _read(root: str, name: str, most: int) -> bytes:
-    with _open(root, name) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > most:
-            raise Unreadable(too_large(size, most))
-        return file.read(size)
+def _told(tree: Tree, sidecar: str) -> list[Any]:
+    """The captions in a file beside a picture; none where they are all empty."""
+    text = decode(tree.read(sidecar, LARGEST_TEXT))
+    if suffix(sidecar) != ".json":
+        told: list[Any] = list(lines(text))
+    else:
+        try:
+            notes = parse(text)
+        except ValueError as error:
+            raise Unreadable(f"not valid JSON: {error}") from None
+        found = lookup(notes, CAPTION_FIELDS) if isinstance(notes, dict) else None
+        told = as_list(found[1]) if found else []
+    return told if any(isinstance(one, str) and one.strip() for one in told) else []
+
+
+def _says(tree: Tree, sidecar: str) -> bool:
+    """Whether a file beside a picture holds a caption."""
+    try:
+        return bool(_told(tree, sidecar))
+    except Unreadable:
+        return False
 
 
 # ── lists ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _entries(root: str, path: str) -> Iterator[Record]:
+def _entries(tree: Tree, path: str) -> Iterator[Record]:
     """Pictures as a list has them, neighbouring entries of one picture together.
 
     Raises:
         UserError: it cannot be read, or an entry has no name or no caption.
     """
-    folder, name = os.path.split(path)
-    where = shown(os.path.join(root, path))
+    folder, name = posixpath.split(path)
+    where = shown(joined(tree.place, path))
     try:
-        with _open(root, path) as file:
+        with tree.open(path) as file:
             for picture, group in groupby(LISTS[name.lower()](file, where), key=itemgetter(0)):
                 captions: list[Any] = []
                 problem = ""
@@ -325,7 +341,7 @@ def _entries(root: str, path: str) -> Iterator[Record]:
                     too_much = too_large(size, LARGEST_TEXT) if size > LARGEST_TEXT else ""
                     problem = problem or trouble or (too_much and f"captions: {too_much}")
                     captions += [] if problem else more
-                yield Record(os.path.join(folder, picture), b"", captions, problem=problem)
+                yield Record(posixpath.join(folder, picture), b"", captions, problem=problem)
     except (Unreadable, ValueError) as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -343,8 +359,9 @@ def _jsonl(file: BufferedReader, where: str) -> Iterator[Entry]:
         yield _entry(entry, where, number)
 
 
-def _csv(file: BufferedReader, where: str) -> Iterator[Entry]:
-    rows = csv.DictReader(file_lines(file), strict=True)  # an open quote would swallow the lines after it
+def _csv(file: BufferedReader, where: str, delimiter: str = ",") -> Iterator[Entry]:
+    # strict: an open quote would swallow the lines after it
+    rows = csv.DictReader(file_lines(file), delimiter=delimiter, strict=True)
     while True:
         try:
             row: dict[Any, Any] | None = next(rows, None)
@@ -398,6 +415,7 @@ def _nameless(where: str, number: int, problem: str) -> Entry:
 LISTS: dict[str, Callable[[BufferedReader, str], Iterator[Entry]]] = {
     "metadata.jsonl": _jsonl,
     "captions.csv": _csv,
+    "captions.tsv": partial(_csv, delimiter="\t"),
     "metadata.csv": _csv,
     "metadata.parquet": _parquet,
 }

@@ -1,0 +1,121 @@
+"""What kind of source a person names as their data: by its name, and by what is there.
+
+A folder is what the first row of `IN_FOLDER` says that knows it. Where none does, the refusal counts what was
+there and says what would do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+from model.data.sources import DRAWN, HOW_TO_CAPTION, KNOWN, OTHER_SUFFIXES, SUFFIXES, suffix
+from model.data.sources.folder import LISTS, best_captions
+from model.data.sources.tree import Tree, joined, open_tree
+from model.errors import UserError
+from model.plumbing import storage
+
+Values = dict[str, Any]  # of `data.source`
+TABLES = (".csv", ".tsv", ".jsonl", ".json")  # that captions may be in
+SHOWN = 5  # kinds of files that a refusal names
+
+BY_SUFFIX: dict[str, Callable[[str], Values]] = {
+    ".tar": lambda uri: {"kind": "webdataset", "urls": uri},
+    ".parquet": lambda uri: {"kind": "parquet", "path": uri},
+}
+
+
+class Seen:
+    """What is in a folder."""
+
+    def __init__(self, uri: str, tree: Tree) -> None:
+        self.uri = uri
+        self.tree = tree
+        self.kinds: Counter[str] = Counter()  # of files
+        self.tables: list[str] = []  # that are no lists of captions
+        for folder in tree.folders():
+            self.kinds.update(suffix(name) or "without suffix" for name in folder.names)
+            for name in folder.names if len(folder.names) < 100 else ():
+                if suffix(name) in TABLES and name.lower() not in LISTS and len(self.tables) < SHOWN:
+                    self.tables.append(joined(folder.path, name))
+
+    def has(self, *kinds: str) -> bool:
+        """Whether there is a file of one of these kinds."""
+        return any(self.kinds[kind] for kind in kinds)
+
+    @cached_property
+    def captions(self) -> str:
+        """Where captions of its pictures would come from; "" for nowhere."""
+        return best_captions(self.tree) if self.has(*SUFFIXES, *OTHER_SUFFIXES) else ""
+
+    def __str__(self) -> str:
+        said = [f"{count} {kind}" for kind, count in self.kinds.most_common(SHOWN)]
+        more = self.kinds.total() - sum(count for _, count in self.kinds.most_common(SHOWN))
+        return ", ".join([*said, *([f"{more} others"] if more else [])]) or "it is empty"
+
+
+def _captioned(seen: Seen) -> Values | None:
+    return {"kind": "folder", "path": seen.uri} if seen.captions == "files" else None
+
+
+def _parquet(seen: Seen) -> Values | None:
+    return {"kind": "parquet", "path": seen.uri} if seen.has(".parquet") else None
+
+
+def _tars(seen: Seen) -> Values | None:
+    if not seen.has(".tar"):
+        return None
+    raise UserError(
+        f"data: {seen.uri} is a folder of tar shards; name them, e.g. {seen.uri}/{{000..999}}.tar"
+    )
+
+
+def _named(seen: Seen) -> Values | None:
+    return {"kind": "folder", "path": seen.uri, "captions": seen.captions} if seen.captions else None
+
+
+IN_FOLDER: tuple[Callable[[Seen], Values | None], ...] = (
+    _captioned,  # pictures with captions in lists or files beside them
+    _parquet,
+    _tars,
+    _named,  # pictures whose own names, or whose folders' names, say what they show
+)
+
+
+def recognise(uri: str, look: bool = True) -> Values | None:
+    """As `model.data.sources.recognise`."""
+    uri = uri.strip()
+    if not uri:
+        return None
+    if uri in DRAWN:
+        return {"kind": uri}
+    if by_name := BY_SUFFIX.get(suffix(uri)):
+        return by_name(uri)
+    try:
+        if storage.is_s3(uri) and not look:
+            return {"kind": "folder", "path": uri}
+        if not storage.is_s3(uri) and not os.path.isdir(os.path.expanduser(uri)):
+            raise UserError(f"there is no folder {uri} here; data is that, {KNOWN}")
+        seen = Seen(uri, open_tree(uri))
+    except UserError as error:
+        raise type(error)(f"data: {error}") from None
+    for row in IN_FOLDER:
+        if found := row(seen):
+            return found
+    raise UserError(f"data: {_why_not(seen)}")
+
+
+def _why_not(seen: Seen) -> str:
+    """Why nothing of a folder can be used, and what would do."""
+    if seen.has(*SUFFIXES):
+        tables = f"; {', '.join(seen.tables)} cannot be read as captions by this name" if seen.tables else ""
+        return (
+            f"no picture in {seen.uri} has a caption ({seen}), and names of files and folders are no words"
+            f"{tables}; {HOW_TO_CAPTION}"
+        )
+    if seen.has(*OTHER_SUFFIXES):
+        return f"no picture in {seen.uri} is of a format that is read ({seen}); make them JPEG, PNG or WEBP"
+    return f"{seen.uri} holds no pictures ({seen}); data is a folder of them, {KNOWN}"
