@@ -37,11 +37,13 @@ def resolve(
     overrides: str = "",
     experiment_name: str = "",
     config: str = "",
+    look: bool = True,
 ) -> RunConfig:
     """The config of a run: overrides win over the other parameters, and these over the preset.
 
     Args:
         pipeline: that is to run it; the others as `pipelines.dag` describes them.
+        look: at the data in S3; not from a machine that need not reach it, see `recognise`.
 
     Raises:
         UserError: naming the field, what is wrong and what would be right.
@@ -53,7 +55,7 @@ def resolve(
         *([f"experiment_name={json.dumps(experiment_name, ensure_ascii=False)}"] if experiment_name else []),
         *(line for line in lines if line and not line.startswith("#")),
     ]
-    source = recognise(data)
+    source = recognise(data, look)
     if pipeline == VQVAE:
         tokenizer = load_config(preset, changes, source, config).tokenizer
         if tokenizer.kind == "pretrained":

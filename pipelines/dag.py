@@ -57,8 +57,8 @@ def text_to_image(
 
     Args:
         preset: What is trained, and how large: the settings of a run.
-        data: Your captioned pictures: s3://bucket/{000..099}.tar (WebDataset shards), or
-            s3://bucket/folder with parquet files. Empty: those of the preset.
+        data: Your captioned pictures: s3://bucket/folder of them or of parquet files, or
+            s3://bucket/{000..099}.tar (WebDataset shards). Empty: those of the preset.
         workers: Pods of a training job. 0: as many as the preset says.
         gpus_per_worker: GPUs of such a pod, and its processes. -1: as many as the preset says.
         overrides: Settings that win over all others, one a line, e.g. transformer.depth=6; model/config.py
@@ -101,8 +101,8 @@ def vqvae(
 
     Args:
         preset: Whose VQ-VAE is trained. The other pipeline finds it made, with the same preset and data.
-        data: Your captioned pictures: s3://bucket/{000..099}.tar (WebDataset shards), or
-            s3://bucket/folder with parquet files. Empty: those of the preset.
+        data: Your captioned pictures: s3://bucket/folder of them or of parquet files, or
+            s3://bucket/{000..099}.tar (WebDataset shards). Empty: those of the preset.
         workers: Pods of a training job. 0: as many as the preset says.
         gpus_per_worker: GPUs of such a pod, and its processes. -1: as many as the preset says.
         overrides: Settings that win over all others, one a line, e.g. tokenizer.codebook_size=512;

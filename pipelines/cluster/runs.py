@@ -90,7 +90,7 @@ def submit(
         "experiment_name": experiment_name,
         "config": text,
     }
-    resolve(pipeline, **{**asked, "preset": preset})  # type: ignore[arg-type]
+    resolve(pipeline, **{**asked, "preset": preset, "look": False})  # type: ignore[arg-type]
     usual = {"workers": 0, "gpus_per_worker": PRESET_GPUS}
     parameters = {key: value for key, value in asked.items() if value != usual.get(key, "")}
     kfp = connected()
@@ -226,7 +226,7 @@ def remove(kfp: Kfp, kubectl: Kubectl, limit: float = 180.0) -> None:
 def config_for_pods(preset: str, overrides: tuple[str, ...], data: str) -> RunConfig:
     """The config of a run on a cluster. Raises UserError: it is wrong, or its pictures are here."""
     _in_reach_of_pods(data)
-    config = load_config(preset, overrides, recognise(data))
+    config = load_config(preset, overrides, recognise(data, look=False))
     source = config.data.source
     _in_reach_of_pods(source.urls if source.kind == "webdataset" else getattr(source, "path", ""))
     return config
@@ -237,7 +237,8 @@ def _in_reach_of_pods(data: str) -> None:
     if data.strip() not in ("", *DRAWN) and "://" not in data:
         raise UserError(
             f"data: {data} is a path of this machine, which steps on a cluster do not see; put the pictures"
-            " into S3 as tar shards (s3://bucket/{000..099}.tar) or parquet files (s3://bucket/folder)"
+            " into S3: a folder of them with captions (s3://bucket/folder), tar shards"
+            " (s3://bucket/{000..099}.tar) or parquet files"
         )
 
 

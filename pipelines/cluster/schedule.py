@@ -148,7 +148,7 @@ def _check(asked: dict[str, str | int]) -> None:
     """Refuse parameters that the first step would refuse."""
     overrides = with_start(str(asked["start"]), str(asked["overrides"]))
     of_run = {key: value for key, value in asked.items() if key not in ("model", "start")}
-    resolve(TEXT_TO_IMAGE, **{**of_run, "overrides": overrides})  # type: ignore[arg-type]
+    resolve(TEXT_TO_IMAGE, **{**of_run, "overrides": overrides, "look": False})  # type: ignore[arg-type]
 
 
 def _check_zone(zone: str, kubectl: Kubectl) -> str:
