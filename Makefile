@@ -71,7 +71,7 @@ plan: .venv/run.stamp ## What a run would choose and take, each with its reason 
 	@$(BIN)/latent-gpt plan $${PRESET:+"$$PRESET"} $(OF_DATA) $(OF_DIAL) $(ARGS)
 
 retrain: .venv/run.stamp ## The same again where source or settings are new, from the champion's weights
-	@$(BIN)/latent-gpt retrain $(OF_PRESET) $(OF_DATA) $(ARGS)
+	@$(BIN)/latent-gpt retrain $(OF_PRESET) $(OF_DATA) $(OF_DIAL) $(ARGS)
 
 generate: .venv/run.stamp ## A picture from the registered champion (PROMPT="red apple" OUT=apple.png)
 	@$(BIN)/latent-gpt generate "$$PROMPT" --out "$$OUT" $(ARGS)
@@ -106,7 +106,7 @@ upload: .venv/run.stamp ## The pipelines into KFP
 	@$(BIN)/latent-gpt upload
 
 submit: .venv/run.stamp ## Run one there (PRESET=openmoji-tiny ARGS="--follow --set a.b=c")
-	@$(BIN)/latent-gpt submit $(OF_PRESET) $(OF_DATA) $(ARGS)
+	@$(BIN)/latent-gpt submit $(OF_PRESET) $(OF_DATA) $(OF_DIAL) $(ARGS)
 
 schedule: .venv/run.stamp ## Retrain there at set times, where there is anything new (CRON="0 0 3 * * *")
 	@$(BIN)/latent-gpt schedule --cron "$$CRON" $(OF_PRESET) $(OF_DATA) $(ARGS)

@@ -71,6 +71,10 @@ def test_what_is_not_said_is_left_to_the_command(clone: Path, target: str) -> No
     command = ["make", target, "PRESET=a b.yaml", "DATA=$5"]
     said = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=True)
     assert said.stdout.splitlines()[-4:] == ["--preset", "a b.yaml", "--data", "$5"]
+    if target != "schedule":
+        command.append("MINUTES=5")
+        said = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=True)
+        assert said.stdout.splitlines()[-2:] == ["--minutes", "5"]
 
 
 def test_a_users_own_pip_settings_do_not_lead_an_installation_elsewhere(clone: Path) -> None:
