@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import yaml
 from PIL import Image, ImageDraw
 
+from components import recipe
+from components.recipe import Resolved
 from components.registration import Registered
 from components.retraining import News
-from model.config import RunConfig
 from model.evaluation.gate import Verdict, shown
 from model.plumbing import assets, storage
 from model.plumbing.assets import Kind, Manifest
@@ -92,15 +93,38 @@ def page(title: str, *parts: str) -> str:
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
 
 
-def checks(config: RunConfig, run: str, found: Sequence[str], address: str) -> str:
-    """The first step's page: what was found, the steps to come, and every setting."""
+def checks(derived: Resolved, run: str, found: Sequence[str], address: str) -> str:
+    """The first step's page: what was found, the steps to come, and every setting with what it came of."""
+    config = derived.config
     settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     return page(
         run,
         link(address),
         table((line.partition(" ")[0], line.partition(" ")[2].strip()) for line in found),
         f"<p class='soft'>Steps: {escape(', '.join(names(config)))}</p>",
+        _chosen(derived),
         f"<h2>All settings</h2><pre>{escape(settings)}</pre>",
+    )
+
+
+def _chosen(derived: Resolved) -> str:
+    """What was looked at, and what follows from it, each with its reason."""
+    if not derived.choices:
+        return ""
+    shown = (
+        [Example(one.image, "; ".join(one.captions)) for one in derived.look.examples] if derived.look else []
+    )
+    rows = "".join(
+        f"<tr><td>{escape(one.field)}</td><td>{escape(str(one.value))}</td><td>{escape(one.reason)}</td></tr>"
+        for one in derived.choices
+    )
+    return "\n".join(
+        [
+            "<h2>Your pictures</h2>" if shown else "",
+            gallery(shown),
+            *(f"<p class='soft'>{escape(line)}</p>" for line in recipe.lines(derived)),
+            f"<h2>What was chosen, and why</h2><table>{rows}</table>",
+        ]
     )
 
 

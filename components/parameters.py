@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
+from model import recipe
 from model.config import RunConfig, load_config, preset_names
 from model.data.sources import recognise
 from model.errors import UserError
+from model.recipe import Derived, Values
 
 TEXT_TO_IMAGE = "latent-gpt-text-to-image"  # phases 1 and 3
 RETRAINING = "latent-gpt-retraining"  # the same, where there is anything new to learn
@@ -38,12 +41,14 @@ def resolve(
     experiment_name: str = "",
     config: str = "",
     look: bool = True,
+    derive: Callable[[Values], Derived] = recipe.derive,
 ) -> RunConfig:
     """The config of a run: overrides win over the other parameters, and these over the preset.
 
     Args:
         pipeline: that is to run it; the others as `pipelines.dag` describes them.
         look: at the data in S3; not from a machine that need not reach it, see `recognise`.
+        derive: as `load_config` takes it.
 
     Raises:
         UserError: naming the field, what is wrong and what would be right.
@@ -57,14 +62,14 @@ def resolve(
     ]
     source = recognise(data, look)
     if pipeline == VQVAE:
-        tokenizer = load_config(preset, changes, source, config).tokenizer
+        tokenizer = load_config(preset, changes, source, config, derive).tokenizer
         if tokenizer.kind == "pretrained":
             raise UserError(
                 f"tokenizer.kind: {VQVAE} trains a VQ-VAE, and this tokenizer is pretrained; choose"
                 f" {TEXT_TO_IMAGE} instead"
             )
         changes = ["transformer=null", *changes]
-    resolved = load_config(preset, changes, source, config)
+    resolved = load_config(preset, changes, source, config, derive)
     if (right := pipeline_of(resolved)) != pipeline:
         what = "has a" if resolved.transformer else "has no"
         raise UserError(f"this config {what} transformer; choose {right} instead of {pipeline}")

@@ -38,35 +38,30 @@ def prepare(
         run: Name of the run in MLflow, below which all steps log.
         checks: A page with what was found, and where the run is in MLflow.
     """
-    from components.artifacts import MLFLOW
-    from components.step import end_given_up_runs, step
+    from components.step import step
 
     with step("prepare"):
         from pathlib import Path
 
-        from components import page
-        from components.parameters import resolve
-        from components.preflight import preflight
-        from model.plumbing import environment, speech
-        from model.plumbing.leases import carried
-        from model.plumbing.provenance import kfp_tags
-        from model.plumbing.tracking import address, open_pipeline_run
+        from components.artifacts import MLFLOW
+        from components.beginning import begin
 
-        resolved = resolve(pipeline, preset, data, workers, gpus_per_worker, overrides, experiment_name, yaml)
-        environment.check_services()
-        found = preflight(resolved)
-        for line in found:
-            speech.say("prepare", line)
-        end_given_up_runs("prepare")
-        Path(config.path).write_text(resolved.model_dump_json(indent=2))
-        name = f"{resolved.name}-{job}"
-        with carried("prepare", name):
-            shown = resolved.model_dump(mode="json")
-            opened = open_pipeline_run(resolved.experiment, name, shown, kfp_tags(job))
+        begun = begin(
+            job,
+            pipeline=pipeline,
+            preset=preset,
+            data=data,
+            workers=workers,
+            gpus_per_worker=gpus_per_worker,
+            overrides=overrides,
+            experiment_name=experiment_name,
+            config=yaml,
+        )
+        Path(config.path).write_text(begun.config.model_dump_json(indent=2))
         config.metadata |= {
-            MLFLOW: address(opened),
-            "preset": resolved.name,
-            "experiment": resolved.experiment,
+            MLFLOW: begun.address,
+            "preset": begun.config.name,
+            "experiment": begun.config.experiment,
         }
-        Path(checks.path).write_text(page.checks(resolved, name, found, config.metadata[MLFLOW]))
-        Path(run).write_text(name)
+        Path(checks.path).write_text(begun.page)
+        Path(run).write_text(begun.name)

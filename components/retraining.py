@@ -15,6 +15,7 @@ from typing import NamedTuple
 import yaml
 
 from components.parameters import TEXT_TO_IMAGE, resolve
+from components.recipe import resolved
 from model import steps
 from model.config import AssetRef, Origin, RunConfig
 from model.errors import Unavailable, UserError
@@ -56,8 +57,8 @@ def look(model: str, start: str, asked: Mapping[str, str | int]) -> News:
     Raises:
         UserError: a parameter is wrong, the source is not there, or MLflow or the store cannot be reached.
     """
-    asked = {**asked, "overrides": with_start(start, str(asked["overrides"]))}
-    config = resolve(TEXT_TO_IMAGE, **asked)  # type: ignore[arg-type]
+    asked = {**asked, "overrides": with_start(start, str(asked["overrides"])), "pipeline": TEXT_TO_IMAGE}
+    config = resolve(**asked)  # type: ignore[arg-type]
     name = model or config.registered_model
     versions = registry.tags_of_all(name)
     champion = registry.version_of(registry.CHAMPION, name)
@@ -67,7 +68,8 @@ def look(model: str, start: str, asked: Mapping[str, str | int]) -> News:
         former, said = _config_of(champion, name)
     if former:
         settings = yaml.safe_dump(former.model_copy(update={"origin": {}}).model_dump(mode="json"))
-        config = resolve(TEXT_TO_IMAGE, **{**asked, "config": settings})  # type: ignore[arg-type]
+        asked["config"] = settings
+    config = resolved(asked).config
     if config.registered_model != name:
         config = config.model_copy(update={"model_name": name})
     parts = steps.parts(config)

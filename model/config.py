@@ -10,16 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from model import recipe as recipes
 from model.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
+AUTO, WITHOUT_DATA = "auto", "openmoji-tiny"  # the preset of one's own pictures, and of who has none
 UNIONS = ("data.source", "tokenizer", "clip")  # sections of several kinds
 LARGEST_PRESET = 2**20  # bytes
 VQVAE_EXPERIMENT = "vqvae-training"  # of phase 2, also where phase 3 trains its VQ-VAE first
@@ -362,6 +364,7 @@ class Toleration(Section):
 class JobConfig(Section):
     """Where training jobs run: PyTorchJob pods on a cluster, torchrun processes on one machine."""
 
+    gpu: Literal["l4", "a100", "h100", "h200"] = "a100"  # by which sizes and times are foreseen
     workers: Annotated[int, Field(gt=0, le=1024)] = 1  # pods
     min_workers: Annotated[int, Field(ge=0)] = 0  # that a job goes on with; 0: all of them
     processes_per_worker: Positive = 1  # one per GPU
@@ -415,6 +418,18 @@ class GateConfig(Section):
     speed_ratio: Annotated[float, Field(ge=0)] = 0.0  # least pictures per second, of the champion's; 0: off
 
 
+# ── recipe ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class RecipeConfig(Section):
+    """One dial: what a config with this section leaves out follows from pictures, hardware and this."""
+
+    effort: Annotated[float, Field(gt=0, le=1000)] = 1.0  # times the minutes that are usual for the pictures
+    minutes: Annotated[float, Field(ge=0, le=100_000)] = 0.0  # of the whole run; 0: as effort says
+    version: Annotated[int, Field(ge=0)] = 0  # of the rules that derived the rest; 0: nothing is derived yet
+    fitted: str = ""  # what the steps are for, by those rules
+
+
 # ── retraining ──────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -454,6 +469,7 @@ class RunConfig(Section):
     jobs: JobConfig = JobConfig()
     gate: GateConfig = GateConfig()
     retrain: RetrainConfig = RetrainConfig()
+    recipe: Annotated[RecipeConfig | None, Field(exclude_if=lambda recipe: recipe is None)] = None
     # Of a retraining, the champion's assets: `images` grow, `tokenizer` and `text` are taken as they are, and
     # from the weights of `transformer` training goes on. Nobody writes this by hand.
     origin: Annotated[Origin, Field(exclude_if=lambda origin: not origin)] = {}
@@ -523,6 +539,7 @@ def load_config(
     overrides: list[str] | tuple[str, ...] = (),
     data: dict[str, Any] | None = None,
     text: str = "",
+    derive: Callable[[recipes.Values], recipes.Derived] = recipes.derive,
 ) -> RunConfig:
     """Read a config, put another source into it, apply `a.b=value` overrides (values are YAML), validate.
 
@@ -530,14 +547,17 @@ def load_config(
     stays; the other overrides of it apply after that, whatever their order.
 
     Args:
-        preset: name of a shipped one, or a YAML file.
+        preset: name of a shipped one, or a YAML file. Without any data `auto` is `openmoji-tiny`.
         overrides: settings that win over all else.
         data: another `data.source`, as `model.data.sources.recognise` gives it.
         text: the YAML of a whole config, which wins over the preset.
+        derive: says what a config with a `recipe` leaves out; by default without a look at its pictures.
 
     Raises:
         UserError: naming the field, what is wrong and what would be right.
     """
+    if preset == AUTO and data is None and not any(one.startswith("data.source") for one in overrides):
+        preset = WITHOUT_DATA
     where, content = ("the config", text.encode()) if text else _read(preset)
     if len(content) > LARGEST_PRESET:
         raise UserError(f"{where} has more than {LARGEST_PRESET} bytes; no config is that long")
@@ -548,6 +568,8 @@ def load_config(
         _put(values, ["data", "source"], data, "the data")
     for number, override in enumerate(overrides):
         _override(values, override, overrides[:number])
+    if recipes.is_underived(values):
+        values = derive(values).values
     return parse_config(values, where=where if not overrides else f"{where} with {' '.join(overrides)}")
 
 

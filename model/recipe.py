@@ -1,8 +1,39 @@
-"""The rules by which sizes and steps follow from pictures, hardware and one dial."""
+"""Sizes and steps of a run, derived from its pictures, its hardware and one dial.
+
+A config that has a section `recipe` need not say the rest: whatever it leaves out is derived here, by rules
+that stand in the order in which they are applied, each with its reason. What it does say is kept, and the
+rules that follow go by it. So every value can be set, and `latent-gpt plan` shows where each comes from.
+
+The budget of a run is its minutes times what its hardware computes. Sizes come from the budget by the table's
+speed of that hardware; steps fill the minutes, by speeds that are measured (`training/speed.py`) or foreseen.
+
+Where the numbers come from is said beside them: the presets that they were tuned for, or docs/EXPERIMENTS.md.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from model.errors import UserError
+
+VERSION = 1  # of these rules
+Values = dict[str, Any]  # of a config, as YAML has them
+
+# Dense peak of a device in FLOP/s (vendors' data sheets; for the CPU what two server cores reached) and its
+# memory in bytes, by a word of its name.
+HARDWARE = {
+    "cpu": {"bf16": 0.4e12, "fp32": 0.18e12, "memory": 6 * 2**30},
+    "l4": {"bf16": 121e12, "fp32": 30e12, "memory": 24 * 2**30},
+    "a100": {"bf16": 312e12, "fp32": 19.5e12, "memory": 80 * 2**30},
+    "h100": {"bf16": 989e12, "fp32": 67e12, "memory": 80 * 2**30},
+    "h200": {"bf16": 989e12, "fp32": 67e12, "memory": 141 * 2**30},
+}
+UTILISATION = 0.4  # share of the peak that training is expected to reach, until `benchmarks/` has measured it
 
 
 @dataclass(frozen=True)
@@ -21,3 +52,623 @@ class Survey:
     words: int  # distinct ones in the captions that were looked at
     length: float  # mean number of words in a caption
     seconds: float  # that one core takes to decode a picture and resize it
+
+
+# What stands in for a survey until there is one, where only the form of a config is looked at.
+UNSEEN = Survey(1000, False, 0, 0.0, 256.0, 1.0, 0.0, 0.0, 1000, 500, 3.0, 0.005)
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """How long the parts of a run take on some hardware, in seconds."""
+
+    measured: bool
+    start: float  # from the launch of a job to its first step
+    step: Mapping[str, float]  # an optimiser step, by net
+    encode: float  # a picture to its codes, all processes together
+    draw: float  # a picture, under guidance, on one process
+    spent: float = 0.0  # on finding this out, of the minutes that are asked for
+
+
+class Choice(NamedTuple):
+    """A value of the config and where it comes from."""
+
+    field: str
+    value: Any
+    reason: str
+    given: bool  # by whoever wrote the config
+
+
+class Part(NamedTuple):
+    """What a part of a run takes."""
+
+    name: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A whole config, and how it came about."""
+
+    values: Values
+    choices: list[Choice]
+    parts: list[Part]  # of the run's time; empty where no speeds were given
+
+    @property
+    def minutes(self) -> float:
+        """That the run will take."""
+        return sum(part.seconds for part in self.parts) / 60
+
+
+def is_underived(values: Any) -> bool:
+    """Whether a config's values leave it to these rules to say the rest."""
+    recipe = values.get("recipe") if isinstance(values, dict) else None
+    return isinstance(recipe, dict) and not recipe.get("version")
+
+
+def derive(values: Values, survey: Survey = UNSEEN, speeds: Speeds | None = None) -> Derived:
+    """The whole config of one that has a `recipe`.
+
+    Args:
+        values: as the YAML and overrides say; not changed.
+        survey: of the source.
+        speeds: on the hardware that `jobs` asks for; None leaves the steps to the shapes' own table.
+
+    Raises:
+        UserError: the minutes that are asked for are too few for what is no training.
+    """
+    book = _Book(deepcopy(values))
+    if name := _named_after(book.get("data.source")):
+        book.pick("model_name", f"latent-gpt-{name}", "after the pictures")
+    hardware = _hardware(book)
+    minutes = _minutes(book, survey)
+    budget = minutes * 60 * TRAINING_SHARE * hardware.speed
+    _data(book, survey, hardware, budget)
+    _tokenizer(book, survey, hardware)
+    _clip(book, survey, hardware)
+    _transformer(book, hardware, minutes, budget)
+    _after(book, survey, minutes, speeds)
+    parts = _steps(book, survey, hardware, minutes, speeds)
+    if all(one.given for one in book.choices if one.field.endswith(".training.steps")):
+        raise UserError(
+            "recipe: this config says the steps of each net itself, so minutes and effort change nothing;"
+            " they are for preset auto, with --data"
+        )
+    _of_epochs(book, survey)
+    book.values["recipe"]["version"] = 0 if survey is UNSEEN else VERSION
+    book.values["recipe"]["fitted"] = fitted(book.values)
+    return Derived(book.values, book.choices, parts)
+
+
+def refit(values: Values, survey: Survey, speeds: Speeds) -> Derived:
+    """A config that was derived before, with steps and batches for other minutes or other hardware.
+
+    Sizes stay, so that weights and codes stay valid.
+    """
+    kept = deepcopy(values)
+    for name in ("tokenizer", "clip", "transformer"):
+        if isinstance(part := kept.get(name), dict) and "training" in part:
+            training = part["training"]
+            for key in ("steps", "warmup_steps", "batch_size", "accumulate", *CADENCE):
+                training.pop(key, None)
+    book = _Book(kept)
+    hardware = _hardware(book)
+    minutes = _minutes(book, survey)
+    for name in ("tokenizer", "clip", "transformer"):
+        if isinstance(part := kept.get(name), dict) and "training" in part:
+            _batch(book, name, hardware)
+    parts = _steps(book, survey, hardware, minutes, speeds)
+    book.values["recipe"] |= {"version": VERSION, "fitted": fitted(book.values)}
+    return Derived(book.values, [one for one in book.choices if not one.given], parts)
+
+
+def fitted(values: Values) -> str:
+    """What the steps of a config are for: its dial, and its hardware."""
+    recipe, hardware = values["recipe"], _hardware(_Book(deepcopy(values)))
+    asked = (
+        f"{recipe['minutes']:g} minutes" if recipe.get("minutes") else f"effort {recipe.get('effort', 1):g}"
+    )
+    return f"{asked} on {hardware.devices} x {hardware.kind}"
+
+
+def described(hardware: str, devices: int) -> str:
+    """Hardware for people."""
+    return f"{devices} processes on one CPU" if hardware == "cpu" else f"{devices} x {hardware.upper()}"
+
+
+# ── the book of choices ─────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class _Book:
+    """Values so far, and who said them."""
+
+    values: Values
+    choices: list[Choice] = field(default_factory=list)
+
+    def get(self, path: str, default: Any = None) -> Any:
+        """The value of a dotted field."""
+        node: Any = self.values
+        for name in path.split("."):
+            if not isinstance(node, dict) or name not in node:
+                return default
+            node = node[name]
+        return node
+
+    def pick(self, path: str, value: Any, reason: str) -> Any:
+        """The value of a field: what is given, or this one."""
+        *parents, leaf = path.split(".")
+        node = self.values
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{'.'.join(parents)}: {parent} is a value, not a section")
+        given = leaf in node
+        found = node.setdefault(leaf, value)
+        self.choices.append(Choice(path, found, "as you say" if given else reason, given))
+        return found
+
+    def is_null(self, path: str) -> bool:
+        """Whether a section is there to say that there is none."""
+        return path in self.values and self.values[path] is None
+
+    def kind(self, path: str, default: str) -> str:
+        """The kind of a section that has several."""
+        return str(self.get(f"{path}.kind", default))
+
+
+class _Hardware(NamedTuple):
+    kind: str
+    devices: int  # processes, one for each GPU
+    speed: float  # FLOP/s that training is expected to reach, of all devices together
+
+    @property
+    def gpu(self) -> bool:
+        return self.kind != "cpu"
+
+
+def _hardware(book: _Book) -> _Hardware:
+    gpus, workers = book.get("jobs.gpus_per_worker", 0), book.get("jobs.workers", 1)
+    processes = book.get("jobs.processes_per_worker", gpus or 1)
+    kind = book.get("jobs.gpu", "a100") if gpus else "cpu"
+    if kind not in HARDWARE:
+        raise UserError(f"jobs.gpu '{kind}' is unknown; choose one of {', '.join(HARDWARE)}")
+    devices = int(workers) * int(processes)
+    return _Hardware(
+        kind, devices, HARDWARE[kind]["bf16"] * UTILISATION * (devices if gpus else int(workers))
+    )
+
+
+GENERIC = {
+    "data",
+    "dataset",
+    "images",
+    "img",
+    "imgs",
+    "pictures",
+    "pics",
+    "train",
+    "training",
+    "tars",
+    "parquet",
+}
+
+
+def _named_after(source: Any) -> str:
+    """What pictures are called by where they are: the last part of it that says more than that it is data."""
+    if not isinstance(source, dict):
+        return ""
+    where = next((source[name] for name in ("path", "urls", "repo") if isinstance(source.get(name), str)), "")
+    parts = [
+        re.sub(r"\{.*|\*.*|(\.(zip|tar|tgz|gz|bz2|xz|parquet))+$", "", part) for part in where.split("/")
+    ]
+    names = [re.sub("[^a-z0-9._-]+", "-", part.lower()).strip("-._") for part in parts]
+    said = [name for name in names if name and name not in GENERIC and not name.endswith(":")]
+    return said[-1][:60] if said else str(source.get("kind", ""))
+
+
+# ── the rules ───────────────────────────────────────────────────────────────────────────────────────────
+
+TRAINING_SHARE = 0.7  # of a run's minutes, for the choice of sizes
+
+# Effort 1: five minutes for 60 pictures, an hour for 30,000.
+MINUTES, MINUTES_FOR, GROWTH = 5.0, 60, 0.4
+
+
+def _minutes(book: _Book, survey: Survey) -> float:
+    recipe = book.values["recipe"]
+    recipe.setdefault("effort", 1.0)
+    recipe.setdefault("minutes", 0.0)
+    try:
+        effort, minutes = float(recipe["effort"]), float(recipe["minutes"])
+    except (TypeError, ValueError):
+        effort, minutes = 1.0, 0.0  # whoever validates the config names it
+    if minutes > 0:
+        book.choices.append(Choice("recipe.minutes", minutes, "as you say", True))
+        return minutes
+    usual = MINUTES * (max(survey.pictures, MINUTES_FOR) / MINUTES_FOR) ** GROWTH
+    minutes = round(max(effort, 0.0) * usual, 1) or usual
+    reason = (
+        f"{minutes:g} minutes for {survey.pictures:,} pictures: {MINUTES:g} for {MINUTES_FOR},"
+        f" {2**GROWTH:.1f} times as long for twice as many"
+    )
+    book.choices.append(Choice("recipe.effort", effort, reason, effort != 1))
+    return minutes
+
+
+# Sides of pictures by the budget of a run in FLOP, and what a tokenizer of that side looks like. The first is
+# that of openmoji-tiny and shapes-tiny, those for GPUs that of openmoji and of coco256-xl; 64 px on a CPU and
+# 128 px are between them and not tuned.
+SIDES = ((0.0, 32), (1.2e15, 64), (1e18, 128), (1e19, 256))
+_FLAT = {"pixel": "l2"}
+TOKENIZERS: dict[tuple[int, bool], Values] = {  # (side, whether GPUs train it)
+    (32, False): {"factor": 4, "stem": 2, "width": 32, "multipliers": [1, 2], "blocks": 1, "loss": _FLAT},
+    (32, True): {"factor": 4, "stem": 2, "width": 64, "multipliers": [1, 2], "blocks": 2, "loss": _FLAT},
+    (64, False): {"factor": 8, "stem": 2, "width": 32, "multipliers": [1, 2, 4], "blocks": 1, "loss": _FLAT},
+    (64, True): {"factor": 8, "stem": 2, "width": 128, "multipliers": [1, 2, 4], "blocks": 2, "loss": {}},
+    (128, True): {"factor": 8, "stem": 2, "width": 128, "multipliers": [1, 2, 4], "blocks": 2, "loss": {}},
+    (256, True): {
+        "factor": 16,
+        "stem": 1,
+        "width": 128,
+        "multipliers": [1, 1, 2, 2, 4],
+        "blocks": 2,
+        "loss": {"pixel": "l2", "perceptual": 1.0, "adversarial": 0.5, "adversarial_from": 0.25},
+    },
+}
+LARGEST_CODEBOOK = {32: 256, 64: 1024, 128: 4096, 256: 16384}
+HELD_OUT = 12  # pictures at least, where there are enough
+
+
+def _data(book: _Book, survey: Survey, hardware: _Hardware, budget: float) -> None:
+    affordable = max(side for least, side in SIDES if budget >= least)
+    there = next((side for _, side in reversed(SIDES) if side <= 1.25 * survey.side), SIDES[0][1])
+    side = min(affordable, there, 64 if not hardware.gpu else 256)
+    reason = (
+        f"the pictures' shorter side has {survey.side:.0f} px in the median"
+        if there < affordable
+        else f"what {budget:.1g} FLOP are enough for"
+    )
+    book.pick("data.image_size", side, reason)
+    drawn = survey.lossy < 0.5
+    book.pick(
+        "data.fit",
+        "pad" if drawn else "crop",
+        "mostly drawings (few JPEG): nothing is cut off"
+        if drawn
+        else "mostly photographs (JPEG): no borders",
+    )
+    book.pick("data.min_side", min(16, max(4, int(survey.side) // 2)), "what is much smaller is left out")
+    share = min(
+        0.2, max(0.05 if survey.pictures < 20_000 else 1000 / survey.pictures, HELD_OUT / survey.pictures)
+    )
+    share = max(0.01, round(share, 3))
+    book.pick(
+        "data.validation_share",
+        share,
+        f"some {share * survey.pictures:.0f} pictures are held out, to measure on",
+    )
+
+
+def _tokenizer(book: _Book, survey: Survey, hardware: _Hardware) -> None:
+    if book.kind("tokenizer", "vqvae") != "vqvae":
+        return
+    side = book.get("data.image_size")
+    near = min(
+        (known for known in TOKENIZERS if known[1] == hardware.gpu),
+        key=lambda known: abs(known[0] - _number(side)),
+    )
+    shape = TOKENIZERS[near]
+    book.pick("tokenizer.kind", "vqvae", "trained on these pictures")
+    whole = not any(book.get(f"tokenizer.{name}") for name in ("factor", "stem", "multipliers"))
+    for name in ("factor", "stem", "width", "multipliers", "blocks"):
+        if whole or name in ("width", "blocks"):
+            book.pick(
+                f"tokenizer.{name}",
+                shape[name],
+                f"tuned for {near[0]} px {'on GPUs' if near[1] else 'on a CPU'}",
+            )
+    for name, value in shape["loss"].items():
+        book.pick(f"tokenizer.loss.{name}", value, f"tuned for {near[0]} px")
+    grid = _grid(book)
+    codes = survey.pictures * grid
+    size = min(LARGEST_CODEBOOK[near[0]], max(128, 2 ** round(math.log2(2 * math.sqrt(codes)))))
+    if book.get("tokenizer.quantizer", "vq") == "vq":
+        book.pick("tokenizer.codebook_size", size, f"about twice the root of {codes:,} codes of all pictures")
+    training = "tokenizer.training"
+    rate = 5e-4 if hardware.gpu else 6e-3
+    rate = 1e-4 if near[0] == 256 else rate
+    book.pick(f"{training}.learning_rate", rate, "tuned for this size")
+    book.pick(f"{training}.final_lr_share", 0.1 if hardware.gpu else 0.02, "tuned for this size")
+    book.pick(f"{training}.precision", "bf16", "half the time on GPU and CPU")
+    book.pick(f"{training}.compile", hardware.gpu, "pays on a GPU")
+    _batch(book, "tokenizer", hardware)
+
+
+CLIPS: dict[bool, Values] = {  # whether GPUs train it
+    False: {
+        "embed_dim": 96,
+        "text_width": 96,
+        "text_layers": 2,
+        "text_heads": 4,
+        "vision_width": 96,
+        "vision_layers": 2,
+    },
+    True: {
+        "embed_dim": 256,
+        "text_width": 256,
+        "text_layers": 6,
+        "text_heads": 8,
+        "vision_width": 256,
+        "vision_layers": 6,
+    },
+}
+
+
+def _clip(book: _Book, survey: Survey, hardware: _Hardware) -> None:
+    if book.kind("clip", "trained") != "trained":
+        return
+    book.pick(
+        "clip.kind", "trained", "on these pictures and captions; no weights have to be had from elsewhere"
+    )
+    for name, value in CLIPS[hardware.gpu].items():
+        book.pick(f"clip.{name}", value, f"tuned for {'a GPU' if hardware.gpu else 'a CPU'}")
+    length = min(77, max(24, 8 * math.ceil((2 * survey.length + 8) / 8)))
+    book.pick("clip.context_length", length, f"captions have {survey.length:.1f} words on average")
+    side = _number(book.get("data.image_size"))
+    patch = next((patch for patch in (16 if side >= 128 else 8, 8, 4, 2, 1) if side % patch == 0), 1)
+    book.pick("clip.patch_size", patch, f"for pictures of {side} px")
+    book.pick("clip.training.learning_rate", 5e-4 if hardware.gpu else 1e-3, "tuned for this size")
+    book.pick("clip.training.precision", "bf16" if hardware.gpu else "fp32", "tuned for this size")
+    _batch(book, "clip", hardware)
+
+
+# Depth, width, heads of transformers; those of the presets, and some between them.
+TRANSFORMERS = (
+    *((3, 128, 4), (4, 128, 4), (5, 160, 5), (6, 192, 6), (6, 256, 8), (8, 384, 6), (12, 512, 8)),
+    *((9, 768, 12), (12, 768, 12), (19, 1024, 16), (29, 1280, 20)),
+)
+PER_BLOCK = 16  # weights of a block, in squares of the width: 4 self-, 4 cross-attention, 8 of the MLP
+TOKENS_PER_WEIGHT = 12  # openmoji-tiny sees 3, shapes-tiny 16; Hoffmann et al. 2022, arXiv:2203.15556, say 20
+SMALL = 256  # width up to which Muon was measured
+COMPILED = (
+    12  # minutes of a run on a CPU, from which a third less of the transformer's time is worth a minute
+)
+
+
+def _transformer(book: _Book, hardware: _Hardware, minutes: float, budget: float) -> None:
+    if book.is_null("transformer"):
+        return
+    weights = math.sqrt(budget * SHARES["transformer"] / (6 * TOKENS_PER_WEIGHT))
+    depth, width, heads = min(
+        TRANSFORMERS, key=lambda one: abs(math.log(PER_BLOCK * one[0] * one[1] ** 2 / weights))
+    )
+    reason = f"some {weights:.1g} weights: {TOKENS_PER_WEIGHT} tokens are seen for each"
+    book.pick("transformer.depth", depth, reason)
+    width = _number(book.pick("transformer.width", width, reason))
+    if "heads" not in book.get("transformer"):
+        heads = heads if width % heads == 0 and (width // heads) % 4 == 0 else max(1, width // 32)
+    book.pick("transformer.heads", heads, "channels of a head: 32 to 64")
+    small = width <= SMALL
+    book.pick(
+        "transformer.optimizer",
+        "muon" if small else "adamw",
+        "half the steps of AdamW at this size" if small else "as Muon was not measured at this size",
+    )
+    training = "transformer.training"
+    muon = book.get("transformer.optimizer") == "muon"
+    book.pick(
+        f"{training}.learning_rate",
+        1e-2 if muon else (3e-3 if small else float(f"{0.3 / width:.1g}")),
+        "tuned for this size",
+    )
+    book.pick(f"{training}.final_lr_share", 0.02 if muon else 0.1, "tuned for this size")
+    book.pick(f"{training}.weight_decay", 0.01 if muon else 0.05, "tuned for this size")
+    book.pick(f"{training}.precision", "bf16", "half the time on GPU and CPU")
+    pays = hardware.gpu or minutes >= COMPILED
+    book.pick(f"{training}.compile", pays, f"pays on a GPU, and on a CPU from {COMPILED} minutes")
+    _batch(book, "transformer", hardware)
+
+
+BATCHES = {"tokenizer": (16, 128), "clip": (64, 512), "transformer": (64, 256)}  # on a CPU, on GPUs
+
+
+def _batch(book: _Book, net: str, hardware: _Hardware) -> None:
+    size = BATCHES[net][hardware.gpu]
+    accumulate = _number(book.get(f"{net}.training.accumulate", 1))
+    unit = hardware.devices * accumulate
+    size = max(size, unit)
+    size = size // unit * unit
+    book.pick(
+        f"{net}.training.batch_size",
+        size,
+        f"tuned {'on GPUs' if hardware.gpu else 'on a CPU'}, a multiple of {unit}",
+    )
+
+
+PICTURES = (512, 256, 128, 64)  # of each split that are measured on
+EVALUATION_SHARE, SWEEP_SHARE = 0.1, 0.06  # of the minutes, at most
+SWEPT = {"cfg_scale": [1.0, 1.5, 2.0, 3.0], "temperature": [0.7, 0.85, 1.0]}
+PROMPTS = 128
+FEW = 5000  # pictures up to which models recall more than they imagine
+
+
+def _after(book: _Book, survey: Survey, minutes: float, speeds: Speeds | None) -> None:
+    """What samples are drawn by, what is measured, by what margin a model is better."""
+    few = survey.pictures < FEW
+    book.pick("sampling.temperature", 0.7 if few else 1.0, f"measured on {'few' if few else 'many'} pictures")
+    book.pick("sampling.cfg_scale", 1.5 if few else 2.0, f"measured on {'few' if few else 'many'} pictures")
+    if book.is_null("transformer"):
+        return
+    each = speeds.draw if speeds else 0.05
+    room = minutes * 60
+    pictures = next((n for n in PICTURES if 2.5 * n * each <= EVALUATION_SHARE * room), PICTURES[-1])
+    book.pick(
+        "evaluation.pictures", pictures, f"drawing them takes less than {EVALUATION_SHARE:.0%} of the time"
+    )
+    cost = each * PROMPTS * (len(SWEPT["cfg_scale"]) + len(SWEPT["temperature"]))
+    if speeds and cost <= SWEEP_SHARE * room and "sweep" not in book.values:
+        for name, tried in SWEPT.items():
+            book.pick(
+                f"sweep.{name}", tried, "there is time to try them on captions that nothing is measured on"
+            )
+        book.pick("sweep.prompts", PROMPTS, "as many as a choice needs")
+    held_out = min(
+        _number(book.get("evaluation.pictures")), _number(book.get("data.validation_share")) * survey.pictures
+    )
+    prompts = held_out if held_out >= 200 else held_out + _number(book.get("evaluation.pictures"))
+    margin = round(min(0.2, max(0.03, 1.35 / math.sqrt(max(prompts, 1)))), 2)
+    book.pick("gate.margin", margin, f"what some {prompts:.0f} prompts can tell apart")
+
+
+# ── steps ───────────────────────────────────────────────────────────────────────────────────────────────
+
+SHARES = {"tokenizer": 0.36, "text": 0.05, "judge": 0.05, "transformer": 0.54}  # of what is left for training
+MOST_STEPS = {"tokenizer": 6000, "clip": 1000}  # on a CPU; GPUs have their share, as nothing else is measured
+LEAST_STEPS = {"tokenizer": 300, "clip": 60, "transformer": 100}
+NOMINAL = {"tokenizer": 3500, "clip": 200, "transformer": 1000}  # where nobody knows how fast anything is
+CADENCE = ("log_every", "eval_every", "checkpoint_every", "ema")
+EMA = ((6000, 0.999), (1000, 0.99), (0, 0.98))  # decay of the average by steps, of the presets
+REGISTER, SERVICES = 8.0, 4.0  # seconds that only a run has, beside its jobs
+PER_JOB = 2.0  # seconds of a step beyond its job
+LOOP = {"tokenizer": 1.15, "clip": 1.1, "transformer": 1.08}  # a step in its loop, with data, by one without
+
+
+def _steps(
+    book: _Book, survey: Survey, hardware: _Hardware, minutes: float, speeds: Speeds | None
+) -> list[Part]:
+    """Steps that fill the minutes, and what each part of the run takes."""
+    trained = _nets(book)
+    if book.kind("clip", "trained") == "trained" and book.is_null("transformer"):
+        _training(book, "clip", NOMINAL["clip"], "none is trained without a transformer")
+    if speeds is None:
+        for net in dict.fromkeys(map(_section, trained)):
+            _training(book, net, NOMINAL[net], "until the source is looked at")
+        return []
+    parts = _overhead(book, survey, speeds, hardware, trained)
+    left = minutes * 60 - sum(part.seconds for part in parts)
+    if left < 0.25 * minutes * 60:
+        least = sum(part.seconds for part in parts) / 60 / 0.75
+        raise UserError(
+            f"recipe.minutes: {minutes:g} minutes are too few: what is no training takes"
+            f" {sum(part.seconds for part in parts) / 60:.1f} of them; {math.ceil(least)} would do"
+        )
+    whole = sum(SHARES[name] for name in trained)
+    shares = {name: SHARES[name] / whole for name in trained}
+    taken: dict[str, float] = {}
+    for name in trained:  # in order of the pipeline: what one leaves, those after it have
+        net = _section(name)
+        each = speeds.step[name] * LOOP[net]
+        rest = left - sum(taken.values())
+        own = rest * shares[name] / sum(shares[other] for other in trained if other not in taken)
+        if (given := book.get(f"{net}.training.steps")) is not None and name != "judge":
+            steps, why = _number(given), ""
+        elif name == "judge" and "text" in taken:
+            steps, why = _number(book.get("clip.training.steps")), ""
+        else:
+            steps = max(LEAST_STEPS[net], int(own / each))
+            why = f"{own / left:.0%} of {left / 60:.1f} minutes, at {each * 1000:.0f} ms a step"
+            if not hardware.gpu and net in MOST_STEPS and steps > MOST_STEPS[net]:
+                steps, why = MOST_STEPS[net], "more bring little at this size"
+            steps = _round(steps)
+        if name != "judge" or "text" not in taken:
+            _training(book, net, steps, why)
+        taken[name] = steps * each
+    order = {part.name: part for part in [*parts, *(Part(f"{name}'s steps", s) for name, s in taken.items())]}
+    return list(order.values())
+
+
+def _nets(book: _Book) -> list[str]:
+    """The nets that a run trains, in its order."""
+    transformer = not book.is_null("transformer")
+    own_clip = transformer and book.kind("clip", "trained") == "trained"
+    return [
+        *(["tokenizer"] if book.kind("tokenizer", "vqvae") == "vqvae" else []),
+        *(["text", "judge"] if own_clip else []),
+        *(["transformer"] if transformer else []),
+    ]
+
+
+def _section(net: str) -> str:
+    return "clip" if net in ("text", "judge") else net
+
+
+def _training(book: _Book, net: str, steps: int, why: str) -> None:
+    """Steps of a training, and what goes with them."""
+    path = f"{net}.training"
+    steps = _number(book.pick(f"{path}.steps", steps, why))
+    warmup = max(1, min(200, steps // 15))
+    book.pick(f"{path}.warmup_steps", warmup, "a fifteenth of the steps, 200 at most")
+    evaluations = max(1, math.ceil(steps / (3 if steps < 3000 else 4)))
+    book.pick(f"{path}.log_every", max(1, min(50, steps // 40)), "some forty lines")
+    book.pick(f"{path}.eval_every", evaluations, "three or four times")
+    book.pick(f"{path}.checkpoint_every", evaluations, "as often as it is looked at")
+    if net != "clip":
+        decay = next(decay for least, decay in EMA if steps >= least)
+        book.pick(f"{path}.ema", decay, f"for {steps} steps")
+
+
+def _overhead(
+    book: _Book, survey: Survey, speeds: Speeds, hardware: _Hardware, trained: list[str]
+) -> list[Part]:
+    """What a run takes beside training."""
+    cores = 2 if not hardware.gpu else 8
+    transformer = not book.is_null("transformer")
+    jobs = len(trained) + (2 if transformer else 0) + (1 if book.get("sweep.cfg_scale") else 0)
+    parts = [
+        Part("start and end", SERVICES + REGISTER + speeds.spent),
+        Part("pictures", PER_JOB + survey.seconds * survey.pictures / cores),
+        Part("start of jobs", jobs * (speeds.start + PER_JOB)),
+    ]
+    if not transformer:
+        return parts
+    views = _number(book.get("data.augment.views", 2))
+    parts.append(Part("tokens", views * survey.pictures * speeds.encode))
+    pictures = _number(book.get("evaluation.pictures"))
+    held_out = min(pictures, _number(book.get("data.validation_share")) * survey.pictures)
+    drawn = (
+        min(pictures, survey.pictures)
+        + held_out
+        + 16
+        + (12 + min(12, held_out)) * _number(book.get("evaluation.samples_per_prompt", 4))
+    )
+    parts.append(Part("evaluation", drawn * speeds.draw + MEASURING))
+    if tried := book.get("sweep.cfg_scale"):
+        settings = len(tried) + len(book.get("sweep.temperature", []))
+        parts.append(Part("sweep", settings * _number(book.get("sweep.prompts", PROMPTS)) * speeds.draw))
+    return parts
+
+
+MEASURING = 12.0  # seconds of an evaluation beside drawing
+
+
+def _of_epochs(book: _Book, survey: Survey) -> None:
+    """What depends on how often a picture is seen."""
+    if book.is_null("transformer"):
+        return
+    steps, batch = (_number(book.get(f"transformer.training.{name}", 1)) for name in ("steps", "batch_size"))
+    epochs = steps * batch / max(1, survey.pictures)
+    often = epochs > 10
+    said = f"each picture is seen {epochs:.0f} times"
+    views = 2 ** int(math.log2(min(16, max(1, epochs / 48))))
+    book.pick("data.augment.views", views, said)
+    book.pick("data.augment.shift", 0.04 if often else 0.0, said)
+    book.pick("data.augment.scale", 0.06 if often else 0.0, said)
+    book.pick("transformer.dropout", 0.0 if not often else 0.05 if epochs < 300 else 0.1, said)
+    book.pick("transformer.keep", "last" if often else "best", f"{said}; NLL misleads where that is often")
+
+
+def _number(value: Any) -> Any:
+    """A number of the config; what is none is named when the config is validated."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else 1
+
+
+def _grid(book: _Book) -> int:
+    side, factor = _number(book.get("data.image_size")), _number(book.get("tokenizer.factor", 8))
+    return max(1, int(side) // max(1, int(factor))) ** 2
+
+
+def _round(steps: int) -> int:
+    """To two digits, so that a config reads well."""
+    unit = 10 ** max(0, len(str(steps)) - 2)
+    return steps // unit * unit

@@ -24,6 +24,7 @@ from model.plumbing.assets import START, AssetWriter, Input, Kind, Manifest
 from model.plumbing.jobs import JobSpec, TrackingIds
 
 NO_CONTENT = {"log_every", "checkpoint_every"}  # training settings that change no weight
+OF_SPEED = ("batch_size", "accumulate", "precision", "compile")  # training settings that decide a step's time
 CHAMPION = "champion"  # the race's input that another model draws against
 PICTURES = "pictures of the source"  # among `changes`: what the source says of itself
 TAKEN_OVER = ("tokenizer", "text")  # kinds that a retraining may take as they are
@@ -53,6 +54,12 @@ def image_settings(data: DataConfig) -> Settings:
 
     chosen = data.model_dump(mode="json", exclude={"augment", "max_bad_share"})
     return {"data": chosen, "fingerprint": sources.fingerprint(data.source)}
+
+
+def _fingerprint(config: RunConfig) -> str:
+    from model.data import sources
+
+    return sources.fingerprint(config.data.source)
 
 
 def _images(config: RunConfig) -> Settings:
@@ -91,6 +98,24 @@ def _clip(config: RunConfig) -> Settings:
     return {"clip": _plain(clip), "augment": _moves(config.data), "seed": config.seed}
 
 
+def _speed(config: RunConfig) -> Settings:
+    """The nets and the hardware, without what makes no step longer."""
+    nets: Settings = {}
+    for name in ("tokenizer", "clip", "transformer"):
+        if (section := getattr(config, name)) is not None:
+            nets[name] = section.model_dump(mode="json")
+            if training := nets[name].get("training"):
+                nets[name]["training"] = {field: training[field] for field in OF_SPEED}
+    hardware = {"gpu", "workers", "processes_per_worker", "gpus_per_worker", "cpu", "cpu_limit"}
+    jobs = config.jobs.model_dump(mode="json", include=hardware)
+    return nets | {"image_size": config.data.image_size, "jobs": jobs}
+
+
+def _recipe(config: RunConfig) -> Settings:
+    """What is derived from: all that was said and foreseen, and the pictures."""
+    return {"config": config.model_dump(mode="json")} | {"fingerprint": _fingerprint(config)}
+
+
 def _tokens(config: RunConfig) -> Settings:
     return {"augment": _plain(config.data.augment), "seed": config.seed}
 
@@ -118,6 +143,9 @@ def _evaluation(config: RunConfig) -> Settings:
 
 
 STEPS: dict[Kind, Step] = {  # in the order of the pipeline
+    # How a config came about that is derived: no part of what a run makes.
+    "speed": Step("Speed", _speed, module="model.training.speed", taken=lambda _: False, within="prepare"),
+    "recipe": Step("Recipe", _recipe, taken=lambda _: False, within="prepare"),
     "images": Step("Pictures and captions", _images, version=2, taken=lambda _: True),
     "tokenizer": Step("Tokenizer", _tokenizer, ("images",), "model.training.vqvae", taken=lambda _: True),
     "text": Step("Text encoder", _clip, ("images",), "model.training.clip"),

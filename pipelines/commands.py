@@ -15,7 +15,18 @@ import typer
 
 from model.errors import UserError
 
+AUTO = "auto"  # the preset of who names none: see `model.config.load_config`
+
 Preset = Annotated[str, typer.Option(help="Name of a shipped preset, or a .yaml file.")]
+Minutes = Annotated[
+    float, typer.Option(min=0, help="The whole run takes so long, within a fifth; 0: as --effort says.")
+]
+Effort = Annotated[
+    float,
+    typer.Option(
+        min=0, help="Times what is usual for so many pictures, for a preset with a recipe; 0: as it says."
+    ),
+]
 Registered = Annotated[str, typer.Option(help="Name of a registered model; left out, the last one.")]
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045 (typer reads it at run time)
@@ -29,29 +40,39 @@ Start = Annotated[
 
 
 def run(
-    preset: Preset = "openmoji-tiny",
+    preset: Preset = AUTO,
     data: Annotated[
         str, typer.Option(help="Your captioned pictures: a folder, tar shards or parquet; s3:// too.")
     ] = "",
+    minutes: Minutes = 0,
+    effort: Effort = 0,
     overrides: Overrides = None,
 ) -> None:
     """Run the whole pipeline on this machine."""
     from pipelines.run import run
 
-    run(preset, tuple(overrides or ()), data)
+    run(preset, _dialled(overrides, minutes, effort), data)
+
+
+def _dialled(overrides: list[str] | None, minutes: float, effort: float) -> tuple[str, ...]:
+    """Overrides, with the dial before them."""
+    dial = {"recipe.minutes": minutes, "recipe.effort": effort}
+    return (*(f"{name}={value:g}" for name, value in dial.items() if value), *(overrides or ()))
 
 
 def retrain(
-    preset: Preset = "openmoji-tiny",
+    preset: Preset = AUTO,
     model: Model = "",
     data: Annotated[str, typer.Option(help="Other pictures than those of the model in use.")] = "",
     start: Start = "",
+    minutes: Minutes = 0,
+    effort: Effort = 0,
     overrides: Overrides = None,
 ) -> None:
     """Train the model in use anew on this machine, where there is anything new to learn."""
     from pipelines.run import retrain
 
-    retrain(preset, model, data, start, tuple(overrides or ()))
+    retrain(preset, model, data, start, _dialled(overrides, minutes, effort))
 
 
 def compile_(
@@ -192,7 +213,7 @@ def mlflow_ui() -> None:
 
 
 def preflight(
-    preset: Preset = "openmoji-tiny",
+    preset: Preset = AUTO,
     overrides: Overrides = None,
     cluster: Annotated[
         bool, typer.Option("--cluster", help="Look from a pod, as the steps' account, instead of from here.")
@@ -219,7 +240,7 @@ def preflight(
 
 
 def slurm(
-    preset: Preset = "openmoji-tiny",
+    preset: Preset = AUTO,
     overrides: Overrides = None,
     nodes: Annotated[
         int, typer.Option(min=1, help="Nodes of the allocation; each is a worker of a job.")
@@ -249,15 +270,23 @@ def slurm(
 
 
 def plan(
-    preset: Annotated[str, typer.Argument(help="Name of a shipped preset, or a .yaml file.")],
-    hardware: Annotated[str, typer.Option(help="cpu, l4, a100, h100 or h200.")] = "a100",
+    preset: Annotated[str, typer.Argument(help="Name of a shipped preset, or a .yaml file.")] = AUTO,
+    data: Annotated[str, typer.Option(help="Your captioned pictures, as for run.")] = "",
+    minutes: Minutes = 0,
+    effort: Effort = 0,
+    hardware: Annotated[
+        str, typer.Option(help="cpu, l4, a100, h100 or h200; left out, what `jobs` asks for.")
+    ] = "",
     overrides: Overrides = None,
 ) -> None:
-    """Say what a preset needs: parameters, memory, steps, tokens, estimated hours."""
-    from model.config import load_config
-    from pipelines.plan import plan
+    """Say what a run needs and takes; of one whose sizes are derived, each choice with its reason."""
+    from pipelines import plan
+    from pipelines.run import absolute
 
-    print(plan(load_config(preset, overrides or []), hardware).render())
+    dialled = _dialled(overrides, minutes, effort)
+    with _services() if minutes else contextlib.nullcontext():  # where the hardware is timed
+        for line in plan.lines(preset, absolute(data), dialled, hardware):
+            print(line)
 
 
 def promote(
@@ -418,20 +447,24 @@ def upload() -> None:
 
 
 def submit(
-    preset: Preset = "openmoji-tiny",
+    preset: Preset = AUTO,
     data: Annotated[str, typer.Option(help="Your captioned pictures, s3://…; left out, the preset's.")] = "",
     workers: Annotated[int, typer.Option(min=0, help="Pods of a training job; 0: the preset's.")] = 0,
     gpus_per_worker: Annotated[int, typer.Option(min=-1, help="GPUs of such a pod; -1: the preset's.")] = -1,
     experiment_name: Annotated[str, typer.Option(help="In MLflow; left out, the phase's.")] = "",
     name: Annotated[str, typer.Option(help="Of the run; left out, preset and time.")] = "",
     follow: Annotated[bool, typer.Option("--follow", help="Show how it goes, to its end.")] = False,
+    minutes: Minutes = 0,
+    effort: Effort = 0,
     overrides: Overrides = None,
 ) -> None:
     """Run a pipeline on a cluster."""
     _cluster()
     from pipelines.cluster.runs import submit
 
-    run = submit(preset, tuple(overrides or ()), data, workers, gpus_per_worker, experiment_name, name)
+    run = submit(
+        preset, _dialled(overrides, minutes, effort), data, workers, gpus_per_worker, experiment_name, name
+    )
     if follow:
         status(run, follow=True)
 
@@ -441,7 +474,7 @@ def schedule(
         str, typer.Option(help='When: second, minute, hour, day, month, weekday, e.g. "0 0 3 * * *".')
     ] = "",
     zone: Annotated[str, typer.Option(help="That these times are of: that of KFP's controller.")] = "UTC",
-    preset: Preset = "openmoji-tiny",
+    preset: Preset = AUTO,
     model: Model = "",
     data: Annotated[
         str, typer.Option(help="Your captioned pictures, s3://…; left out, the champion's.")

@@ -45,7 +45,7 @@ def _begun(pipeline: str, **parameters: Any) -> dict[str, Any]:
 
 @dsl.pipeline(name=TEXT_TO_IMAGE)
 def text_to_image(
-    preset: str = "openmoji-tiny",
+    preset: str = "auto",
     data: str = "",
     workers: int = 0,
     gpus_per_worker: int = -1,
@@ -56,9 +56,10 @@ def text_to_image(
     """Captioned pictures in, a registered model that draws them out.
 
     Args:
-        preset: What is trained, and how large: the settings of a run.
-        data: Your captioned pictures: s3://bucket/folder of them or of parquet files, or
-            s3://bucket/{000..099}.tar (WebDataset shards). Empty: those of the preset.
+        preset: What is trained, and how large: the settings of a run. auto: what fits the data, or without
+            any openmoji-tiny.
+        data: Your captioned pictures: a folder of them in S3, tar shards or parquet files, an archive of
+            these, or a Hugging Face data set. Empty: those of the preset.
         workers: Pods of a training job. 0: as many as the preset says.
         gpus_per_worker: GPUs of such a pod, and its processes. -1: as many as the preset says.
         overrides: Settings that win over all others, one a line, e.g. transformer.depth=6; model/config.py
@@ -89,7 +90,7 @@ def text_to_image(
 
 @dsl.pipeline(name=VQVAE)
 def vqvae(
-    preset: str = "openmoji-tiny",
+    preset: str = "auto",
     data: str = "",
     workers: int = 0,
     gpus_per_worker: int = -1,
@@ -101,8 +102,7 @@ def vqvae(
 
     Args:
         preset: Whose VQ-VAE is trained. The other pipeline finds it made, with the same preset and data.
-        data: Your captioned pictures: s3://bucket/folder of them or of parquet files, or
-            s3://bucket/{000..099}.tar (WebDataset shards). Empty: those of the preset.
+        data: Your captioned pictures, as in the other pipeline. Empty: those of the preset.
         workers: Pods of a training job. 0: as many as the preset says.
         gpus_per_worker: GPUs of such a pod, and its processes. -1: as many as the preset says.
         overrides: Settings that win over all others, one a line, e.g. tokenizer.codebook_size=512;
@@ -125,7 +125,7 @@ def vqvae(
 
 @dsl.pipeline(name=RETRAINING)
 def retraining(
-    preset: str = "openmoji-tiny",
+    preset: str = "auto",
     model: str = "",
     data: str = "",
     start: str = "",

@@ -51,6 +51,7 @@ def run(preset: str, overrides: tuple[str, ...], data: str = "") -> None:
     Raises:
         UserError: what is wrong with the input, from here or from any step.
     """
+    data = absolute(data)
     config = load_config(preset, overrides, recognise(data))
     parameters = {"preset": _absolute(preset), "data": data, "overrides": "\n".join(overrides)}
     _run(pipeline_of(config), parameters, steps.names(config))
@@ -69,9 +70,16 @@ def retrain(preset: str, model: str, data: str, start: str, overrides: tuple[str
     Raises:
         UserError: what is wrong with the input, from here or from any step.
     """
+    data = absolute(data)
     parameters = {"preset": _absolute(preset), "model": model, "data": data, "start": start}
     parameters["overrides"] = "\n".join(overrides)
     _run(RETRAINING, parameters, ["news", *steps.names(load_config(preset, overrides, recognise(data)))])
+
+
+def absolute(data: str) -> str:
+    """Data of this machine by its whole path: a model is known by where its pictures are."""
+    path = os.path.expanduser(data.strip())
+    return os.path.abspath(path) if path and os.path.exists(path) else data
 
 
 def _absolute(preset: str) -> str:

@@ -18,7 +18,7 @@ PARTS = {  # what each part may import of ours beside itself; the first that hol
     "model/errors.py": set(),
     "model/recipe.py": {"model.errors"},
     "model/config.py": {"model.errors", "model.recipe"},
-    "model/plumbing": {"model.config", "model.errors"},
+    "model/plumbing": {"model.config", "model.recipe", "model.errors"},
     "model/data": BASE,  # knows no nets
     "model/nets": BASE,  # know no data
     "model/steps.py": BASE | {"model.data.growth", "model.data.sources"},

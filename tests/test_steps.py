@@ -18,7 +18,9 @@ from model.config import (
     AssetRef,
     PretrainedCLIPConfig,
     PretrainedTokenizerConfig,
+    RecipeConfig,
     RunConfig,
+    TrainingConfig,
     load_config,
     parse_config,
 )
@@ -55,6 +57,21 @@ DECIDES: dict[str, set[str]] = {
     "gate": set(),  # which version is in use, not what it is
     "retrain": set(),  # what the next run starts from
     "origin": set(),
+    "recipe": set(),  # what others were derived from
+}
+BEFOREHAND = {"speed", "recipe"}  # how a config came about, which no run is made from
+OF_SPEED = {  # sections whose settings decide how long a step takes, without what makes none longer
+    "data.image_size": True,
+    "clip": True,
+    "tokenizer": True,
+    "transformer": True,
+    **{
+        f"{net}.training.{field}": field in ("batch_size", "accumulate", "precision", "compile")
+        for net in ("clip", "tokenizer", "transformer")
+        for field in TrainingConfig.model_fields
+    },
+    **{f"jobs.{field}": True for field in ("gpu", "workers", "processes_per_worker", "gpus_per_worker")},
+    **{f"jobs.{field}": True for field in ("cpu", "cpu_limit")},
 }
 PRETRAINED = {
     "tokenizer": PretrainedTokenizerConfig(ref="owner/name").model_dump(),
@@ -107,6 +124,8 @@ def another(value: Any) -> Any:
             return [*value, 1]
         case dict():
             return {**value, "a": "b"}
+        case None:
+            return RecipeConfig()
     raise TypeError(value)
 
 
@@ -135,7 +154,10 @@ def test_every_setting_moves_the_assets_that_it_decides_and_no_others(
         trained_here = {"tokenizer", "text", "judge"}
         expected = expected - trained_here if path.startswith(("seed", "data.augment")) else expected
     moved = {kind for kind in STEPS if settings(kind, before) != settings(kind, after)}
-    assert moved == expected
+    assert moved - BEFOREHAND == expected
+    assert "recipe" in moved
+    names = [name for name in OF_SPEED if path == name or path.startswith(f"{name}.")]
+    assert ("speed" in moved) == bool(names and OF_SPEED[max(names, key=len)])
 
 
 def test_every_name_that_decides_is_a_setting() -> None:

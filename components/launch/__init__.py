@@ -57,7 +57,7 @@ def launch(spec: JobSpec) -> Manifest:
 
 def _note(spec: JobSpec) -> None:
     """Leave in MLflow where the logs are found when the pods are gone; see `pipelines/logs.py`."""
-    if environment.MLFLOW_TRACKING_URI.get():
+    if spec.tracking.run and environment.MLFLOW_TRACKING_URI.get():
         try:
             tracking.note_asset(spec.tracking.run, spec.name, spec.output)
         except UserError as error:

@@ -30,6 +30,8 @@ REPORT = "report-"  # begins the names of an evaluation's reports with a verdict
 START = "start"  # the transformer's input whose weights its training begins from, where there is one
 
 Kind = Literal[
+    "speed",
+    "recipe",
     "images",
     "tokenizer",
     "text",

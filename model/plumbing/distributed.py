@@ -24,17 +24,9 @@ from torch import Tensor
 
 from model.plumbing.environment import MEETING
 from model.plumbing.parallel import cores
+from model.recipe import HARDWARE
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-# Dense peak of a device in FLOP/s (vendors' data sheets; for the CPU what two server cores reached) and its
-# memory in bytes, by a word of its name.
-HARDWARE = {
-    "cpu": {"bf16": 0.4e12, "fp32": 0.18e12, "memory": 6 * 2**30},
-    "l4": {"bf16": 121e12, "fp32": 30e12, "memory": 24 * 2**30},
-    "a100": {"bf16": 312e12, "fp32": 19.5e12, "memory": 80 * 2**30},
-    "h100": {"bf16": 989e12, "fp32": 67e12, "memory": 80 * 2**30},
-    "h200": {"bf16": 989e12, "fp32": 67e12, "memory": 141 * 2**30},
-}
 PATIENCE = datetime.timedelta(minutes=30)  # for a rank that validates or uploads alone
 
 

@@ -22,7 +22,7 @@ class TrackingIds(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     experiment: str
-    run: str  # the pipeline run, found by tag
+    run: str  # the pipeline run, found by tag; "": there is none, and nothing is tracked
     step: str  # the child run below it, found by tag
 
 

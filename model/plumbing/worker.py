@@ -70,7 +70,9 @@ def open_job(spec: JobSpec, track: bool = True, stopping: Stopping | None = None
     output = AssetWriter(spec.kind, spec.settings, inputs, spec.version)
     with (
         setup() as processes,
-        Tracker(spec.tracking, spec.settings, track and processes.is_main) as tracker,
+        Tracker(
+            spec.tracking, spec.settings, bool(track and spec.tracking.run and processes.is_main)
+        ) as tracker,
         (stopping or Stopping()).of(processes, spec.jobs.orphan_minutes) as heard,
         Checkpointer(spec.checkpoints) as checkpoints,
     ):

@@ -26,7 +26,7 @@ ZONE = "CRON_SCHEDULE_TIMEZONE"  # its environment's, by which it reads crons
 def schedule(
     cron: str,
     zone: str = "UTC",
-    preset: str = "openmoji-tiny",
+    preset: str = "auto",
     model: str = "",
     data: str = "",
     start: str = "",

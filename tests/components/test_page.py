@@ -10,6 +10,7 @@ from PIL import Image
 
 from components import page
 from components.page import Example
+from components.recipe import Resolved
 from components.registration import Registered
 from model.config import load_config
 from model.evaluation.gate import Verdict
@@ -131,7 +132,9 @@ def test_the_figures_that_are_named_first_are_those_that_an_asset_has(store: str
 
 
 def test_the_first_page_says_what_was_found_and_every_setting() -> None:
-    text = page.checks(load_config("smoke"), "smoke-1", ["source    shapes-1", "disk"], "http://m/#/1")
+    text = page.checks(
+        Resolved(load_config("smoke")), "smoke-1", ["source    shapes-1", "disk"], "http://m/#/1"
+    )
     assert "<td>source</td><td>shapes-1</td>" in text
     assert "prepare, images, tokenizer, text, judge" in text
     assert "learning_rate: 0.0003" in text

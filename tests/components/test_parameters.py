@@ -72,7 +72,11 @@ def test_a_pipeline_takes_the_presets_that_it_offers(pipeline: str) -> None:
         (TEXT_TO_IMAGE, {"workers": -1}, "jobs.workers: "),
         (TEXT_TO_IMAGE, {"gpus_per_worker": -2}, "jobs.gpus_per_worker: "),
         (TEXT_TO_IMAGE, {"data": "ftp://x"}, "data: ftp://x"),
-        (TEXT_TO_IMAGE, {"preset": "smok"}, "preset 'smok' does not exist; choose one of coco256-base, "),
+        (
+            TEXT_TO_IMAGE,
+            {"preset": "smok"},
+            "preset 'smok' does not exist; choose one of auto, coco256-base, ",
+        ),
         (TEXT_TO_IMAGE, {"overrides": "seed"}, "override 'seed' must read section.field=value"),
         (TEXT_TO_IMAGE, {"config": "name: [x"}, "the config: not valid YAML"),
     ],

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from model.config import PRESETS, load_config, preset_names
 from model.errors import UserError
 from model.nets.gpt import GPT
-from model.plumbing.distributed import HARDWARE
+from model.recipe import HARDWARE
 from model.training.optim import adamw, muon
 from pipelines.plan import UTILISATION, plan
 

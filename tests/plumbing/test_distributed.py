@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.plumbing.distributed import HARDWARE, derive_seed, peak_flops, seed_all, setup
+from model.plumbing.distributed import derive_seed, peak_flops, seed_all, setup
+from model.recipe import HARDWARE
 from tests import ROOT
 
 PROGRAM = """

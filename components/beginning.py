@@ -1,0 +1,49 @@
+"""What the first step of a run does: the config resolved, everything checked, the run opened in MLflow."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from components import page, recipe
+from components.parameters import resolve
+from components.preflight import preflight
+from components.step import end_given_up_runs
+from model.config import RunConfig
+from model.plumbing import environment, speech
+from model.plumbing.leases import carried
+from model.plumbing.provenance import kfp_tags
+from model.plumbing.tracking import address, open_pipeline_run
+
+
+class Begun(NamedTuple):
+    """A run that has begun."""
+
+    config: RunConfig
+    name: str  # of the run
+    address: str  # where people open it in MLflow
+    page: str  # what was found
+
+
+def begin(job: str, **asked: Any) -> Begun:
+    """Check what can be checked before anything expensive starts, and open the run.
+
+    Args:
+        job: the id of the run in KFP.
+        asked: as `components.parameters.resolve` takes it.
+
+    Raises:
+        UserError: whatever would end the run later.
+    """
+    resolve(**asked)  # what is wrong with it is said before anybody is asked
+    environment.check_services()
+    resolved = recipe.resolved(asked)
+    config = resolved.config
+    found = preflight(config)
+    for line in (*recipe.lines(resolved), *found):
+        speech.say("prepare", line)
+    end_given_up_runs("prepare")
+    name = f"{config.name}-{job}"
+    with carried("prepare", name):
+        shown = config.model_dump(mode="json")
+        opened = address(open_pipeline_run(config.experiment, name, shown, kfp_tags(job)))
+    return Begun(config, name, opened, page.checks(resolved, name, found, opened))

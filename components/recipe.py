@@ -1,0 +1,205 @@
+"""The config of a run whose `recipe` leaves the rest open: pictures are looked at, hardware is timed.
+
+What is derived once is kept: beside the run's assets until a model is registered, and with the model then. So
+a run that was killed goes on, and later runs of the same model have its sizes.
+"""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from components.parameters import resolve
+from model import recipe, steps
+from model.config import RunConfig, parse_config
+from model.errors import Unavailable, UserError
+from model.plumbing import assets, registry, speech
+from model.plumbing.assets import AssetWriter
+from model.recipe import Choice, Derived, Part, Speeds, Values
+
+if TYPE_CHECKING:
+    from model.data.survey import Look
+
+
+class Resolved(NamedTuple):
+    """A whole config, and how it came about."""
+
+    config: RunConfig
+    look: Look | None = None  # at its source, where it was looked at now
+    choices: tuple[Choice, ...] = ()
+    parts: tuple[Part, ...] = ()  # of the run's time, as foreseen
+    said: tuple[str, ...] = ()  # for people
+
+
+def resolved(asked: dict[str, Any]) -> Resolved:
+    """The config of a run, with what its recipe leaves out.
+
+    Args:
+        asked: as `components.parameters.resolve` takes it.
+
+    Raises:
+        UserError: a parameter is wrong, the source holds nothing that can be used, the minutes are too few,
+            or the registered model of this name is of other pictures.
+    """
+    foreseen = resolve(**asked)
+    if foreseen.recipe is None:
+        return Resolved(foreseen)
+    if foreseen.recipe.version:
+        return _fitted(foreseen)
+    if former := _former(foreseen):
+        version, config = former
+        merged = resolve(**asked, derive=partial(_like, former=config))
+        found = _fitted(merged)
+        return found._replace(
+            said=(f"sizes are those of version {version} of {config.registered_model}", *found.said)
+        )
+    writer = steps.writer("recipe", foreseen, {})
+    if made := assets.find(writer.uri):
+        return _kept(made)
+    found, derived = _derived(asked)
+    _keep(writer, derived, found.config)
+    return found
+
+
+def planned(asked: dict[str, Any]) -> Resolved:
+    """The same of a run that is the first of its pictures; nothing is kept. Raises as `resolved`."""
+    return _derived(asked)[0] if resolve(**asked).recipe else Resolved(resolve(**asked))
+
+
+def _derived(asked: dict[str, Any]) -> tuple[Resolved, Derived]:
+    """Look at the pictures, choose sizes, find out how fast these are, and fill the time."""
+    look = _look(resolve(**asked))
+    sized = resolve(**asked, derive=partial(recipe.derive, survey=look.survey))
+    speeds = speeds_of(sized)
+    found: list[Derived] = []
+
+    def derive(values: Values) -> Derived:
+        found.append(recipe.derive(values, look.survey, speeds))
+        return found[-1]
+
+    config = resolve(**asked, derive=derive)
+    return Resolved(config, look, tuple(found[-1].choices), tuple(found[-1].parts)), found[-1]
+
+
+def lines(found: Resolved) -> list[str]:
+    """What a person is told of a config that was derived: pictures, sizes, steps, time."""
+    config = found.config
+    if config.recipe is None:
+        return []
+    side, transformer = config.data.image_size, config.transformer
+    sizes = [f"{side} px"]
+    if config.tokenizer.kind == "vqvae":
+        sizes.append(
+            f"{(side // config.tokenizer.factor) ** 2} tokens of {config.tokenizer.vocabulary} codes"
+        )
+    if transformer:
+        sizes.append(f"a transformer of {transformer.depth} x {transformer.width}")
+    sections = {"tokenizer": config.tokenizer, "CLIPs": config.clip, "transformer": transformer}
+    trained = {name: getattr(one, "training", None) for name, one in sections.items()}
+    steps = ", ".join(f"{training.steps:,} of the {name}" for name, training in trained.items() if training)
+    took = sum(part.seconds for part in found.parts)
+    return [
+        *(found.look.lines() if found.look else []),
+        *found.said,
+        f"chosen for {config.recipe.fitted}: {', '.join(sizes)}; steps: {steps}",
+        *([f"about {speech.duration(took)} in all"] if took else []),
+    ]
+
+
+def speeds_of(config: RunConfig) -> Speeds:
+    """How fast the hardware is that `jobs` asks for: timed for a run with its minutes, else by the table."""
+    from model.training import speed
+
+    assert config.recipe
+    if not config.recipe.minutes:
+        jobs = config.jobs
+        kind = jobs.gpu if jobs.gpus_per_worker else "cpu"
+        return speed.foreseen(config, kind, jobs.workers * jobs.processes_per_worker)
+    from components.launch import launch
+
+    return speed.of(launch(steps.job("speed", config, "", {})))
+
+
+def _look(config: RunConfig) -> Look:
+    from model.data import survey
+
+    return survey.look(config.data.source)
+
+
+def _fitted(config: RunConfig) -> Resolved:
+    """A config that was derived before, with its steps for the dial and the hardware of now."""
+    assert config.recipe
+    values = config.model_dump(mode="json")
+    if config.recipe.fitted == recipe.fitted(values):
+        return Resolved(config)
+    writer = steps.writer("recipe", config, {})
+    if made := assets.find(writer.uri):
+        return _kept(made)
+    look = _look(config)
+    found = recipe.refit(values, look.survey, speeds_of(config))
+    fitted = parse_config(found.values)
+    _keep(writer, found, fitted)
+    said = (f"steps are for {fitted.recipe.fitted} now" if fitted.recipe else "",)
+    return Resolved(fitted, look, tuple(found.choices), tuple(found.parts), said)
+
+
+def _former(config: RunConfig) -> tuple[int, RunConfig] | None:
+    """The version whose sizes a registered model has, and its config: the champion's.
+
+    Raises:
+        UserError: the model that has this name, which nobody chose, is of other pictures.
+    """
+    name = config.registered_model
+    version = registry.version_of(registry.CHAMPION, name)
+    if version is None:
+        return None
+    try:
+        former = registry.config_of(version, name)
+    except Unavailable:
+        raise
+    except UserError as error:
+        speech.warn("prepare", f"sizes are derived anew: {error}")
+        return None
+    if former is None or former.recipe is None or not former.recipe.version:
+        return None
+    if former.data.source != config.data.source:
+        theirs = former.data.source.model_dump(exclude={"kind"}, exclude_defaults=True)
+        raise UserError(
+            f"{name} is the model of other pictures ({', '.join(map(str, theirs.values()))}); say"
+            f" --set model_name={name}-2 for a new one, or --set model_name={name} to go on with it"
+        )
+    return version, former
+
+
+def _like(values: Values, former: RunConfig) -> Derived:
+    """What a config says, and for the rest what a former one says."""
+    whole = former.model_copy(update={"origin": {}}).model_dump(mode="json")
+    return Derived(_merged(whole, values), [], [])
+
+
+def _merged(under: Any, over: Any) -> Any:
+    if not (isinstance(under, dict) and isinstance(over, dict)) or (
+        "kind" in over and over["kind"] != under.get("kind")
+    ):
+        return deepcopy(over)
+    return {
+        **deepcopy(under),
+        **{name: _merged(under.get(name), value) for name, value in over.items()},
+    }
+
+
+def _keep(writer: AssetWriter, derived: Derived, config: RunConfig) -> None:
+    info = {"choices": derived.choices, "parts": derived.parts}
+    writer.add_bytes("recipe.json", json.dumps({"config": config.model_dump(mode="json"), **info}).encode())
+    writer.finish({})
+
+
+def _kept(made: assets.Manifest) -> Resolved:
+    from model.plumbing import cache
+
+    stored = json.loads(cache.path(made, "recipe.json").read_text())
+    choices = tuple(Choice(*choice) for choice in stored["choices"])
+    parts = tuple(Part(*part) for part in stored["parts"])
+    return Resolved(parse_config(stored["config"]), None, choices, parts)

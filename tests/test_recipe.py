@@ -1,0 +1,185 @@
+"""Sizes and steps that are derived: what they follow from, what is kept, what is refused."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from model import recipe
+from model.config import load_config, parse_config
+from model.errors import UserError
+from model.recipe import HARDWARE, Derived, Speeds, Survey, derive, refit
+
+SURVEY = Survey(3000, True, 300, 0.02, 300.0, 1.2, 0.0, 0.5, 2800, 900, 4.0, 0.004)
+CPU = Speeds(
+    True, 7.0, {"tokenizer": 0.022, "text": 0.05, "judge": 0.05, "transformer": 0.12}, 0.001, 0.02, spent=20
+)
+FOLDER = {"kind": "folder", "path": "/pictures/flags"}
+
+
+def values(**sections: Any) -> dict[str, Any]:
+    base = {"name": "mine", "recipe": {}, "data": {"source": FOLDER}, "jobs": {"processes_per_worker": 2}}
+    return base | sections
+
+
+def derived(survey: Survey = SURVEY, speeds: Speeds | None = CPU, **sections: Any) -> Derived:
+    found = derive(values(**sections), survey, speeds)
+    parse_config(found.values)
+    return found
+
+
+def of(found: Derived, path: str) -> Any:
+    node: Any = found.values
+    for name in path.split("."):
+        node = node[name]
+    return node
+
+
+@pytest.mark.parametrize(("pictures", "minutes"), [(60, 5), (300, 10), (3000, 25), (30_000, 60)])
+@pytest.mark.parametrize("speed", [0.5, 1.0, 2.0])
+def test_the_minutes_are_filled_whatever_the_speed(pictures: int, minutes: int, speed: float) -> None:
+    step = {name: seconds / speed for name, seconds in CPU.step.items()}
+    found = derived(replace(SURVEY, pictures=pictures), replace(CPU, step=step), recipe={"minutes": minutes})
+    assert found.minutes == pytest.approx(minutes, rel=0.1)
+
+
+@pytest.mark.parametrize(("pictures", "minutes"), [(60, 5), (300, 9.5), (3000, 24), (30_000, 60)])
+def test_effort_1_is_the_usual_time_for_so_many_pictures(pictures: int, minutes: float) -> None:
+    found = derived(replace(SURVEY, pictures=pictures))
+    assert found.minutes == pytest.approx(minutes, rel=0.1)
+    twice = derived(replace(SURVEY, pictures=pictures), recipe={"effort": 2})
+    assert twice.minutes == pytest.approx(2 * minutes, rel=0.1)
+
+
+def test_more_minutes_or_hardware_make_larger_nets_and_no_smaller_ones() -> None:
+    def weights(found: Derived) -> int:
+        net = found.values["transformer"]
+        return int(net["depth"] * net["width"] ** 2)
+
+    by_minutes = [weights(derived(recipe={"minutes": minutes})) for minutes in (5, 25, 120, 1000)]
+    assert by_minutes == sorted(by_minutes)
+    assert by_minutes[0] < by_minutes[-1]
+    gpus = {"gpus_per_worker": 1, "processes_per_worker": 1}
+    assert weights(derived(jobs=gpus, recipe={"minutes": 25})) > by_minutes[1]
+    eight = {"gpus_per_worker": 8, "processes_per_worker": 8, "workers": 2}
+    assert weights(derived(jobs=eight, recipe={"minutes": 600})) > weights(
+        derived(jobs=gpus, recipe={"minutes": 600})
+    )
+
+
+@pytest.mark.parametrize("hardware", ["cpu", *(kind for kind in HARDWARE if kind != "cpu")])
+@pytest.mark.parametrize("minutes", [6, 60, 6000])
+@pytest.mark.parametrize("side", [20.0, 48.0, 90.0, 2000.0])
+@pytest.mark.parametrize("pictures", [20, 2_000, 5_000_000])
+def test_whatever_is_derived_is_a_config(hardware: str, minutes: int, side: float, pictures: int) -> None:
+    jobs = {"gpus_per_worker": 4, "processes_per_worker": 4, "gpu": hardware, "workers": 3}
+    survey = replace(SURVEY, side=side, pictures=pictures, seconds=1e-6, length=40.0)
+    found = derived(
+        survey, replace(CPU, encode=1e-6), recipe={"minutes": minutes}, jobs=jobs if hardware != "cpu" else {}
+    )
+    assert of(found, "data.image_size") <= max(32, 1.25 * side)
+    reasons = [choice.reason for choice in found.choices]
+    assert all(reasons)
+    fields = [choice.field for choice in found.choices]
+    assert len(fields) == len(set(fields)), "each is chosen once"
+
+
+@pytest.mark.parametrize(
+    ("given", "path", "value"),
+    [
+        ({"data": {"source": FOLDER, "image_size": 64}}, "data.image_size", 64),
+        ({"tokenizer": {"codebook_size": 32}}, "tokenizer.codebook_size", 32),
+        ({"tokenizer": {"factor": 8, "stem": 1, "multipliers": [1, 1, 2, 2]}}, "tokenizer.factor", 8),
+        ({"transformer": {"width": 96}}, "transformer.width", 96),
+        ({"transformer": {"training": {"steps": 500}}}, "transformer.training.steps", 500),
+        ({"clip": {"kind": "pretrained"}}, "clip.kind", "pretrained"),
+        ({"tokenizer": {"kind": "pretrained", "ref": "a/b"}}, "tokenizer.ref", "a/b"),
+        ({"transformer": None}, "transformer", None),
+        ({"evaluation": {"pictures": 10}}, "evaluation.pictures", 10),
+        ({"model_name": "x"}, "model_name", "x"),
+    ],
+)
+def test_every_value_can_be_set_and_the_others_go_by_it(given: dict[str, Any], path: str, value: Any) -> None:
+    found = derived(recipe={"minutes": 20}, **given)
+    assert of(found, path) == value
+    if (choice := next((one for one in found.choices if one.field == path), None)) is not None:
+        assert choice.given
+    assert found.minutes == pytest.approx(20, rel=0.1) or path in (
+        "transformer",
+        "transformer.training.steps",
+    )
+
+
+def test_a_codebook_grows_with_the_pictures_up_to_what_their_size_can_use() -> None:
+    sizes = [
+        of(derived(replace(SURVEY, pictures=pictures), recipe={"minutes": 60}), "tokenizer.codebook_size")
+        for pictures in (20, 60, 300, 100_000)
+    ]
+    assert sizes == [128, 128, 256, 256]
+
+
+def test_some_are_held_out_however_few_there_are() -> None:
+    for pictures, least in ((20, 4), (60, 12), (300, 12), (30_000, 900)):
+        share = of(
+            derived(replace(SURVEY, pictures=pictures), recipe={"minutes": 60}), "data.validation_share"
+        )
+        assert share * pictures >= least
+
+
+def test_too_few_minutes_are_refused_with_what_would_do() -> None:
+    with pytest.raises(
+        UserError, match=r"recipe.minutes: 1 minutes are too few: .*; \d+ would do"
+    ) as refused:
+        derived(recipe={"minutes": 1})
+    enough = int(str(refused.value).split("; ")[1].split()[0])
+    assert derived(recipe={"minutes": enough}).parts
+
+
+def test_a_dial_that_turns_nothing_is_refused() -> None:
+    with pytest.raises(UserError, match="says the steps of each net itself"):
+        load_config("shapes-tiny", ["recipe.minutes=10"])
+
+
+def test_until_the_pictures_are_seen_a_config_has_its_form_and_says_that_nothing_is_derived() -> None:
+    config = load_config("auto", data=FOLDER)
+    assert config.recipe
+    assert config.recipe.version == 0
+    assert config.registered_model == "latent-gpt-flags"
+    assert load_config("auto").name == "openmoji-tiny", "who names no data"
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ({"kind": "folder", "path": "/home/me/My Birds/"}, "latent-gpt-my-birds"),
+        ({"kind": "folder", "path": "/data/birds/train"}, "latent-gpt-birds"),
+        ({"kind": "webdataset", "urls": "s3://bucket/birds/{00000..00099}.tar"}, "latent-gpt-birds"),
+        ({"kind": "parquet", "path": "s3://birds/data/*.parquet"}, "latent-gpt-birds"),
+        ({"kind": "folder", "path": "/Vögel"}, "latent-gpt-v-gel"),
+        ({"kind": "folder", "path": "/data"}, "latent-gpt-folder"),
+    ],
+)
+def test_a_model_is_named_after_its_pictures(source: dict[str, Any], name: str) -> None:
+    assert of(derived(data={"source": source}), "model_name") == name
+
+
+def test_refitted_for_other_minutes_or_hardware_sizes_stay_and_steps_change() -> None:
+    first = derived(recipe={"minutes": 10})
+    stored = parse_config(first.values).model_dump(mode="json")
+    assert recipe.fitted(stored) == stored["recipe"]["fitted"] == "10 minutes on 2 x cpu"
+    stored["recipe"]["minutes"] = 40
+    stored["jobs"] |= {"workers": 3}
+    assert recipe.fitted(stored) == "40 minutes on 6 x cpu"
+    second = refit(stored, SURVEY, CPU)
+    config = parse_config(second.values)
+    assert second.minutes == pytest.approx(40, rel=0.1)
+    assert config.transformer
+    assert config.transformer.training.steps > 3 * of(first, "transformer.training.steps")
+    assert config.transformer.training.batch_size % 6 == 0
+    changed = {choice.field.rpartition(".")[2] for choice in second.choices}
+    assert changed <= {
+        *("steps", "batch_size", "warmup_steps", "log_every", "eval_every", "checkpoint_every", "ema"),
+        "minutes",
+    }
+    for path in ("tokenizer.codebook_size", "data.image_size", "transformer.depth", "transformer.dropout"):
+        assert of(second, path) == of(first, path)
