@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -166,15 +167,22 @@ def measured(name: str, work: Work, data: Path, minutes: float, state: Path) -> 
     if code:
         row.note = f"FAILED with status {code}: {last}"[:300]
         return row
-    registered = read(max((state / "runs").iterdir()), row)
-    if work.shapes:
-        command = ["--read", f"{registered.model}/{registered.version}"]
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.own", *command],
-            cwd=ROOT, env=environment(state), check=True, capture_output=True, text=True,
-        )  # fmt: skip
-        row.all_right = float(done.stdout.splitlines()[-1])
+    try:
+        registered = read(max((state / "runs").iterdir()), row)
+        row.all_right = drawn_right(state, registered) if work.shapes else None
+    except Exception as error:  # the rows after it go on
+        traceback.print_exc()
+        row.note = f"FAILED: {type(error).__name__}: {error}"[:300]
     return row
+
+
+def drawn_right(state: Path, registered: Registered) -> float:
+    """`all_right` of a state folder's model, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.own", "--read", f"{registered.model}/{registered.version}"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(state), check=True, stdout=subprocess.PIPE, text=True
+    )
+    return float(done.stdout.splitlines()[-1])
 
 
 def environment(state: Path) -> dict[str, str]:
@@ -262,8 +270,7 @@ class Table:
         """Put a row in the place of an earlier one of its name."""
         self.rows[row.name] = row
         self._json.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"cores": os.cpu_count()}
-        document = {"machine": facts, "rows": [asdict(one) for one in self._sorted()]}
+        document = {"machine": {"cores": os.cpu_count()}, "rows": [asdict(one) for one in self._sorted()]}
         write(self._json, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
         write(self._markdown, self.markdown())
 
@@ -280,7 +287,11 @@ class Table:
         """The table for people."""
         head = ["Pictures", "used", "Minutes asked", "taken", "Ratio", "Chosen", "PSNR", "Codes used"]
         head += ["Retrieval, seen", "held out", "Near-duplicates, seen", "held out", "Report"]
-        lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+        lines = [
+            f"{os.cpu_count()} cores; minutes from the command to its end, installation not counted.",
+            "",
+        ]
+        lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
         lines += ["| " + " | ".join(self._cells(row)) + " |" for row in self._sorted()]
         shown = {row.name: row.all_right for row in self._sorted() if row.all_right is not None}
         if shown:

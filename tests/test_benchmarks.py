@@ -397,12 +397,20 @@ def test_the_table_of_own_pictures_keeps_rows_and_says_what_was_beyond(tmp_path:
         own.Table(tmp_path).add(own.Row(name, 80000, 25, minutes=25, all_right=share))
     table = own.Table(tmp_path)
     assert (table.minutes("60"), table.minutes("300"), table.minutes("none")) == (0, 12.1, 0)
-    lines = (tmp_path / "own.md").read_text().splitlines()
+    lines = (tmp_path / "own.md").read_text().splitlines()[2:]
     assert lines[2].startswith("| 60 | 0 of 58 | 5 | 1 |  | FAILED with status 2: error: a\\|b |")
     assert "| 12.1 | 1.21 **(beyond)** |" in lines[3]
     assert "| 20.0 dB | 50.0% | 90.0% (chance 10.0%) |  |" in lines[3]
     assert len({line.replace("\\|", "").count("|") for line in lines[:6]}) == 1, "as many cells in each"
     assert lines[-1] == "Within 5% of the preset: **no**."
+
+
+def test_a_run_that_left_nothing_to_read_is_a_row_that_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(own, "latent_gpt", lambda arguments, state: (0, "done"))
+    row = own.measured("60", own.Work(3, 1, lambda folder: None), tmp_path, 1, tmp_path / "state")
+    assert row.note.startswith("FAILED: FileNotFoundError: ")
 
 
 def test_a_failed_run_is_a_row_that_says_why(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
