@@ -86,7 +86,7 @@ class WebDatasetSource(Section):
     """Tar shards as img2dataset writes them."""
 
     kind: Literal["webdataset"] = "webdataset"
-    urls: str  # local path or s3:// URI with a {000..999} range
+    urls: str  # local path or s3:// URI: with a {000..999} range, a folder, or a glob (*.tar)
 
 
 class ParquetSource(Section):
@@ -98,8 +98,29 @@ class ParquetSource(Section):
     caption_column: str = "caption"
 
 
+class ArchiveSource(Section):
+    """A zip or tar of pictures, parquet files or tar shards; it is unpacked once."""
+
+    kind: Literal["archive"] = "archive"
+    path: str  # local path or s3:// URI of a .zip, .tar, .tar.gz, .tar.bz2 or .tar.xz
+
+
+class HubSource(Section):
+    """A data set of the Hugging Face hub, or of its cache here: the pictures of its train split."""
+
+    kind: Literal["hub"] = "hub"
+    repo: str  # owner/name
+    revision: str = "main"  # branch, tag or commit
+
+
 Source = Annotated[
-    OpenMojiSource | ShapesSource | FolderSource | WebDatasetSource | ParquetSource,
+    OpenMojiSource
+    | ShapesSource
+    | FolderSource
+    | WebDatasetSource
+    | ParquetSource
+    | ArchiveSource
+    | HubSource,
     Field(discriminator="kind"),
 ]
 

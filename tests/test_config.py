@@ -347,7 +347,7 @@ def test_a_value_of_another_kind_is_refused_with_the_ones_that_are_right(
     [
         ("tokenizer", "'vqvae', 'pretrained'"),
         ("clip", "'trained', 'pretrained'"),
-        ("data.source", "'openmoji', 'shapes', 'folder', 'webdataset', 'parquet'"),
+        ("data.source", "'openmoji', 'shapes', 'folder', 'webdataset', 'parquet', 'archive', 'hub'"),
     ],
 )
 def test_an_unknown_kind_of_a_section_comes_with_the_known_ones(section: str, kinds: str) -> None:

@@ -21,6 +21,7 @@ from model.errors import UserError
 from model.plumbing import storage
 
 PAX_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2", ".tar.xz", ".txz")
 BLOCK = 512  # bytes of a header
 LARGEST_HEADER = 1 << 18  # bytes of a header that extends another
 XZ_MEMORY = 1 << 28  # bytes that unpacking may take

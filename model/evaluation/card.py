@@ -95,6 +95,11 @@ def _source(source: Source) -> str:
         )
     if source.kind == "shapes":
         return "Coloured shapes, drawn for the purpose: nobody has rights in them."
+    if source.kind == "hub":
+        return (
+            f"`{source.repo}` of the Hugging Face hub, revision `{source.revision}`. Its card there says what"
+            " may be done with the pictures, and with what learned from them."
+        )
     where = source.urls if source.kind == "webdataset" else source.path
     return f"Yours: `{where}`. What may be done with the pictures, and with what learned from them, you know."
 

@@ -1,15 +1,19 @@
 """The local cache: verified copies of what lies in S3, bounded, and shared by the processes of a machine.
 
     <LATENT_GPT_CACHE>/assets/<hash of a manifest>/<name of a file>
+    <LATENT_GPT_CACHE>/unpacked/<hash of what it is made from>/files/…
 
 When room is needed those copies go first that were not asked for the longest, and with them what nobody has
 asked for in a month. A folder that a living process was given stays; single files do not, so that training
-may read more than the cache holds. Files of a local store are used where they are.
+may read more than the cache holds. Files of a local store are used where they are. What was unpacked is
+whole where the note beside it says what is there, and goes as a whole.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -18,19 +22,26 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from model.errors import UserError
 from model.plumbing import assets, environment, storage
 from model.plumbing.assets import File, Manifest
 
 IDLE_DAYS = 30  # a copy that nobody asked for in so long goes, even where there is room
+UNPACKED = "unpacked"  # folder of what is not copied but made, from an archive or a hub
+NOTE = "note.json"  # what is said of such a folder when it is whole
 TRIES = 100  # to use a copy that others push out again and again
 
 Get = Callable[[File, Path], object]  # brings a file to a path, verified
+Room = Callable[[int], None]  # makes room for so many bytes in all
+Fill = Callable[[Path, Room], dict[str, Any]]  # what `unpacked` asks of those who write into a folder
 T = TypeVar("T")
 
 _right: dict[Path, tuple[int, int, int, str]] = {}  # what was verified, as it was: inode, size, mtime, hash
+_whole_here: dict[
+    Path, dict[str, Any]
+] = {}  # unpacked folders that this process found whole, and their notes
 _held: dict[Path, int] = {}  # folders that this process uses, and its locks on them
 
 
@@ -93,11 +104,58 @@ def folder(manifest: Manifest, names: Iterable[str] | None = None, get: Get | No
     return home
 
 
+def unpacked(name: str, fill: Fill) -> tuple[Path, dict[str, Any]]:
+    """A folder that `fill` makes, and what it says of it; it stays while this process lives.
+
+    Args:
+        name: 16 hex digits over all that decides what is in it.
+        fill: given an empty folder and what makes room. It asks for room before it writes, for all that will
+            be there, and returns a note, which is JSON.
+
+    Raises:
+        UserError: there is no room; and whatever `fill` raises, which leaves nothing behind.
+    """
+    root = _root()
+    home = root / UNPACKED / name
+    _hold(home)
+    with _locked(root / "lock"):
+        note = _whole(home)
+        if note is None:
+            shutil.rmtree(home)
+            _hold(home)
+            bytes_there = 0
+
+            def room(wanted: int) -> None:
+                nonlocal bytes_there
+                _make_room(root, wanted)
+                bytes_there = wanted
+
+            try:
+                partial = home / f"{storage.TEMPORARY}files"
+                partial.mkdir()
+                said = fill(partial, room)
+                partial.rename(home / "files")
+            except BaseException:
+                shutil.rmtree(home)
+                raise
+            listed = _listed(home / "files")
+            note = {"bytes": bytes_there, "listed": listed, "said": said}
+            storage.write_bytes(str(home / NOTE), json.dumps(note).encode())
+        _whole_here[home] = note
+    with suppress(FileNotFoundError, PermissionError):
+        os.utime(home / NOTE, ns=(time.time_ns(), (home / NOTE).stat().st_mtime_ns))
+    return home / "files", note["said"]
+
+
 # ── below ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _home(manifest: Manifest) -> Path:
     """The folder of an asset's copies. Raises UserError: this user cannot write there."""
+    return _root() / "assets" / manifest.sha256[:16]
+
+
+def _root() -> Path:
     root = Path(environment.CACHE.get() or "~/.cache/latent-gpt").expanduser()
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -105,7 +163,30 @@ def _home(manifest: Manifest) -> Path:
         raise UserError(
             f"{root}: {error.strerror}; set LATENT_GPT_CACHE to a folder for copies of what lies in S3"
         ) from None
-    return root / "assets" / manifest.sha256[:16]
+    return root
+
+
+def _whole(home: Path) -> dict[str, Any] | None:
+    """The note of an unpacked folder; None where it is not there or not as it was left."""
+    if home in _whole_here and (home / NOTE).is_file():
+        return _whole_here[home]
+    try:
+        note: dict[str, Any] = json.loads((home / NOTE).read_bytes())
+        return note if note["listed"] == _listed(home / "files") else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _listed(folder: Path) -> str:
+    """A hash over names, sizes and times of change of all files below a folder."""
+    digest = hashlib.sha256()
+    for path, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            status = os.stat(os.path.join(path, name))
+            line = f"{os.path.join(path, name)}\0{status.st_size}\0{status.st_mtime_ns}\n"
+            digest.update(line.encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def _from(manifest: Manifest) -> Get:
@@ -168,7 +249,7 @@ def _make_room(root: Path, wanted: int) -> None:
     limit = int(environment.CACHE_GIB.get() * 2**30)
     if wanted > limit:
         raise UserError(
-            f"a file of {wanted} bytes does not fit into a cache of {limit} bytes; raise LATENT_GPT_CACHE_GIB"
+            f"{wanted} bytes do not fit into a cache of {limit} bytes; raise LATENT_GPT_CACHE_GIB"
         )
     for outdated in _of_earlier_versions(root):
         shutil.rmtree(outdated) if outdated.is_dir() else outdated.unlink(missing_ok=True)
@@ -179,6 +260,7 @@ def _make_room(root: Path, wanted: int) -> None:
                 copy.unlink()  # of a download that was killed: this one is the only one
             elif copy.is_file() and copy.name != assets.NAME:
                 copies.append((copy.stat().st_atime_ns, copy.stat().st_size, copy))
+    copies += _unpacked_before(root)
     used = sum(size for _, size, _ in copies)
     idle = time.time_ns() - IDLE_DAYS * 24 * 3600 * 10**9
     with ExitStack() as locks:
@@ -186,10 +268,13 @@ def _make_room(root: Path, wanted: int) -> None:
         for asked, size, copy in sorted(copies):
             if used + wanted <= limit and asked > idle:
                 break
-            home = root / "assets" / copy.relative_to(root / "assets").parts[0]
+            home = Path(*copy.parts[: len(root.parts) + 2])
             if home not in free:
                 free[home] = locks.enter_context(_unused(home))
-            if free[home]:
+            if free[home] and copy == home:
+                shutil.rmtree(home)
+                used -= size
+            elif free[home]:
                 copy.unlink(missing_ok=True)  # who has it open keeps it until it is done
                 used -= size
                 _tidy(copy.parent, home)
@@ -197,6 +282,20 @@ def _make_room(root: Path, wanted: int) -> None:
         raise UserError(
             f"the cache {root} may hold {limit} bytes, and {used} are in use; raise LATENT_GPT_CACHE_GIB"
         )
+
+
+def _unpacked_before(root: Path) -> list[tuple[int, int, Path]]:
+    """When unpacked folders were last asked for, and their sizes; what a killed process left of one goes."""
+    found = []
+    for home in (root / UNPACKED).glob("*"):
+        try:
+            size = int(json.loads((home / NOTE).read_bytes())["bytes"])
+            found.append(((home / NOTE).stat().st_atime_ns, size, home))
+        except (OSError, ValueError, LookupError, TypeError):
+            with _unused(home) as free:  # not what is being unpacked now
+                if free:
+                    shutil.rmtree(home)
+    return found
 
 
 def _tidy(folder: Path, home: Path) -> None:

@@ -192,9 +192,7 @@ def test_the_environment_limits_the_cache(remote: Remote, monkeypatch: pytest.Mo
         with pytest.raises(UserError, match=f"LATENT_GPT_CACHE_GIB is '{wrong}'; it must be a number of GiB"):
             cache.path(manifest, "a.tar")
     monkeypatch.setenv("LATENT_GPT_CACHE_GIB", str(SIZE / 2**31))
-    with pytest.raises(
-        UserError, match="1000 bytes does not fit into a cache of 500 bytes; raise LATENT_GPT"
-    ):
+    with pytest.raises(UserError, match="1000 bytes do not fit into a cache of 500 bytes; raise LATENT_GPT"):
         cache.path(manifest, "a.tar")
 
 

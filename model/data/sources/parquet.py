@@ -1,6 +1,8 @@
 """Parquet files with picture bytes and captions, as Hugging Face datasets store them; local or in S3.
 
-The image column holds bytes, or a struct whose field `bytes` does; the caption column text or a list of it.
+The image column holds bytes, a struct whose field `bytes` does, or paths of files in the Parquet file's
+folder; the caption column text, a list of it, or numbers of classes whose names Hugging Face's metadata tell.
+Where a file has no column of the name that is set by default, its columns are found by type and name.
 
 A few bytes of a file can stand for gigabytes. So the sizes in the headers of pages are looked at before Arrow
 unpacks them, and rows are read so few at a time that they fit the memory even if all are the largest.
@@ -10,21 +12,42 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
-from fnmatch import fnmatch
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import groupby
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model.config import ParquetSource
-from model.data.captions import LARGEST_TEXT, as_list, decode
-from model.data.sources import LARGEST_PICTURE, Known, Record, marked, nothing_known, suffix, too_large
+from model.data import listing
+from model.data.captions import (
+    CAPTION_FIELDS,
+    FILE_FIELDS,
+    LARGEST_TEXT,
+    as_list,
+    decode,
+    lookup,
+    parse,
+    shown,
+)
+from model.data.sources import (
+    LARGEST_PICTURE,
+    SUFFIXES,
+    Known,
+    Record,
+    marked,
+    nothing_known,
+    suffix,
+    too_large,
+)
+from model.data.sources.tree import Tree, Unreadable, joined, open_tree
 from model.errors import UserError
-from model.plumbing import storage
+from model.plumbing import speech, storage
 
 BATCH = 64  # rows read at a time, at most
 BATCH_BYTES = 1 << 27  # of those rows, in memory
@@ -34,6 +57,20 @@ MOST_VALUES = 1 << 25  # of a column in a row group; lists of captions have more
 DICTIONARY = (2, 8)  # encodings of pages that hold numbers of entries
 LONGEST_HEADER = 1 << 16  # bytes of a page's header
 MOST_CAPTIONS = 10_000  # of a picture
+LONGEST_PATH = 4096  # bytes
+IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
+PATH_NAMES = ("image_path", "path", "file_path", "filepath", "filename")
+CAPTION_NAMES = (
+    "prompt",
+    "description",
+    "alt_text",
+    "title",
+    "sentences",
+    "sentence",
+    "name",
+    "label",
+    "class",
+)
 SIDE_BY_SIDE = 16  # files looked at together
 
 
@@ -44,24 +81,54 @@ def iterate(
 
     A file is a unit.
     """
+    said = set[str]()
     for uri, state in _marks(config):
         mark = marked(state, config.image_column, config.caption_column)
         if known(uri, mark):
             yield Record(uri, b"", unit=uri, mark=mark, known=True)
             continue
-        with storage.open_read(uri) as file, _opened(file, uri, config) as table:
+        with storage.open_read(uri) as file, _opened(file, uri, config) as (table, columns):
             count = table.metadata.num_rows
-            wanted = [config.image_column, config.caption_column]
+            if columns.chosen and columns.chosen not in said:
+                said.add(columns.chosen)
+                speech.say("images", columns.chosen)
+            if _by_path(table.metadata, columns.image):
+                mark = ""  # of files that nothing here tells the state of
+            read = _reader(uri)
+            wanted = [columns.image, columns.caption]
             for number, row in enumerate(rows(table, file, uri, wanted, start), start):
-                record = _record(f"{os.path.basename(uri)}:{number}", *(row[name] for name in wanted))
+                captions = columns.named(row[columns.caption])
+                record = _record(f"{os.path.basename(uri)}:{number}", row[columns.image], captions, read)
                 yield replace(record, unit=uri, mark=mark, place=number)
         start = max(0, start - count)
 
 
 def fingerprint(config: ParquetSource) -> str:
-    """A hash over the files' names and marks."""
-    listing = "\n".join(f"{uri}\0{mark}" for uri, mark in _marks(config))
-    return hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
+    """A hash over the files' names and marks, and those of all files around them where rows name some."""
+    marks = _marks(config)
+    lines = [f"{uri}\0{mark}" for uri, mark in marks] + _named(config, [uri for uri, _ in marks])
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def _named(config: ParquetSource, uris: list[str]) -> list[str]:
+    """Names and states of the files around those that name pictures.
+
+    Nothing is opened where no pictures are, nor is the folder of a single file listed if it names none.
+    """
+
+    def names(uri: str) -> bool:
+        with storage.open_read(uri) as file, _opened(file, uri, config) as (table, columns):
+            return _by_path(table.metadata, columns.image)
+
+    lines = []
+    for place, there in groupby(sorted(uris, key=os.path.dirname), key=os.path.dirname):
+        if len(uris) == 1 and not names(uris[0]):
+            continue
+        tree = open_tree(place)
+        files = [joined(folder.path, name) for folder in tree.folders() for name in folder.names]
+        if any(suffix(name) in SUFFIXES for name in files) and any(map(names, there)):
+            lines += [f"{name}\0{tree.state(name)}" for name in files if suffix(name) != ".parquet"]
+    return lines
 
 
 def _marks(config: ParquetSource) -> list[tuple[str, str]]:
@@ -74,7 +141,7 @@ def count(config: ParquetSource) -> int:
     """Rows of all files, from their footers; a file that is not what it should be is refused here already."""
 
     def length(uri: str) -> int:
-        with storage.open_read(uri) as file, _opened(file, uri, config) as table:
+        with storage.open_read(uri) as file, _opened(file, uri, config) as (table, _):
             return int(table.metadata.num_rows)
 
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
@@ -87,63 +154,176 @@ def count(config: ParquetSource) -> int:
 def _files(config: ParquetSource) -> list[str]:
     """The file itself, or those of a folder (all levels) or glob (of names in one folder), sorted by path."""
     path = config.path if storage.is_s3(config.path) else os.path.abspath(os.path.expanduser(config.path))
-    folder, _, pattern = path.rstrip("/").rpartition("/")
     try:
-        if "*" in pattern:
-            found = [name for name in _below(folder) if "/" not in name and fnmatch(name, pattern)]
-        elif storage.exists(path):
-            return [path]
-        else:
-            folder = path
-            found = [name for name in _below(folder) if suffix(name) == ".parquet"]
+        found = listing.files(path, (".parquet",))
     except UserError as error:
         raise UserError(f"data.source.path: {error}") from None
-    visible = [name for name in sorted(found) if not any(part.startswith(".") for part in name.split("/"))]
-    if not visible:
+    if not found:
         raise UserError(f"data.source.path: no parquet file at {config.path}")
-    return [storage.join(folder, name) for name in visible]
-
-
-def _below(folder: str) -> list[str]:
-    if storage.is_s3(folder):
-        return list(storage.list_sizes(folder))
-
-    def closed(error: OSError) -> None:
-        raise UserError(f"{error.filename}: {error.strerror}") from None
-
-    tree = os.walk(folder, onerror=closed) if os.path.isdir(folder) else ()
-    return [os.path.relpath(os.path.join(path, name), folder) for path, _, names in tree for name in names]
+    return found
 
 
 @contextmanager
 def opened(file: BinaryIO, where: str, texts: list[str]) -> Iterator[pq.ParquetFile]:
     """A Parquet file; `texts` are columns of short texts that repeat."""
-    try:
+    with _explained(where):
+        yield _table(file, pq.read_metadata(file), texts)
+
+
+@contextmanager
+def _opened(file: BinaryIO, uri: str, config: ParquetSource) -> Iterator[tuple[pq.ParquetFile, Columns]]:
+    """A file, and its columns that are wanted."""
+    with _explained(f"data.source.path: {uri}"):
         metadata = pq.read_metadata(file)
-        paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
-        # Read as numbers into a dictionary, a value that is said a thousand times is held once.
-        shared = [path for path in paths if any(_of(path, name) for name in texts)]
-        yield pq.ParquetFile(file, metadata=metadata, read_dictionary=shared, buffer_size=storage.READ_AHEAD)
+        columns = _columns(metadata.schema.to_arrow_schema(), uri, config)
+        yield _table(file, metadata, [columns.caption]), columns
+
+
+@contextmanager
+def _explained(where: str) -> Iterator[None]:
+    try:
+        yield
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{where}: {' '.join(str(error).split())}") from None
 
 
-@contextmanager
-def _opened(file: BinaryIO, uri: str, config: ParquetSource) -> Iterator[pq.ParquetFile]:
-    """A file that has the columns that are wanted."""
-    with opened(file, f"data.source.path: {uri}", [config.caption_column]) as table:
-        present = table.schema_arrow.names
-        for field in ("image_column", "caption_column"):
-            if (column := getattr(config, field)) not in present:
-                raise UserError(
-                    f"data.source.{field}: {uri} has no column '{column}'; it has {', '.join(present)}"
-                )
-        yield table
+def _table(file: BinaryIO, metadata: pq.FileMetaData, texts: list[str]) -> pq.ParquetFile:
+    paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
+    # Read as numbers into a dictionary, a value that is said a thousand times is held once.
+    shared = [path for path in paths if any(_of(path, name) for name in texts)]
+    return pq.ParquetFile(file, metadata=metadata, read_dictionary=shared, buffer_size=storage.READ_AHEAD)
 
 
 def _of(path: str, column: str) -> bool:
     """Whether a leaf belongs to a column; the name of a column may have dots."""
     return path.lower() == column.lower() or path.lower().startswith(f"{column.lower()}.")
+
+
+# ── columns ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Those of a file that are read."""
+
+    image: str
+    caption: str
+    classes: tuple[str, ...] = ()  # names of those that captions are numbers of
+    chosen: str = ""  # says so, where they are not the ones that were set
+
+    def named(self, caption: pa.Scalar) -> pa.Scalar:
+        """A caption, in place of the number of a class."""
+        if not self.classes or not caption.is_valid:
+            return caption
+        number = caption.as_py()
+        known = isinstance(number, int) and 0 <= number < len(self.classes)
+        return pa.scalar(self.classes[number] if known else None, pa.string())
+
+
+def _columns(schema: pa.Schema, uri: str, config: ParquetSource) -> Columns:
+    """The columns that are set, or where the default ones are not there those that look like them.
+
+    Raises:
+        UserError: there is none.
+    """
+    types = dict(zip(schema.names, schema.types, strict=True))
+    features = _features(schema)
+    found: dict[str, str] = {}
+    for field, look in (("image_column", _image_column), ("caption_column", _caption_column)):
+        column = getattr(config, field)
+        if column not in types and column == ParquetSource.model_fields[field].default:
+            column = look(types, features) or column
+        if column not in types:
+            raise UserError(
+                f"data.source.{field}: {uri} has no column '{column}'; it has {', '.join(map(shown, types))}"
+            )
+        found[field] = column
+    image, caption = found.values()
+    is_class = not _is_text(types[caption]) and _is(features.get(caption), "ClassLabel")
+    classes = tuple(str(name).replace("_", " ") for name in features[caption]["names"]) if is_class else ()
+    chosen = ""
+    if found != {field: getattr(config, field) for field in found}:
+        what = "names of classes" if classes else "captions"
+        chosen = f"pictures are in the column '{shown(image)}', {what} in '{shown(caption)}'"
+    return Columns(image, caption, classes, chosen)
+
+
+def _features(schema: pa.Schema) -> dict[str, Any]:
+    """What Hugging Face's metadata say of columns; nothing where there are none that make sense."""
+    text = (schema.metadata or {}).get(b"huggingface", b"")
+    try:
+        features = parse(text[: LARGEST_TEXT + 1].decode())["info"]["features"]
+    except (ValueError, LookupError, TypeError):
+        return {}
+    return features if isinstance(features, dict) else {}
+
+
+def _is(feature: Any, kind: str) -> bool:
+    if not isinstance(feature, dict) or feature.get("_type") != kind:
+        return False
+    return kind != "ClassLabel" or isinstance(feature.get("names"), list)
+
+
+def _image_column(types: Mapping[str, pa.DataType], features: Mapping[str, Any]) -> str:
+    """The column that pictures are in; "" where none looks so."""
+    structs = {name: name for name, kind in types.items() if _is_struct(kind)}
+    bytes_ = {name: name for name, kind in types.items() if _is_binary(kind)}
+    paths = {name: name for name, kind in types.items() if _is_text(kind) and not pa.types.is_list(kind)}
+    said = next((name for name in types if _is(features.get(name), "Image")), "")
+    return (
+        said
+        or _known(structs, IMAGE_NAMES)
+        or next(iter(structs), "")
+        or _known(bytes_, IMAGE_NAMES)
+        or next(iter(bytes_), "")
+        or _known(paths, (*FILE_FIELDS, *PATH_NAMES))
+    )
+
+
+def _caption_column(types: Mapping[str, pa.DataType], features: Mapping[str, Any]) -> str:
+    """The column that captions are in; "" where none looks so."""
+    texts = {name: name for name, kind in types.items() if _is_text(kind)}
+    classes = [name for name in types if _is(features.get(name), "ClassLabel")]
+    return _known(texts, (*CAPTION_FIELDS, *CAPTION_NAMES)) or next(iter(classes), "")
+
+
+def _known(columns: Mapping[str, str], names: tuple[str, ...]) -> str:
+    """The first of these names that a column has, in any case."""
+    found = lookup(columns, names)
+    return found[1] if found else ""
+
+
+def _is_struct(kind: pa.DataType) -> bool:
+    return pa.types.is_struct(kind) and any(
+        field.name == "bytes" and _is_binary(field.type) for field in kind.fields
+    )
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _by_path(metadata: pq.FileMetaData, image: str) -> bool:
+    """Whether rows name files, all or some."""
+    kind = metadata.schema.to_arrow_schema().field(image).type
+    if _is_text(kind):
+        return True
+    if not _is_struct(kind):
+        return False
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        for place in range(group.num_columns):
+            leaf = group.column(place)
+            nulls = leaf.statistics.null_count if leaf.statistics else 0
+            if leaf.path_in_schema == f"{image}.bytes" and nulls:
+                return True
+    return False
 
 
 # ── rows ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -191,23 +371,42 @@ def plain(scalar: pa.Scalar, most: int) -> Any:
     return decode(buffer.to_pybytes())
 
 
-def _record(key: str, image: pa.Scalar, caption: pa.Scalar) -> Record:
+def _record(key: str, image: pa.Scalar, caption: pa.Scalar, read: Callable[[str], bytes]) -> Record:
     try:
         captions = as_list(plain(caption, LARGEST_TEXT))
     except ValueError as error:
         return Record(key, b"", problem=f"captions: {error}")
-    where = None
+    path = image if _is_text(image.type) else None
     if isinstance(image, pa.StructScalar):
         fields = {name: image[name] for name in image.type.names} if image.is_valid else {}
-        where = fields.get("path")
+        path = fields.get("path")
         image = fields.get("bytes", image)
-    buffer = _buffer(image)
-    if buffer is None:
-        only = ", only a path; embed the pictures" if where is not None and where.is_valid else ""
-        return Record(key, b"", captions, problem=f"no picture bytes in this row{only}")
-    if buffer.size > LARGEST_PICTURE:
-        return Record(key, b"", captions, problem=too_large(buffer.size, LARGEST_PICTURE))
-    return Record(key, buffer.to_pybytes(), captions)
+    buffer = None if image is path else _buffer(image)
+    if buffer is not None:
+        if buffer.size > LARGEST_PICTURE:
+            return Record(key, b"", captions, problem=too_large(buffer.size, LARGEST_PICTURE))
+        return Record(key, buffer.to_pybytes(), captions)
+    try:
+        name = plain(path, LONGEST_PATH) if path is not None else None
+        if not name:
+            return Record(key, b"", captions, problem="no picture bytes in this row")
+        return Record(key, read(name), captions)
+    except (ValueError, Unreadable) as error:
+        return Record(key, b"", captions, problem=f"its picture {error}")
+
+
+def _reader(uri: str) -> Callable[[str], bytes]:
+    """Reads pictures that rows name: files in the folder of the Parquet file, and no others."""
+    place = os.path.dirname(uri)
+
+    @cache
+    def tree() -> Tree:
+        return open_tree(place)
+
+    def read(name: str) -> bytes:
+        return tree().read(name.removeprefix(f"{place}/"), LARGEST_PICTURE)
+
+    return read
 
 
 def _buffer(scalar: pa.Scalar) -> pa.Buffer | None:

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-from model.data.sources import DRAWN, HOW_TO_CAPTION, KNOWN, OTHER_SUFFIXES, SUFFIXES, suffix
+from model.data.sources import DRAWN, HOW_TO_CAPTION, KNOWN, OTHER_SUFFIXES, SUFFIXES, archive, hub, suffix
 from model.data.sources.folder import LISTS, best_captions
-from model.data.sources.tree import Tree, joined, open_tree
+from model.data.sources.tree import Tree, Unreadable, joined, open_tree
 from model.errors import UserError
 from model.plumbing import storage
 
@@ -23,7 +23,6 @@ TABLES = (".csv", ".tsv", ".jsonl", ".json")  # that captions may be in
 SHOWN = 5  # kinds of files that a refusal names
 
 BY_SUFFIX: dict[str, Callable[[str], Values]] = {
-    ".tar": lambda uri: {"kind": "webdataset", "urls": uri},
     ".parquet": lambda uri: {"kind": "parquet", "path": uri},
 }
 
@@ -65,11 +64,22 @@ def _parquet(seen: Seen) -> Values | None:
     return {"kind": "parquet", "path": seen.uri} if seen.has(".parquet") else None
 
 
-def _tars(seen: Seen) -> Values | None:
-    if not seen.has(".tar"):
+def _shards(seen: Seen) -> Values | None:
+    for folder in seen.tree.folders() if seen.has(".tar") else ():
+        if name := next((name for name in folder.names if suffix(name) == ".tar"), ""):
+            try:
+                with seen.tree.open(joined(folder.path, name)) as stream:
+                    return {"kind": "webdataset", "urls": seen.uri} if archive.is_shard(stream) else None
+            except Unreadable:
+                return None
+    return None
+
+
+def _archives(seen: Seen) -> Values | None:
+    if not seen.has(*archive.SUFFIXES_READ):
         return None
     raise UserError(
-        f"data: {seen.uri} is a folder of tar shards; name them, e.g. {seen.uri}/{{000..999}}.tar"
+        f"data: {seen.uri} is a folder of archives ({seen}); name one of them, or unpack them into one folder"
     )
 
 
@@ -80,8 +90,9 @@ def _named(seen: Seen) -> Values | None:
 IN_FOLDER: tuple[Callable[[Seen], Values | None], ...] = (
     _captioned,  # pictures with captions in lists or files beside them
     _parquet,
-    _tars,
+    _shards,
     _named,  # pictures whose own names, or whose folders' names, say what they show
+    _archives,  # refused
 )
 
 
@@ -94,6 +105,8 @@ def recognise(uri: str, look: bool = True) -> Values | None:
         return {"kind": uri}
     if by_name := BY_SUFFIX.get(suffix(uri)):
         return by_name(uri)
+    if known := hub.addressed(uri) or archive.recognise(uri, look) or hub.named(uri):
+        return known
     try:
         if storage.is_s3(uri) and not look:
             return {"kind": "folder", "path": uri}

@@ -27,7 +27,7 @@ from typing import IO, Any, BinaryIO, NamedTuple
 from webdataset.shardlists import expand_urls
 
 from model.config import WebDatasetSource
-from model.data import tars
+from model.data import listing, tars
 from model.data.captions import LARGEST_TEXT, as_list, clean_captions, decode, lines, lookup, parse
 from model.data.sources import (
     LARGEST_PICTURE,
@@ -167,10 +167,21 @@ def _samples(uri: str) -> int:
 
 
 def _uris(config: WebDatasetSource) -> list[str]:
-    uris = [os.path.expanduser(uri) for uri in expand_urls(config.urls)]
-    if not all(uri.endswith(".tar") for uri in uris):
+    """Shards in the order of the range, those of a folder or glob by their names."""
+    uris: list[str] = []
+    for url in expand_urls(config.urls):
+        uri = os.path.expanduser(url)
+        if uri.endswith(tars.SUFFIXES) and "*" not in uri:
+            uris.append(uri)
+            continue
+        try:
+            uris += listing.files(uri, tars.SUFFIXES)
+        except UserError as error:
+            raise UserError(f"data.source.urls: {error}") from None
+    if not uris:
         raise UserError(
-            f"data.source.urls: {config.urls} must name .tar shards, e.g. s3://b/p/{{000..999}}.tar"
+            f"data.source.urls: no tar shard at {config.urls}; name them, e.g. s3://b/p/{{000..999}}.tar, or"
+            " their folder"
         )
     return uris
 
