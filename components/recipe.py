@@ -43,12 +43,12 @@ def resolved(asked: dict[str, Any]) -> Resolved:
         UserError: a parameter is wrong, the source holds nothing that can be used, the minutes are too few,
             or the registered model of this name is of other pictures.
     """
-    foreseen = resolve(**asked)
+    foreseen, chosen = _foreseen(asked)
     if foreseen.recipe is None:
         return Resolved(foreseen)
     if foreseen.recipe.version:
         return _fitted(foreseen)
-    if former := _former(foreseen):
+    if former := _former(foreseen, named="model_name" in chosen):
         version, config = former
         merged = resolve(**asked, derive=partial(_like, former=config))
         found = _fitted(merged)
@@ -61,6 +61,18 @@ def resolved(asked: dict[str, Any]) -> Resolved:
     found, derived = _derived(asked)
     _keep(writer, derived, found.config)
     return found
+
+
+def _foreseen(asked: dict[str, Any]) -> tuple[RunConfig, set[str]]:
+    """The config as long as its pictures are not seen, and the fields that somebody chose."""
+    chosen: set[str] = set()
+
+    def derive(values: Values) -> Derived:
+        found = recipe.derive(values)
+        chosen.update(choice.field for choice in found.choices if choice.given)
+        return found
+
+    return resolve(**asked, derive=derive), chosen
 
 
 def planned(asked: dict[str, Any]) -> Resolved:
@@ -145,11 +157,15 @@ def _fitted(config: RunConfig) -> Resolved:
     return Resolved(fitted, look, tuple(found.choices), tuple(found.parts), said)
 
 
-def _former(config: RunConfig) -> tuple[int, RunConfig] | None:
+def _former(config: RunConfig, named: bool) -> tuple[int, RunConfig] | None:
     """The version whose sizes a registered model has, and its config: the champion's.
 
+    Args:
+        config: of the run.
+        named: somebody chose the model's name.
+
     Raises:
-        UserError: the model that has this name, which nobody chose, is of other pictures.
+        UserError: nobody did, and the model that has it is of other pictures.
     """
     name = config.registered_model
     version = registry.version_of(registry.CHAMPION, name)
@@ -164,7 +180,7 @@ def _former(config: RunConfig) -> tuple[int, RunConfig] | None:
         return None
     if former is None or former.recipe is None or not former.recipe.version:
         return None
-    if former.data.source != config.data.source:
+    if not named and former.data.source != config.data.source:
         theirs = former.data.source.model_dump(exclude={"kind"}, exclude_defaults=True)
         raise UserError(
             f"{name} is the model of other pictures ({', '.join(map(str, theirs.values()))}); say"

@@ -1,0 +1,144 @@
+"""A config that is derived, with the real S3 and MLflow: once, kept, and fitted anew where the dial says."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components import page, recipe
+from components.parameters import TEXT_TO_IMAGE
+from components.recipe import Resolved, lines, planned, resolved
+from model.config import RunConfig, parse_config
+from model.errors import UserError
+from model.recipe import Speeds
+from tests.components.test_retraining import Version, source, version
+from tests.data.test_ingest import picture, write
+
+__all__ = ["source", "version"]  # fixtures of a registered model
+
+pytestmark = pytest.mark.slow
+
+SPEEDS = Speeds(True, 5.0, {"tokenizer": 0.02, "text": 0.03, "judge": 0.03, "transformer": 0.1}, 1e-4, 0.01)
+
+
+@pytest.fixture
+def name() -> str:
+    return f"latent-gpt-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Forty pictures and their captions."""
+    pictures = {f"{number}.png": picture(number) for number in range(40)}
+    return write(tmp_path / "flags", pictures | {f"{number}.txt": f"flag {number}" for number in range(40)})
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
+    """Configs whose hardware was timed; each time it is slower."""
+    asked: list[RunConfig] = []
+
+    def speeds_of(config: RunConfig) -> Speeds:
+        asked.append(config)
+        slower = {net: seconds * (1 + 0.3 * len(asked)) for net, seconds in SPEEDS.step.items()}
+        return Speeds(True, 5.0, slower, 1e-4, 0.01)
+
+    monkeypatch.setattr(recipe, "speeds_of", speeds_of)
+    return asked
+
+
+def asked(data: Path, *overrides: str, **more: Any) -> dict[str, Any]:
+    return {"pipeline": TEXT_TO_IMAGE, "preset": "auto", "data": str(data)} | {
+        "overrides": "\n".join(("recipe.minutes=10", *overrides)),
+        **more,
+    }
+
+
+def test_what_was_derived_is_kept_for_whoever_asks_the_same(
+    services: dict[str, str], folder: Path, timed: list[RunConfig]
+) -> None:
+    first = resolved(asked(folder))
+    assert first.look
+    assert first.config.recipe
+    assert first.config.recipe.version == 1
+    again = resolved(asked(folder))
+    assert again.config == first.config
+    assert (again.choices, again.parts) == (first.choices, first.parts)
+    assert len(timed) == 1, "the second time nothing is timed"
+    other = resolved(asked(folder, "seed=1"))
+    assert len(timed) == 2
+    assert other.config != first.config
+
+    write(folder, {"new.png": picture(99), "new.txt": "a flag more"})
+    assert resolved(asked(folder)).look, "other pictures are looked at"
+
+
+def test_people_are_told_what_is_there_and_what_is_chosen(
+    services: dict[str, str], folder: Path, timed: list[RunConfig]
+) -> None:
+    found = resolved(asked(folder))
+    said = "\n".join(lines(found))
+    assert "40 pictures" in said
+    assert "flag 0" in said
+    assert "10 minutes on 2 x cpu: 32 px, 64 tokens of 128 codes, a transformer of 3 x 128" in said
+    text = page.checks(found, "run", [], "")
+    assert "about twice the root of 2,560 codes" in text
+    assert text.count("<img") == 3
+    assert lines(Resolved(found.config.model_copy(update={"recipe": None}))) == []
+    foreseen = planned(asked(folder))
+    assert foreseen.config.data == found.config.data
+
+
+def test_a_registered_model_keeps_its_sizes_whatever_the_pictures_are_now(
+    services: dict[str, str], folder: Path, timed: list[RunConfig], version: Version, name: str
+) -> None:
+    mine = asked(folder, f"model_name={name}", "tokenizer.codebook_size=64", "data.image_size=16")
+    before = resolved(mine).config
+    version(before, 1)
+    later = resolved(asked(folder, f"model_name={name}"))
+    assert later.said == (f"sizes are those of version 1 of {name}",)
+    assert later.config == before, "although the codebook is named no more"
+    assert len(timed) == 1
+
+    longer = resolved(asked(folder, f"model_name={name}", "recipe.minutes=30")).config
+    assert len(timed) == 2
+    assert (longer.tokenizer.kind, longer.tokenizer.vocabulary) == ("vqvae", 64)  # type: ignore[union-attr]
+    assert longer.data.image_size == 16
+    assert longer.transformer
+    assert before.transformer
+    assert longer.transformer.depth == before.transformer.depth
+    assert longer.transformer.training.steps > 1.5 * before.transformer.training.steps
+    deeper = resolved(asked(folder, f"model_name={name}", "transformer.depth=5")).config
+    assert deeper.transformer
+    assert deeper.transformer.depth == 5, "whoever says a size has it"
+
+
+def test_a_name_that_nobody_chose_is_not_shared_by_other_pictures(
+    services: dict[str, str], folder: Path, timed: list[RunConfig], version: Version, name: str
+) -> None:
+    where = folder.rename(folder.parent / name.removeprefix("latent-gpt-"))  # which the model is called after
+    config = resolved(asked(where)).config
+    assert config.registered_model == name
+    theirs = config.model_dump(mode="json")
+    theirs["data"]["source"]["path"] = "/elsewhere/flags"
+    version(parse_config(theirs), 1)
+    with pytest.raises(UserError, match=f"{name} is the model of other pictures .*/elsewhere/flags.*; say"):
+        resolved(asked(where))
+    assert resolved(asked(where, f"model_name={name}")).said, "as the refusal says"
+    assert resolved(asked(where, f"model_name={name}-2")).config.registered_model == f"{name}-2"
+
+
+def test_hardware_is_timed_by_a_job_where_the_run_has_its_minutes(
+    services: dict[str, str], folder: Path
+) -> None:
+    small = [
+        *("transformer.depth=1", "transformer.width=16", "transformer.heads=2", "tokenizer.width=8"),
+        *("clip.text_layers=1", "clip.vision_layers=1", "jobs.processes_per_worker=1"),
+    ]
+    found = planned(asked(folder, *small))
+    assert 8.5 < sum(part.seconds for part in found.parts) / 60 < 10.5
+    training = found.config.tokenizer.training  # type: ignore[union-attr]
+    assert training.steps > 300
