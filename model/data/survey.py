@@ -26,7 +26,7 @@ from model.recipe import Survey
 
 MOST = 300  # pictures that are opened
 SECONDS = 10.0  # that a look takes at most
-LISTING = 0.5  # share of them in which names are looked through
+LISTING = 0.7  # share of them in which names are looked through
 EXAMPLES = 3  # pictures that are shown
 LONGEST_LINE = 100  # characters of a name or caption that is shown
 
@@ -58,7 +58,7 @@ class Look:
         bad = f", {survey.bad:.1%} of those cannot be used" if survey.bad else ""
         said = [
             f"{self.kind}: {about}{survey.pictures:,} pictures ({survey.looked:,} looked at{bad}),"
-            f" {about}{survey.captions:,} different captions"
+            f" {about}{survey.captions:,} different caption{'s' * (survey.captions != 1)}"
         ]
         for example in self.examples:
             name, caption = (_short(text) for text in (example.name, "; ".join(example.captions)))

@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import islice
-from pathlib import PurePosixPath
 from types import ModuleType
 from typing import Any
 
@@ -160,8 +159,10 @@ def recognise(uri: str, look: bool = True) -> dict[str, Any] | None:
 
 
 def suffix(name: str) -> str:
-    """The last suffix of a file's name, in lower case."""
-    return PurePosixPath(name).suffix.lower()
+    """The last suffix of a name in lower case, as `pathlib` has it, which takes ten times as long."""
+    name = name.rpartition("/")[2]
+    dot = name.rfind(".")
+    return name[dot:].lower() if 0 < dot < len(name) - 1 else ""
 
 
 def pass_over(others: Counter[str], kind: str) -> None:

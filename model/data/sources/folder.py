@@ -62,7 +62,7 @@ SIDECARS = (".txt", ".caption", ".json")
 MOST_EMPTY = 100  # files without a caption, after which no more are sought
 AHEAD = 4  # pictures under way for each reader
 AHEAD_BYTES = 1 << 28  # of them
-NAMES = {"names": "names of files", "folders": "names of folders"}  # that are captions
+NAMES = {"names": "the names of files", "folders": "the names of folders"}  # that are captions
 Entry = tuple[str, list[Any], str]  # a picture's name as a list has it, its captions, what is wrong with them
 
 
@@ -153,11 +153,10 @@ def best_captions(tree: Tree) -> str:
                 looked += 1
                 if _says(tree, one.sidecar):
                     return "files"
-        for name in folder.names:
-            if suffix(name) in SUFFIXES:
-                pictures += 1
-                said["names"] += bool(words(stem(name)))
-                said["folders"] += bool(_folder_name(folder.path))
+        here = [name for name in folder.names if suffix(name) in SUFFIXES]
+        pictures += len(here)
+        said["names"] += sum(bool(words(stem(name))) for name in here)
+        said["folders"] += len(here) * bool(_folder_name(folder.path))
     return next((where for where in ("names", "folders") if said[where] * 2 > pictures), "")
 
 
