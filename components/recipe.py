@@ -17,7 +17,7 @@ from model.config import RunConfig, parse_config
 from model.errors import Unavailable, UserError
 from model.plumbing import assets, registry, speech
 from model.plumbing.assets import AssetWriter
-from model.recipe import Choice, Derived, Part, Speeds, Values
+from model.recipe import Choice, Derived, Memory, Part, Speeds, Values
 
 if TYPE_CHECKING:
     from model.data.survey import Look
@@ -83,12 +83,12 @@ def planned(asked: dict[str, Any]) -> Resolved:
 def _derived(asked: dict[str, Any]) -> tuple[Resolved, Derived]:
     """Look at the pictures, choose sizes, find out how fast these are, and fill the time."""
     look = _look(resolve(**asked))
-    sized = resolve(**asked, derive=partial(recipe.derive, survey=look.survey))
-    speeds = speeds_of(sized)
+    needs = needs_of(resolve(**asked, derive=partial(recipe.derive, survey=look.survey)))
+    speeds = speeds_of(resolve(**asked, derive=partial(recipe.derive, survey=look.survey, needs=needs)))
     found: list[Derived] = []
 
     def derive(values: Values) -> Derived:
-        found.append(recipe.derive(values, look.survey, speeds))
+        found.append(recipe.derive(values, look.survey, speeds, needs))
         return found[-1]
 
     config = resolve(**asked, derive=derive)
@@ -134,6 +134,16 @@ def speeds_of(config: RunConfig) -> Speeds:
     return speed.of(launch(steps.job("speed", config, "", {})))
 
 
+def needs_of(config: RunConfig) -> dict[str, Memory]:
+    """The memory that training takes on a GPU; nothing on a CPU, whose processes share the machine's."""
+    if not config.jobs.gpus_per_worker:
+        return {}
+    from model.training.rehearsal import foresee, rehearsals
+
+    costs = {one.name: foresee(one) for one in rehearsals(config)}
+    return {name: Memory(cost.state_bytes, cost.sample_bytes) for name, cost in costs.items()}
+
+
 def _look(config: RunConfig) -> Look:
     from model.data import survey
 
@@ -150,7 +160,7 @@ def _fitted(config: RunConfig) -> Resolved:
     if made := assets.find(writer.uri):
         return _kept(made)
     look = _look(config)
-    found = recipe.refit(values, look.survey, speeds_of(config))
+    found = recipe.refit(values, look.survey, speeds_of(config), needs_of(config))
     fitted = parse_config(found.values)
     _keep(writer, found, fitted)
     said = (f"steps are for {fitted.recipe.fitted} now" if fitted.recipe else "",)

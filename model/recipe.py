@@ -70,6 +70,13 @@ class Speeds:
     spent: float = 0.0  # on finding this out, of the minutes that are asked for
 
 
+class Memory(NamedTuple):
+    """Bytes of a device that the training of a net takes."""
+
+    state: float  # weights, gradients, moments, average
+    sample: float  # what backward keeps of one
+
+
 class Choice(NamedTuple):
     """A value of the config and where it comes from."""
 
@@ -106,13 +113,19 @@ def is_underived(values: Any) -> bool:
     return isinstance(recipe, dict) and not recipe.get("version")
 
 
-def derive(values: Values, survey: Survey = UNSEEN, speeds: Speeds | None = None) -> Derived:
+Needs = Mapping[str, Memory]  # of nets
+
+
+def derive(
+    values: Values, survey: Survey = UNSEEN, speeds: Speeds | None = None, needs: Needs | None = None
+) -> Derived:
     """The whole config of one that has a `recipe`.
 
     Args:
         values: as the YAML and overrides say; not changed.
         survey: of the source.
-        speeds: on the hardware that `jobs` asks for; None leaves the steps to the shapes' own table.
+        speeds: on the hardware that `jobs` asks for; None leaves the steps open.
+        needs: of the nets, by which batches are taken in parts where a device has no room for them.
 
     Raises:
         UserError: the minutes that are asked for are too few for what is no training.
@@ -126,7 +139,9 @@ def derive(values: Values, survey: Survey = UNSEEN, speeds: Speeds | None = None
     _data(book, survey, hardware, budget)
     _tokenizer(book, survey, hardware)
     _clip(book, survey, hardware)
-    _transformer(book, hardware, minutes, budget)
+    _transformer(book, survey, hardware, minutes, budget)
+    for net in ("tokenizer", "clip", "transformer"):
+        _batch(book, net, hardware, needs or {})
     _after(book, survey, minutes, speeds)
     parts = _steps(book, survey, hardware, minutes, speeds)
     if all(one.given for one in book.choices if one.field.endswith(".training.steps")):
@@ -140,7 +155,7 @@ def derive(values: Values, survey: Survey = UNSEEN, speeds: Speeds | None = None
     return Derived(book.values, book.choices, parts)
 
 
-def refit(values: Values, survey: Survey, speeds: Speeds) -> Derived:
+def refit(values: Values, survey: Survey, speeds: Speeds, needs: Needs) -> Derived:
     """A config that was derived before, with steps and batches for other minutes or other hardware.
 
     Sizes stay, so that weights and codes stay valid.
@@ -155,8 +170,7 @@ def refit(values: Values, survey: Survey, speeds: Speeds) -> Derived:
     hardware = _hardware(book)
     minutes = _minutes(book, survey)
     for name in ("tokenizer", "clip", "transformer"):
-        if isinstance(part := kept.get(name), dict) and "training" in part:
-            _batch(book, name, hardware)
+        _batch(book, name, hardware, needs)
     parts = _steps(book, survey, hardware, minutes, speeds)
     book.values["recipe"] |= {"version": VERSION, "fitted": fitted(book.values)}
     return Derived(book.values, [one for one in book.choices if not one.given], parts)
@@ -382,7 +396,6 @@ def _tokenizer(book: _Book, survey: Survey, hardware: _Hardware) -> None:
     book.pick(f"{training}.final_lr_share", 0.1 if hardware.gpu else 0.02, "tuned for this size")
     book.pick(f"{training}.precision", "bf16", "half the time on GPU and CPU")
     book.pick(f"{training}.compile", hardware.gpu, "pays on a GPU")
-    _batch(book, "tokenizer", hardware)
 
 
 CLIPS: dict[bool, Values] = {  # whether GPUs train it
@@ -420,7 +433,6 @@ def _clip(book: _Book, survey: Survey, hardware: _Hardware) -> None:
     book.pick("clip.patch_size", patch, f"for pictures of {side} px")
     book.pick("clip.training.learning_rate", 5e-4 if hardware.gpu else 1e-3, "tuned for this size")
     book.pick("clip.training.precision", "bf16" if hardware.gpu else "fp32", "tuned for this size")
-    _batch(book, "clip", hardware)
 
 
 # Depth, width, heads of transformers; those of the presets, and some between them.
@@ -430,20 +442,27 @@ TRANSFORMERS = (
 )
 PER_BLOCK = 16  # weights of a block, in squares of the width: 4 self-, 4 cross-attention, 8 of the MLP
 TOKENS_PER_WEIGHT = 12  # openmoji-tiny sees 3, shapes-tiny 16; Hoffmann et al. 2022, arXiv:2203.15556, say 20
+WEIGHTS_PER_CODE = 200  # at most; openmoji has 170 for each code of its pictures, openmoji-tiny 42
 SMALL = 256  # width up to which Muon was measured
 COMPILED = (
     12  # minutes of a run on a CPU, from which a third less of the transformer's time is worth a minute
 )
 
 
-def _transformer(book: _Book, hardware: _Hardware, minutes: float, budget: float) -> None:
+def _transformer(book: _Book, survey: Survey, hardware: _Hardware, minutes: float, budget: float) -> None:
     if book.is_null("transformer"):
         return
-    weights = math.sqrt(budget * SHARES["transformer"] / (6 * TOKENS_PER_WEIGHT))
+    affordable = math.sqrt(budget * SHARES["transformer"] / (6 * TOKENS_PER_WEIGHT))
+    useful = WEIGHTS_PER_CODE * survey.pictures * _grid(book)
+    weights = min(affordable, useful)
     depth, width, heads = min(
         TRANSFORMERS, key=lambda one: abs(math.log(PER_BLOCK * one[0] * one[1] ** 2 / weights))
     )
-    reason = f"some {weights:.1g} weights: {TOKENS_PER_WEIGHT} tokens are seen for each"
+    reason = f"some {quantity(weights)} weights: " + (
+        f"{TOKENS_PER_WEIGHT} tokens are seen for each"
+        if affordable < useful
+        else f"{WEIGHTS_PER_CODE} for each code of all pictures"
+    )
     book.pick("transformer.depth", depth, reason)
     width = _number(book.pick("transformer.width", width, reason))
     if "heads" not in book.get("transformer"):
@@ -467,23 +486,28 @@ def _transformer(book: _Book, hardware: _Hardware, minutes: float, budget: float
     book.pick(f"{training}.precision", "bf16", "half the time on GPU and CPU")
     pays = hardware.gpu or minutes >= COMPILED
     book.pick(f"{training}.compile", pays, f"pays on a GPU, and on a CPU from {COMPILED} minutes")
-    _batch(book, "transformer", hardware)
 
 
+FILLED = 0.8  # share of a device's memory that is planned with
 BATCHES = {"tokenizer": (16, 128), "clip": (64, 512), "transformer": (64, 256)}  # on a CPU, on GPUs
 
 
-def _batch(book: _Book, net: str, hardware: _Hardware) -> None:
-    size = BATCHES[net][hardware.gpu]
-    accumulate = _number(book.get(f"{net}.training.accumulate", 1))
-    unit = hardware.devices * accumulate
-    size = max(size, unit)
-    size = size // unit * unit
-    book.pick(
-        f"{net}.training.batch_size",
-        size,
-        f"tuned {'on GPUs' if hardware.gpu else 'on a CPU'}, a multiple of {unit}",
-    )
+def _batch(book: _Book, net: str, hardware: _Hardware, needs: Needs) -> None:
+    """The batch of a net, and in how many parts each device takes its share."""
+    if book.is_null(net) or book.get(f"{net}.kind") == "pretrained":
+        return
+    training = f"{net}.training"
+    usual = BATCHES[net][hardware.gpu]
+    parts, room = 1, FILLED * HARDWARE[hardware.kind]["memory"]
+    if hardware.gpu and (need := needs.get("text" if net == "clip" else net)):
+        share = usual / hardware.devices
+        while parts < share and need.state + need.sample * share / parts > room:
+            parts *= 2
+    parts = _number(book.pick(f"{training}.accumulate", parts, f"what fits into {room / 2**30:.0f} GiB"))
+    unit = hardware.devices * parts
+    size = max(usual, unit) // unit * unit
+    tuned = f"tuned {'on GPUs' if hardware.gpu else 'on a CPU'}, a multiple of {unit}"
+    book.pick(f"{training}.batch_size", size, tuned)
 
 
 PICTURES = (512, 256, 128, 64)  # of each split that are measured on
@@ -524,7 +548,7 @@ def _after(book: _Book, survey: Survey, minutes: float, speeds: Speeds | None) -
 # ── steps ───────────────────────────────────────────────────────────────────────────────────────────────
 
 SHARES = {"tokenizer": 0.36, "text": 0.05, "judge": 0.05, "transformer": 0.54}  # of what is left for training
-MOST_STEPS = {"tokenizer": 6000, "clip": 1000}  # on a CPU; GPUs have their share, as nothing else is measured
+MOST_STEPS = {"tokenizer": (6000, 200_000), "clip": (1000, 20_000)}  # on a CPU, on GPUs: those of the presets
 LEAST_STEPS = {"tokenizer": 300, "clip": 60, "transformer": 100}
 NOMINAL = {"tokenizer": 3500, "clip": 200, "transformer": 1000}  # where nobody knows how fast anything is
 CADENCE = ("log_every", "eval_every", "checkpoint_every", "ema")
@@ -568,8 +592,8 @@ def _steps(
         else:
             steps = max(LEAST_STEPS[net], int(own / each))
             why = f"{own / left:.0%} of {left / 60:.1f} minutes, at {each * 1000:.0f} ms a step"
-            if not hardware.gpu and net in MOST_STEPS and steps > MOST_STEPS[net]:
-                steps, why = MOST_STEPS[net], "more bring little at this size"
+            if net in MOST_STEPS and steps > (most := MOST_STEPS[net][hardware.gpu]):
+                steps, why = most, "more bring little at this size"
             steps = _round(steps)
         if name != "judge" or "text" not in taken:
             _training(book, net, steps, why)
@@ -597,8 +621,8 @@ def _training(book: _Book, net: str, steps: int, why: str) -> None:
     """Steps of a training, and what goes with them."""
     path = f"{net}.training"
     steps = _number(book.pick(f"{path}.steps", steps, why))
-    warmup = max(1, min(200, steps // 15))
-    book.pick(f"{path}.warmup_steps", warmup, "a fifteenth of the steps, 200 at most")
+    warmup = max(1, min(max(200, steps // 50), steps // 15))
+    book.pick(f"{path}.warmup_steps", warmup, "200, or a fiftieth of many steps, or a fifteenth of few")
     evaluations = max(1, math.ceil(steps / (3 if steps < 3000 else 4)))
     book.pick(f"{path}.log_every", max(1, min(50, steps // 40)), "some forty lines")
     book.pick(f"{path}.eval_every", evaluations, "three or four times")
@@ -661,6 +685,14 @@ def _of_epochs(book: _Book, survey: Survey) -> None:
 def _number(value: Any) -> Any:
     """A number of the config; what is none is named when the config is validated."""
     return value if isinstance(value, int | float) and not isinstance(value, bool) else 1
+
+
+def quantity(value: float) -> str:
+    """A large number, short: 1.2M."""
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:.2g}{name}"
+    return f"{value:.0f}"
 
 
 def _grid(book: _Book) -> int:

@@ -1,9 +1,10 @@
 """What the pod of a step is on a cluster. On a laptop nothing of it matters.
 
 Requests are from measurement, on runs of `smoke` and `openmoji-tiny`: a step that has others compute takes
-0.12 GB, `prepare` 0.18, `images` up to 0.7, `register` 0.73 as it loads the model. What has a limit has room
-above it. Only `images` computes on all cores that it gets, and `news`, which reads pictures whose files were
-written anew: they have a limit of those.
+0.12 GB, `prepare` 0.18 (0.8 where it derives sizes), `images` up to 0.7, `register` 0.73 as it loads the
+model. What has a limit has room above it. `images` computes on all cores that it gets, and so does what looks
+at pictures before it, `news` and `prepare`: they have a limit of those. `prepare` may wait for the job that
+times the hardware.
 
 A step is not tried again by KFP: its retry acts on whatever failed, which is somebody's input more often than
 not, and not on a pod that was evicted. Services that are away are waited for within a step; the cluster's
@@ -45,7 +46,7 @@ class Pod:
 
 PODS = {
     "news": Pod(cpu="100m", memory="256Mi", memory_limit="4Gi", cpu_limit="8", hours=24),
-    "prepare": Pod(cpu="100m", memory="256Mi", hours=0.5),
+    "prepare": Pod(cpu="100m", memory="256Mi", memory_limit="3Gi", cpu_limit="8", hours=24),
     "images": Pod(cpu="200m", memory="768Mi", memory_limit="4Gi", cpu_limit="8", hours=3 * 24),
     "register": Pod(cpu="200m", memory="1Gi", memory_limit="16Gi", hours=6),
 }

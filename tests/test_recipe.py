@@ -8,7 +8,7 @@ import pytest
 from model import recipe
 from model.config import load_config, parse_config
 from model.errors import UserError
-from model.recipe import HARDWARE, Derived, Speeds, Survey, derive, refit
+from model.recipe import HARDWARE, Derived, Memory, Speeds, Survey, derive, refit
 
 SURVEY = Survey(3000, True, 300, 0.02, 300.0, 1.2, 0.0, 0.5, 2800, 900, 4.0, 0.004)
 CPU = Speeds(
@@ -62,9 +62,9 @@ def test_more_minutes_or_hardware_make_larger_nets_and_no_smaller_ones() -> None
     gpus = {"gpus_per_worker": 1, "processes_per_worker": 1}
     assert weights(derived(jobs=gpus, recipe={"minutes": 25})) > by_minutes[1]
     eight = {"gpus_per_worker": 8, "processes_per_worker": 8, "workers": 2}
-    assert weights(derived(jobs=eight, recipe={"minutes": 600})) > weights(
-        derived(jobs=gpus, recipe={"minutes": 600})
-    )
+    many, fast, hours = replace(SURVEY, pictures=10**6), replace(CPU, encode=1e-5), {"minutes": 600}
+    on_sixteen = weights(derived(replace(many, seconds=1e-4), fast, jobs=eight, recipe=hours))
+    assert on_sixteen > weights(derived(replace(many, seconds=1e-4), fast, jobs=gpus, recipe=hours))
 
 
 @pytest.mark.parametrize("hardware", ["cpu", *(kind for kind in HARDWARE if kind != "cpu")])
@@ -108,6 +108,27 @@ def test_every_value_can_be_set_and_the_others_go_by_it(given: dict[str, Any], p
         "transformer",
         "transformer.training.steps",
     )
+
+
+def test_few_pictures_get_no_large_net_however_many_gpus_there_are() -> None:
+    gpus = {"gpus_per_worker": 8, "processes_per_worker": 8}
+    depth, width = (
+        of(derived(replace(SURVEY, pictures=60), jobs=gpus, recipe={"minutes": 600}), f"transformer.{one}")
+        for one in ("depth", "width")
+    )
+    assert 16 * depth * width**2 <= 1.2 * 200 * 60 * (128 // 8) ** 2
+
+
+def test_a_batch_that_does_not_fit_a_gpu_is_taken_in_parts() -> None:
+    gpus = {"gpus_per_worker": 2, "processes_per_worker": 2, "gpu": "l4"}
+    needs = {"transformer": Memory(4 * 2**30, 2**30 / 4)}  # 32 GiB for its share of 128
+    found = derive(values(jobs=gpus, recipe={"minutes": 600}), SURVEY, CPU, needs)
+    assert parse_config(found.values).transformer
+    assert (of(found, "transformer.training.accumulate"), of(found, "tokenizer.training.accumulate")) == (
+        4,
+        1,
+    )
+    assert of(found, "transformer.training.batch_size") == 256
 
 
 def test_a_codebook_grows_with_the_pictures_up_to_what_their_size_can_use() -> None:
@@ -170,7 +191,7 @@ def test_refitted_for_other_minutes_or_hardware_sizes_stay_and_steps_change() ->
     stored["recipe"]["minutes"] = 40
     stored["jobs"] |= {"workers": 3}
     assert recipe.fitted(stored) == "40 minutes on 6 x cpu"
-    second = refit(stored, SURVEY, CPU)
+    second = refit(stored, SURVEY, CPU, {})
     config = parse_config(second.values)
     assert second.minutes == pytest.approx(40, rel=0.1)
     assert config.transformer
@@ -178,7 +199,16 @@ def test_refitted_for_other_minutes_or_hardware_sizes_stay_and_steps_change() ->
     assert config.transformer.training.batch_size % 6 == 0
     changed = {choice.field.rpartition(".")[2] for choice in second.choices}
     assert changed <= {
-        *("steps", "batch_size", "warmup_steps", "log_every", "eval_every", "checkpoint_every", "ema"),
+        *(
+            "steps",
+            "batch_size",
+            "accumulate",
+            "warmup_steps",
+            "log_every",
+            "eval_every",
+            "checkpoint_every",
+            "ema",
+        ),
         "minutes",
     }
     for path in ("tokenizer.codebook_size", "data.image_size", "transformer.depth", "transformer.dropout"):
