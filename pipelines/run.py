@@ -52,7 +52,7 @@ def run(preset: str, overrides: tuple[str, ...], data: str = "") -> None:
         UserError: what is wrong with the input, from here or from any step.
     """
     data = absolute(data)
-    config = load_config(preset, overrides, recognise(data))
+    config = load_config(preset, overrides, recognise(data, look=False))  # its S3 may not have started yet
     parameters = {"preset": _absolute(preset), "data": data, "overrides": "\n".join(overrides)}
     _run(pipeline_of(config), parameters, steps.names(config))
 
@@ -73,7 +73,8 @@ def retrain(preset: str, model: str, data: str, start: str, overrides: tuple[str
     data = absolute(data)
     parameters = {"preset": _absolute(preset), "model": model, "data": data, "start": start}
     parameters["overrides"] = "\n".join(overrides)
-    _run(RETRAINING, parameters, ["news", *steps.names(load_config(preset, overrides, recognise(data)))])
+    config = load_config(preset, overrides, recognise(data, look=False))
+    _run(RETRAINING, parameters, ["news", *steps.names(config)])
 
 
 def absolute(data: str) -> str:

@@ -88,6 +88,7 @@ def test_of_a_large_folder_a_few_are_opened_all_over_it(here, monkeypatch):
         for record in sample(FolderSource(path=str(here)), 16, 100, time.monotonic() + 9).records
     ]
     assert places == sorted(places)
+    assert places[:3] == [0, 1, 2]
     assert min(np.histogram(places, 4, (0, 1000))[0]) > 10
 
 

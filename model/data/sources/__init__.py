@@ -145,11 +145,11 @@ def recognise(uri: str, look: bool = True) -> dict[str, Any] | None:
     """The values of `data.source` for what a person names as their data; None for nothing.
 
     Args:
-        uri: a folder of pictures, or of parquet files; tar shards, with a {000..999} range where there are
-            several; a parquet file or a glob of such; the word `openmoji` or `shapes`. All but the words may
-            be in S3.
-        look: into S3; if not, a folder there is said to be one of pictures. (A cluster's S3 need not be in
-            reach of who submits to it.)
+        uri: a folder of pictures, of parquet files or of tar shards; shards with a {000..999} range; a file or
+            a glob of either; a zip or tar of any of these; a data set of the hub; the word `openmoji` or
+            `shapes`. All but data sets and words may be in S3.
+        look: into S3; if not, a folder there is said to be one of pictures. (That of a cluster need not be in
+            reach of who submits to it, and that of this machine may not have started.)
 
     Raises:
         UserError: it is none of these, or nothing in it can be used; with what was there and what would do.

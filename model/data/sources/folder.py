@@ -59,6 +59,7 @@ from model.data.sources.tree import Folder, Tree, Unreadable, joined, nfc, open_
 from model.errors import UserError
 
 SIDECARS = (".txt", ".caption", ".json")
+FIRST = 3  # pictures that a look always sees
 MOST_EMPTY = 100  # files without a caption, after which no more are sought
 AHEAD = 4  # pictures under way for each reader
 AHEAD_BYTES = 1 << 28  # of them
@@ -116,7 +117,7 @@ def count(config: FolderSource) -> int:
 
 
 def sample(config: FolderSource, most: int, until: float) -> Sample:
-    """Pictures spread over the folder, each as likely as any other."""
+    """The first pictures, for people to see, and others spread over the folder, each equally likely."""
     tree, chance = _tree(config, until), random.Random(0)
     chosen: list[tuple[int, Found]] = []
     others: list[Record] = []
@@ -125,7 +126,7 @@ def sample(config: FolderSource, most: int, until: float) -> Sample:
         if one.record.others:
             others.append(one.record)
             continue
-        if (place := number if number < most else chance.randrange(number + 1)) < most:
+        if (place := number if number < most else chance.randrange(min(FIRST, most), number + 1)) < most:
             chosen[place : place + 1] = [(number, one)]
         number += 1
         if number % 1000 == 0 and time.monotonic() > until:
