@@ -19,7 +19,7 @@ def images(
     Returns:
         images: Captioned pictures in verified shards.
         metrics: Pictures per split, duplicates, and those that were quarantined.
-        examples: A page with some of the pictures and their captions.
+        examples: A page on the data: figures, what they mean, and some of the pictures with their captions.
         pictures: The same pictures side by side; PNG.
     """
     import time
@@ -29,7 +29,7 @@ def images(
     from components.step import step
 
     with step("images", run):
-        from components import page
+        from components import data, page
         from model.data.growth import GROWN_FROM, Unfit, earlier
         from model.data.ingest import ingest
         from model.errors import UserError
@@ -60,7 +60,8 @@ def images(
         )
         shown = page.examples(made)
         Path(pictures.path).write_bytes(page.sheet(shown))
-        some = page.gallery(shown)
-        Path(examples.path).write_text(
-            page.page("Pictures and captions", *about, page.figures(made), "<h2>Some of them</h2>", some)
-        )
+        section = data.section(made, settings) or page.figures(made)
+        some = ["<h2>Some of the pictures</h2>", page.gallery(shown)]
+        text = page.page("Pictures and captions", *about, section, *some)
+        data.leave(made, text)
+        Path(examples.path).write_text(text)

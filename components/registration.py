@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel
 
+from components import data
 from model import steps
 from model.config import RunConfig
 from model.errors import Diverged, Unavailable, UserError
@@ -84,7 +85,7 @@ def register_model(config: RunConfig, run: str, evaluation: Manifest) -> Registe
         seen = _seen(name, registry.aliases(name))
         verdict, pinned = judge(config, run, evaluation, name, version, seen)
         page = storage.read_bytes(evaluation.where("report.html")).decode()
-        page = report.with_verdict(page, verdict, name, version)
+        page = report.with_verdict(data.in_report(page, evaluation, config), verdict, name, version)
         where = storage.join(evaluation.uri, f"{assets.REPORT}{version}.html")
         with registry.changing(name, "register") as now:
             if _seen(name, now.before) != seen:

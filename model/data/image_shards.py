@@ -38,7 +38,7 @@ def load_images(manifest: Manifest, split: str, limit: int = 0) -> tuple[torch.T
         UserError: when the split is empty, or a shard is not what the manifest says.
     """
     entries = index(manifest, split, limit)
-    return _pixels(manifest, entries), [entry.captions for entry in entries]
+    return pixels_of(manifest, entries), [entry.captions for entry in entries]
 
 
 def load_places(manifest: Manifest, split: str, places: Sequence[int]) -> Iterator[torch.Tensor]:
@@ -53,8 +53,8 @@ def load_places(manifest: Manifest, split: str, places: Sequence[int]) -> Iterat
     for name, count in shards_of(manifest, split).items():
         rows = [place - first for place in places if first <= place < first + count]
         if rows:
-            entries = _index(manifest, name)
-            yield _pixels(manifest, [entries[row] for row in rows])
+            entries = shard_index(manifest, name)
+            yield pixels_of(manifest, [entries[row] for row in rows])
         first += count
 
 
@@ -66,7 +66,7 @@ def index(manifest: Manifest, split: str, limit: int = 0) -> list[TarEntry]:
     """
     shards = shards_of(manifest, split)
     count = min(limit or sum(shards.values()), sum(shards.values()))
-    return list(islice((entry for name in shards for entry in _index(manifest, name)), count))
+    return list(islice((entry for name in shards for entry in shard_index(manifest, name)), count))
 
 
 def stored(manifest: Manifest, entry: TarEntry) -> bytes:
@@ -104,7 +104,7 @@ def image_batches(
             yield ImageBatch(images[torch.from_numpy(index)], chosen)
     names = list(shards)
     index_of = lru_cache(maxsize=2 * IMAGE_WINDOW // max(1, min(shards.values())) + 2)(
-        lambda number: _index(manifest, names[number])
+        lambda number: shard_index(manifest, names[number])
     )
 
     def load(pick: tuple[np.ndarray, np.ndarray, np.ndarray]) -> ImageBatch:
@@ -150,13 +150,13 @@ class TarEntry(NamedTuple):
         return self.name.partition(".")[0]
 
 
-def _index(manifest: Manifest, name: str) -> list[TarEntry]:
-    """As `tar_index`, of a shard wherever it lies."""
+def shard_index(manifest: Manifest, name: str) -> list[TarEntry]:
+    """The pictures of a shard, in its order, from headers and captions alone; wherever it lies."""
     return cache.use(manifest, [name], lambda: tar_index(cache.path(manifest, name)))
 
 
-def _pixels(manifest: Manifest, entries: list[TarEntry]) -> torch.Tensor:
-    """As `_decode`, on all cores."""
+def pixels_of(manifest: Manifest, entries: list[TarEntry]) -> torch.Tensor:
+    """Some pictures of an asset, decoded on all cores: uint8 (N, 3, H, W). Raises UserError as `stored`."""
     parts = [entries[first : first + 64] for first in range(0, len(entries), 64)]
 
     def decode(part: list[TarEntry]) -> torch.Tensor:

@@ -43,6 +43,7 @@ from model.plumbing.speech import Progress
 
 SPLITS = ("validation", "train", "composition")  # captions held out, captions seen, combinations held out
 HELD_OUT = ("validation", "composition")
+FEWEST = 16  # held-out pictures that the figures named first may rest on
 NAME = "benchmark.json"
 JUDGE = "judge"
 READ, READ_BYTES = 10_000, 2**30  # pictures of a split looked at, at most
@@ -324,7 +325,7 @@ def training_pictures(images: Manifest) -> Tensor:
     for count in shards_of(images, "train").values():
         places += [first + row for row in spread(count, max(1, count * wanted // total))]
         first += count
-    return torch.cat([_reduced(part) for part in load_places(images, "train", places)])
+    return torch.cat([reduced(part) for part in load_places(images, "train", places)])
 
 
 def count_of_training(images: Manifest) -> int:
@@ -422,9 +423,9 @@ class Drawn:
 
     def nearest_to(self, images: Tensor) -> Nearest:
         """For pictures (N, 3, H, W) in [-1, 1] the training pictures that are most like them."""
-        reduced = to_tensor(_reduced((images.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)))
+        small = to_tensor(reduced((images.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)))
         distance, which = metrics.nearest_pictures(
-            reduced.to(self.generator.device), self._training, self.benchmark.shift, self.benchmark.flip
+            small.to(self.generator.device), self._training, self.benchmark.shift, self.benchmark.flip
         )
         return Nearest(distance.cpu(), which.cpu())
 
@@ -438,8 +439,8 @@ def look(judge: Judge, images: Tensor) -> Tensor:
     return torch.cat([judge.image_features(part) for part in images.split(FORWARD)])
 
 
-def _reduced(images: Tensor) -> Tensor:
-    """uint8 pictures at the size at which near-duplicates are searched."""
+def reduced(images: Tensor) -> Tensor:
+    """uint8 pictures (N, 3, H, W) at the size at which near-duplicates are searched."""
     if images.shape[-1] <= SEARCH_SIDE:
         return images
     parts = (F.interpolate(part.float(), (SEARCH_SIDE,) * 2, mode="area") for part in images.split(512))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import platform
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,10 @@ import yaml
 from torch import Tensor
 
 from model.config import RunConfig, SamplingConfig
-from model.evaluation import gate, sheets
+from model.data.ingest import LONGER, SIDES
+from model.evaluation import findings, gate, sheets
+from model.evaluation.benchmark import FEWEST
+from model.evaluation.census import Census
 from model.evaluation.gate import Verdict
 from model.evaluation.sheets import Curves, Pairs
 from model.evaluation.sweep import SCORE
@@ -27,9 +31,15 @@ from model.plumbing.speech import quantity
 from model.steps import STEPS
 
 TILE = 96  # side of a picture on the page, pixels
-FEWEST = 16  # held-out pictures that the figures on top may rest on
 SETTINGS = {"cfg_scale": "guidance scale", "temperature": "temperature"}
 TEMPLATES = Path(__file__).parent / "templates"
+COUNTS = {  # of pictures, as the section on the data names them
+    "read": "pictures found",
+    "train": "to train on",
+    "validation": "held out",
+    "composition": "combinations held out",
+    "quarantined": "left out",
+}
 SPLIT_NAMES = {
     "train": "captions seen in training",
     "validation": "captions held out",
@@ -165,11 +175,90 @@ def with_verdict(page: str, verdict: Verdict, name: str, version: int) -> str:
     return page.replace("<main>", f"<main>\n{block}", 1)
 
 
+LENGTHS = (1, 2, 3, 4, 5, 6, 8, 11, 16, 21, 30)  # of captions, words: counted together from one to the next
+
+
+def data(census: Census, context_length: int) -> str:
+    """What a set of pictures is like and what that means: a section of the report, and a page of its own.
+
+    Args:
+        census: its figures.
+        context_length: tokens that the text encoder reads.
+    """
+    sizes = census.sizes if census.sizes.get("pictures") else {}
+    return (
+        _environment()
+        .get_template("data.html")
+        .render(
+            census=census,
+            findings=findings.findings(census, context_length),
+            bound=metrics.NEAR_DUPLICATE,
+            counts=[(COUNTS.get(name, name), number) for name, number in census.counts.items()],
+            sides=_ranges(_counted(sizes, "side "), SIDES),
+            shapes=_ranges(_counted(sizes, "longer "), LONGER),
+            lengths=_ranges(census.captions.words, LENGTHS),
+            captions=_captions(census, context_length),
+        )
+    )
+
+
+def with_data(page: str, section: str) -> str:
+    """A report with a section on its data, before the lineage.
+
+    Args:
+        page: what `render` made, of this release or an earlier one.
+        section: what `data` made.
+    """
+    before = page.rfind("<section>", 0, max(page.rfind("<h2>Lineage</h2>"), 0))
+    place = before if before >= 0 else page.rfind("</main>")
+    return f"{page[:place]}{section}\n{page[place:]}" if place >= 0 else page
+
+
+def _counted(sizes: Mapping[str, int], what: str) -> dict[float, int]:
+    return {float(name.removeprefix(what)): n for name, n in sizes.items() if name.startswith(what)}
+
+
+def _ranges(counted: Mapping[Any, int], bounds: Sequence[float]) -> list[tuple[str, int]]:
+    """How many values lie from one bound to the next, from the first with any to the last."""
+    whole = all(isinstance(bound, int) for bound in bounds)
+    rows = []
+    for low, high in zip(bounds, [*bounds[1:], None], strict=True):
+        number = sum(n for value, n in counted.items() if low <= value and (high is None or value < high))
+        if high is None:
+            label = f"{low} or more"
+        elif whole:
+            label = f"{low}" if high == low + 1 else f"{low} to {high - 1}"
+        else:
+            label = f"{low} to {high}"
+        rows.append((label, number))
+    some = [place for place, (_, number) in enumerate(rows) if number]
+    return rows[some[0] : some[-1] + 1] if some else []
+
+
+def _captions(census: Census, context_length: int) -> list[tuple[str, int, str]]:
+    said, words, share = census.captions, census.words, findings.share
+    held_out = findings.held_out_of(census)
+    return [
+        ("captions", said.captions, f"{said.several:,} pictures have several"),
+        ("different ones", said.distinct, share(said.distinct, said.captions)),
+        ("pictures without a caption of their own", said.shared, share(said.shared, census.seen)),
+        ("captions cut", findings.cut(census, context_length), f"beyond {context_length - 2} tokens"),
+        ("different words", words.distinct, f"in {words.median:g} pictures each (median)"),
+        ("words in a single picture", words.once, share(words.once, words.distinct)),
+        ("held-out pictures with a word new to training", words.unheard, share(words.unheard, held_out)),
+    ]
+
+
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"embedded": _embedded, "png": _data_uri, "quantity": quantity}
+    environment.filters |= {
+        "embedded": _embedded,
+        "png": _data_uri,
+        "quantity": quantity,
+        "share": findings.share,
+    }
     return environment
 
 

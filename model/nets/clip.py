@@ -150,6 +150,12 @@ def tokenize(captions: Sequence[str], context_length: int) -> Int[Tensor, "B S"]
     return ids
 
 
+def token_counts(captions: Sequence[str]) -> list[int]:
+    """How many of CLIP's byte pairs each caption is, without its start and end."""
+    encode = _byte_pairs()
+    return [len(encode(caption)) for caption in captions]
+
+
 def text_mask(ids: Int[Tensor, "B S"]) -> Bool[Tensor, "B S"]:
     """Mask of the tokens up to the end token; all False for an empty caption."""
     end = ids.argmax(dim=1)  # the end token has the largest id

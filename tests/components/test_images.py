@@ -12,7 +12,7 @@ from PIL import Image
 
 from components.images import images
 from model.config import AssetRef, load_config
-from model.plumbing.assets import Manifest
+from model.plumbing.assets import PICTURES, Manifest
 from tests.data.test_ingest import picture, write
 
 
@@ -58,7 +58,7 @@ def test_pictures_grow_from_earlier_ones_and_where_they_cannot_it_is_said(store,
 
 
 @pytest.mark.slow  # starts processes
-def test_what_was_read_is_shown(store, tmp_path):
+def test_what_was_read_is_shown(store, tmp_path, capfd):
     made, settings, pictures, examples = (
         dsl.Artifact(uri=str(tmp_path / name)) for name in ("images", "config", "pictures", "examples")
     )
@@ -69,4 +69,11 @@ def test_what_was_read_is_shown(store, tmp_path):
         assert made.metadata["reused"] == reused
     assert metrics.metadata["train"] == 43
     assert Image.open(pictures.path).format == "PNG"
-    assert Path(examples.path).read_text().count("<figure>") == 24
+    text = Path(examples.path).read_text()
+    some = text.partition("<h2>Some of the pictures</h2>")[2]
+    assert some.count("<figure>") == 24
+    assert "<h2>The data</h2>" in text
+    assert (Path(made.metadata["asset"]) / PICTURES / "data.html").read_text() == text
+    said = capfd.readouterr().out
+    assert said.count("images | data: 64 pictures, ") == 2
+    assert "warning" not in said
