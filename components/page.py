@@ -15,7 +15,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 import yaml
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from components import recipe
 from components.recipe import Resolved
@@ -112,7 +112,9 @@ def _chosen(derived: Resolved) -> str:
     if not derived.choices:
         return ""
     shown = (
-        [Example(one.image, "; ".join(one.captions)) for one in derived.look.examples] if derived.look else []
+        [Example(_png(_fitted(one.image)), "; ".join(one.captions)) for one in derived.look.examples]
+        if derived.look
+        else []
     )
     rows = "".join(
         f"<tr><td>{escape(one.field)}</td><td>{escape(str(one.value))}</td><td>{escape(one.reason)}</td></tr>"
@@ -315,9 +317,13 @@ def _embedded(data: bytes, widest: int = LARGEST) -> str:
 
 
 def _fitted(data: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(data)).convert("RGB")
+    """A picture of any form in a white square."""
+    image = Image.open(io.BytesIO(data)).convert("RGBA")
     way = Image.Resampling.NEAREST if image.width < SIDE else Image.Resampling.LANCZOS
-    return image.resize((SIDE, SIDE), way)
+    image = ImageOps.contain(image, (SIDE, SIDE), way)
+    square = Image.new("RGB", (SIDE, SIDE), "white")
+    square.paste(image, ((SIDE - image.width) // 2, (SIDE - image.height) // 2), image)
+    return square
 
 
 def _png(image: Image.Image) -> bytes:

@@ -48,7 +48,7 @@ def resolved(asked: dict[str, Any]) -> Resolved:
         return Resolved(foreseen)
     if foreseen.recipe.version:
         return _fitted(foreseen)
-    if former := _former(foreseen, named="model_name" in chosen):
+    if former := _former(foreseen, named="name" in chosen or bool(foreseen.model_name)):
         version, config = former
         merged = resolve(**asked, derive=partial(_like, former=config))
         found = _fitted(merged)

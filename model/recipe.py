@@ -131,8 +131,7 @@ def derive(
         UserError: the minutes that are asked for are too few for what is no training.
     """
     book = _Book(deepcopy(values))
-    if name := _named_after(book.get("data.source")):
-        book.pick("model_name", f"latent-gpt-{name}", "after the pictures")
+    book.pick("name", _named_after(book.get("data.source")), "after the pictures")
     hardware = _hardware(book)
     minutes = _minutes(book, survey)
     budget = minutes * 60 * TRAINING_SHARE * hardware.speed
@@ -271,14 +270,14 @@ GENERIC = {
 def _named_after(source: Any) -> str:
     """What pictures are called by where they are: the last part of it that says more than that it is data."""
     if not isinstance(source, dict):
-        return ""
+        return "unnamed"
     where = next((source[name] for name in ("path", "urls", "repo") if isinstance(source.get(name), str)), "")
     parts = [
         re.sub(r"\{.*|\*.*|(\.(zip|tar|tgz|gz|bz2|xz|parquet))+$", "", part) for part in where.split("/")
     ]
     names = [re.sub("[^a-z0-9._-]+", "-", part.lower()).strip("-._") for part in parts]
     said = [name for name in names if name and name not in GENERIC and not name.endswith(":")]
-    return said[-1][:60] if said else str(source.get("kind", ""))
+    return said[-1][:60] if said else str(source.get("kind", "unnamed"))
 
 
 # ── the rules ───────────────────────────────────────────────────────────────────────────────────────────

@@ -18,7 +18,7 @@ FOLDER = {"kind": "folder", "path": "/pictures/flags"}
 
 
 def values(**sections: Any) -> dict[str, Any]:
-    base = {"name": "mine", "recipe": {}, "data": {"source": FOLDER}, "jobs": {"processes_per_worker": 2}}
+    base = {"recipe": {}, "data": {"source": FOLDER}, "jobs": {"processes_per_worker": 2}}
     return base | sections
 
 
@@ -96,7 +96,7 @@ def test_whatever_is_derived_is_a_config(hardware: str, minutes: int, side: floa
         ({"tokenizer": {"kind": "pretrained", "ref": "a/b"}}, "tokenizer.ref", "a/b"),
         ({"transformer": None}, "transformer", None),
         ({"evaluation": {"pictures": 10}}, "evaluation.pictures", 10),
-        ({"model_name": "x"}, "model_name", "x"),
+        ({"name": "x"}, "name", "x"),
     ],
 )
 def test_every_value_can_be_set_and_the_others_go_by_it(given: dict[str, Any], path: str, value: Any) -> None:
@@ -181,7 +181,7 @@ def test_until_the_pictures_are_seen_a_config_has_its_form_and_says_that_nothing
     ],
 )
 def test_a_model_is_named_after_its_pictures(source: dict[str, Any], name: str) -> None:
-    assert of(derived(data={"source": source}), "model_name") == name
+    assert parse_config(derived(data={"source": source}).values).registered_model == name
 
 
 def test_refitted_for_other_minutes_or_hardware_sizes_stay_and_steps_change() -> None:
