@@ -38,7 +38,10 @@ OTHER_SUFFIXES = (
 )
 DRAWN = ("openmoji", "shapes")  # kinds that bring their own pictures
 LARGEST_PICTURE = 128 << 20  # bytes of a picture's file; larger ones are quarantined and not read
-KNOWN = "tar shards (s3://bucket/{000..999}.tar), parquet files, `openmoji` or `shapes`"
+KNOWN = (
+    "tar shards (s3://bucket/{000..999}.tar), parquet files, a zip or tar of any of these, a data set of the"
+    " hub (owner/name), `openmoji` or `shapes`"
+)
 HOW_TO_CAPTION = "write what cat.jpg shows into cat.txt beside it, or into captions.csv (file_name, caption)"
 KINDS = 50  # of other files that are told apart
 NAMES = {  # of kinds of sources, for people
@@ -145,8 +148,8 @@ def recognise(uri: str, look: bool = True) -> dict[str, Any] | None:
     """The values of `data.source` for what a person names as their data; None for nothing.
 
     Args:
-        uri: a folder of pictures, of parquet files or of tar shards; shards with a {000..999} range; a file or
-            a glob of either; a zip or tar of any of these; a data set of the hub; the word `openmoji` or
+        uri: a folder of pictures, of parquet files or of tar shards; shards with a {000..999} range; a file
+            or a glob of either; a zip or tar of any of these; a data set of the hub; the word `openmoji` or
             `shapes`. All but data sets and words may be in S3.
         look: into S3; if not, a folder there is said to be one of pictures. (That of a cluster need not be in
             reach of who submits to it, and that of this machine may not have started.)
