@@ -255,9 +255,7 @@ def _said_by_card(config: HubSource, commit: str) -> list[str]:
 
     https://huggingface.co/docs/hub/datasets-manual-configuration
     """
-    from huggingface_hub import hf_hub_download
-
-    path = Path(hf_hub_download(config.repo, CARD, repo_type="dataset", revision=commit))
+    path = _file(config, CARD, commit)
     with path.open("rb") as file:
         head = re.match(r"---\r?\n(.*?)\n---", decode(file.read(LARGEST_CARD)), re.DOTALL)
     try:
@@ -307,7 +305,7 @@ def _matches(parts: list[str], glob: list[str]) -> bool:
 
 def _downloaded(config: HubSource, files: Files) -> dict[str, Path]:
     """The files in the hub's cache, by name."""
-    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import constants
 
     place = Path(constants.HF_HUB_CACHE)
     while not place.is_dir() and place != place.parent:
@@ -315,7 +313,7 @@ def _downloaded(config: HubSource, files: Files) -> dict[str, Path]:
     free = shutil.disk_usage(place).free
 
     def one(name: str) -> Path:
-        return Path(hf_hub_download(config.repo, name, repo_type="dataset", revision=files.commit))
+        return _file(config, name, files.commit)
 
     def missing(name: str) -> bool:
         from huggingface_hub import try_to_load_from_cache
@@ -332,6 +330,13 @@ def _downloaded(config: HubSource, files: Files) -> dict[str, Path]:
         speech.say("images", f"downloading {len(absent)} files of {config.repo} ({files.size:,} bytes)")
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return dict(zip(files.names, (path.resolve() for path in pool.map(one, files.names)), strict=True))
+
+
+def _file(config: HubSource, name: str, commit: str) -> Path:
+    """Where a file is in the hub's cache, to which it is downloaded if it is not there."""
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(config.repo, name, repo_type="dataset", revision=commit))
 
 
 @contextmanager
