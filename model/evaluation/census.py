@@ -91,6 +91,7 @@ class Words(_Part):
 
     distinct: int
     once: int  # words that a single picture has
+    own: int  # pictures with such a word
     median: float  # pictures of a word
     frequent: list[tuple[str, int]]
     unheard: int  # held-out pictures with a word that no training caption has
@@ -351,9 +352,11 @@ def count_words(train: Sequence[Sequence[str]], held_out: Sequence[Sequence[str]
         unheard.update(new)
         pictures += bool(new)
     numbers = sorted(every.values())
+    single = {word for word, number in every.items() if number == 1}
     return Words(
         distinct=len(every),
-        once=sum(number == 1 for number in numbers),
+        once=len(single),
+        own=sum(not single.isdisjoint(_all_words(captions)) for captions in (*train, *held_out)),
         median=_median(numbers),
         frequent=[(_short(word), number) for word, number in _first(every, FREQUENT)],
         unheard=pictures,

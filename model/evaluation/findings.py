@@ -18,7 +18,7 @@ FEW = 500  # training pictures below which a model rather copies than learns
 SHORT = 1.5  # words of a caption on average, below which captions name little
 NAMELESS = 0.05  # of pictures whose captions have no word
 SHARED = 0.1  # of pictures with a caption that others have as well
-ONCE = 0.5  # of words that a single picture has
+OWN = 0.2  # of pictures with a word that no other has
 UNHEARD = 0.1  # of held-out pictures with a word that training never saw
 ACROSS = 0.02  # of held-out pictures that look like one of training
 WITHIN = 0.1  # of training pictures that look like another one
@@ -174,13 +174,14 @@ def same_caption(census: Census, _: int) -> Finding | None:
 def words_once(census: Census, _: int) -> Finding | None:
     """Too few pictures per word."""
     words = census.words
-    if not words.distinct or words.once < ONCE * words.distinct:
+    if words.own < max(1, OWN * census.seen):
         return None
     return Finding(
         "too few pictures per word",
-        f"{_of(words.once, words.distinct, 'words')} stand with a single picture. A word is learned from"
-        " several pictures that have it in common; of these the model can only learn the one picture. More"
-        " pictures of the same things, or fewer different words for them, help.",
+        f"{_of(words.own, census.seen, 'pictures')} have a word that no other picture has; so have"
+        f" {_of(words.once, words.distinct, 'words')} a single picture. What such a word means cannot be told"
+        " from the rest of the picture: the model can only learn that one picture. More pictures of the same"
+        " things, or fewer different words for them, help.",
     )
 
 

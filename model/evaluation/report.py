@@ -243,8 +243,9 @@ def _captions(census: Census, context_length: int) -> list[tuple[str, int, str]]
         ("different ones", said.distinct, share(said.distinct, said.captions)),
         ("pictures without a caption of their own", said.shared, share(said.shared, census.seen)),
         ("captions cut", findings.cut(census, context_length), f"beyond {context_length - 2} tokens"),
-        ("different words", words.distinct, f"in {words.median:g} pictures each (median)"),
+        ("different words", words.distinct, f"half of them in {words.median:g} or fewer"),
         ("words in a single picture", words.once, share(words.once, words.distinct)),
+        ("pictures with such a word", words.own, share(words.own, census.seen)),
         ("held-out pictures with a word new to training", words.unheard, share(words.unheard, held_out)),
     ]
 

@@ -70,6 +70,7 @@ def test_words_are_counted_by_pictures():
     assert found.distinct == 7
     assert found.frequent[:3] == [("red", 4), ("cat", 3), ("blue", 2)]
     assert found.once == 3, "a, house, green"
+    assert found.own == 3
     assert found.median == 2
     assert found.unheard == 2
     assert found.unheard_words == ["blue", "green"]

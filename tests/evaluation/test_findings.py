@@ -19,6 +19,7 @@ CAPTIONS = {
 WORDS = {
     "distinct": 100,
     "once": 10,
+    "own": 10,
     "median": 20.0,
     "frequent": [("a", 900)],
     "unheard": 1,
@@ -65,8 +66,8 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "one caption": (
         {"captions": {"distinct": 2}}, {"captions": {"distinct": 1}}, "All pictures have the same caption"),
     "words once": (
-        {"words": {"once": 49}}, {"words": {"once": 50}},
-        "50 of 100 words (50 %) stand with a single picture"),
+        {"words": {"own": 219}}, {"words": {"own": 220}},
+        "220 of 1,100 pictures (20 %) have a word that no other picture has; so have 10 of 100 words (10 %)"),
     "unheard": (
         {"words": {"unheard": 9}}, {"words": {"unheard": 10, "unheard_words": list("abcdefgh")}},
         "(such as a, b, c, d, e)"),
@@ -110,7 +111,7 @@ def test_a_rule_speaks_from_its_bound_on(name):
 def test_an_empty_set_and_one_without_captions_fail_nothing():
     counts, looked = dict.fromkeys(COUNTS, 0), {"train": 0, "validation": 0}
     none = {"captions": 0, "distinct": 0, "shared": 0, "words": {}, "tokens": {}}
-    words = {"distinct": 0, "once": 0, "frequent": [], "unheard": 0}
+    words = {"distinct": 0, "once": 0, "own": 0, "frequent": [], "unheard": 0}
     empty = census(
         counts=counts, looked=looked, captions=none, words=words, alike={"held_out": {}, "training": 0}
     )
