@@ -72,10 +72,10 @@ class ShapesSource(Section):
 
 
 class FolderSource(Section):
-    """A folder of pictures with `.txt` sidecars, a `captions.csv`, or an imagefolder `metadata.jsonl`."""
+    """A folder of pictures with captions in lists, in files beside them, or in names."""
 
     kind: Literal["folder"] = "folder"
-    path: str  # local folder
+    path: str  # local folder, or s3:// URI of one
     # Where captions come from: files beside the pictures and lists, or names, where there is nothing better.
     captions: Annotated[
         Literal["files", "names", "folders"], Field(exclude_if=lambda captions: captions == "files")

@@ -18,7 +18,7 @@ from PIL import Image
 from model.config import DataConfig, Source
 from model.data import sources
 from model.data.captions import clean_captions, damage, shown
-from model.data.sources import DRAWN, HOW_TO_CAPTION, Record
+from model.data.sources import DRAWN, HOW_TO_CAPTION, TABLES, Record
 from model.data.sources.folder import NAMES
 from model.errors import UserError
 from model.plumbing.parallel import single_threaded
@@ -186,7 +186,9 @@ def _advice(source: Source, found: _Found) -> list[str]:
     advice = []
     taken = getattr(source, "captions", "files")
     if taken != "files":
-        advice.append(f"captions are {NAMES[taken]}; better ones: {HOW_TO_CAPTION}")
+        unread = ", ".join(f"{found.others[kind]} {kind}" for kind in TABLES if found.others[kind])
+        other = f" (not read as captions by their names: {unread})" if unread else ""
+        advice.append(f"captions are {NAMES[taken]}{other}; better ones: {HOW_TO_CAPTION}")
     for reason, count in found.reasons.most_common(EXAMPLES):
         advice.append(f"cannot be used: {count} of {found.looked} looked at, {reason} ({found.bad[reason]})")
     return advice

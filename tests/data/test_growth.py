@@ -614,3 +614,27 @@ def test_sizes_and_small_pictures_of_what_is_not_read_again_are_kept(store, here
     assert second.info["sizes"] == grown
     assert [name for name, _, _ in small(first)] == ["1.png", "2.png"]
     assert [name for name, _, _ in small(second)] == ["2.png"]
+
+
+@pytest.mark.slow
+def test_images_grow_with_a_folder_in_s3(services, decoded):
+    root = f"{services['LATENT_GPT_STORE']}/pictures"
+    source = {"kind": "folder", "path": root}
+    for number in range(12):
+        storage.write_bytes(f"{root}/{number:02d}.png", picture(number))
+        storage.write_bytes(f"{root}/{number:02d}.txt", f"number {number}".encode())
+    first = ingest(run_of(source))
+    decoded.clear()
+    storage.write_bytes(f"{root}/03.txt", b"number x")  # as long as it was
+    storage.write_bytes(f"{root}/12.png", picture(12))
+    storage.write_bytes(f"{root}/12.txt", b"number 12")
+    storage.delete(f"{root}/07.png")
+    grown = ingest(run_of(source, first))
+    assert decoded == [picture(3), picture(12)]
+    assert {key: grown.info["grown"][key] for key in ("new", "deleted", "changed")} == {
+        "new": 1,
+        "deleted": 1,
+        "changed": 1,
+    }
+    captions = {text for _, texts, _ in pictures(grown) for text in texts}
+    assert captions == {f"number {n}" for n in range(13) if n not in (3, 7)} | {"number x"}

@@ -146,11 +146,12 @@ def test_tar_shards_are_recognised_looked_at_and_made_into_images(root, here):
 
 def test_what_captions_come_from_is_said_with_how_to_give_better_ones(here):
     write(here, {"red-apple_03.png": picture(1), "IMG_1234.png": picture(2), "blue pear.png": picture(3)})
+    write(here, {"labels.csv": "a,b"})
     found = look(of(recognise(str(here))), 16)
     assert found.kind == "a folder with captions in the names of files"
     said = "\n".join(found.lines())
     assert (
-        "captions are the names of files; better ones: write what cat.jpg shows into cat.txt beside it"
+        "captions are the names of files (not read as captions by their names: 1 .csv); better ones: write"
         in said
     )
     assert "cannot be used: 1 of 3 looked at, no caption (IMG_1234.png)" in said

@@ -12,14 +12,23 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-from model.data.sources import DRAWN, HOW_TO_CAPTION, KNOWN, OTHER_SUFFIXES, SUFFIXES, archive, hub, suffix
+from model.data.sources import (
+    DRAWN,
+    HOW_TO_CAPTION,
+    KNOWN,
+    OTHER_SUFFIXES,
+    SUFFIXES,
+    TABLES,
+    archive,
+    hub,
+    suffix,
+)
 from model.data.sources.folder import LISTS, best_captions
 from model.data.sources.tree import Tree, Unreadable, joined, open_tree
 from model.errors import UserError
 from model.plumbing import storage
 
 Values = dict[str, Any]  # of `data.source`
-TABLES = (".csv", ".tsv", ".jsonl", ".json")  # that captions may be in
 SHOWN = 5  # kinds of files that a refusal names
 
 BY_SUFFIX: dict[str, Callable[[str], Values]] = {
