@@ -28,6 +28,7 @@ MOST = 300  # pictures that are opened
 SECONDS = 10.0  # that a look takes at most
 LISTING = 0.7  # share of them in which names are looked through
 EXAMPLES = 3  # pictures that are shown
+OF = {"archive": "an archive of ", "hub": "a data set of the hub, "}  # what sources lie in
 LONGEST_LINE = 100  # characters of a name or caption that is shown
 
 
@@ -96,6 +97,7 @@ def look(source: Source, side: int = 64) -> Look:
     Raises:
         UserError: nothing of it can be used, with the reason and what would do; or as `sources.iterate`.
     """
+    named, source = source, sources.content(source)  # what an archive holds is there when the look begins
     began = time.monotonic()
     sample = sources.sample(source, side, MOST, began + LISTING * SECONDS)
     found, config = _Found(), DataConfig(source=source, image_size=side)
@@ -105,8 +107,9 @@ def look(source: Source, side: int = 64) -> Look:
             if time.monotonic() > began + SECONDS:
                 break
     if not found.sides:
-        raise UserError(_nothing(source, found))
-    return Look(_survey(source, sample, found), sample.kind, _advice(source, found), found.examples)
+        raise UserError(_nothing(named, found))
+    kind = OF.get(named.kind, "") + sample.kind
+    return Look(_survey(source, sample, found), kind, _advice(source, found), found.examples)
 
 
 def _open(record: Record, config: DataConfig, found: _Found) -> None:
@@ -196,7 +199,9 @@ def _advice(source: Source, found: _Found) -> list[str]:
 
 def _nothing(source: Source, found: _Found) -> str:
     """Why a source is of no use, and what would do."""
-    what = getattr(source, "path", getattr(source, "urls", source.kind))
+    what = next(
+        (getattr(source, name) for name in ("path", "urls", "repo") if hasattr(source, name)), source.kind
+    )
     if not found.reasons:
         there = ", ".join(f"{count} {kind}" for kind, count in found.others.most_common(5)) or "nothing"
         return f"data: {what} holds no pictures ({there}); data is a folder of them, {sources.KNOWN}"

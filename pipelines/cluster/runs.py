@@ -12,7 +12,7 @@ from typing import TextIO
 
 from components.parameters import PRESET_GPUS, RETRAINING, TEXT_TO_IMAGE, VQVAE, pipeline_of, resolve
 from model.config import RunConfig, load_config
-from model.data.sources import DRAWN, recognise
+from model.data.sources import DRAWN, hub, recognise
 from model.errors import Unavailable, UserError
 from model.plumbing import environment, speech
 from model.steps import STEPS
@@ -234,7 +234,7 @@ def config_for_pods(preset: str, overrides: tuple[str, ...], data: str) -> RunCo
 
 def _in_reach_of_pods(data: str) -> None:
     """Refuse pictures of this machine, which no step of a cluster sees."""
-    if data.strip() not in ("", *DRAWN) and "://" not in data:
+    if data.strip() not in ("", *DRAWN) and "://" not in data and not hub.named(data.strip()):
         raise UserError(
             f"data: {data} is a path of this machine, which steps on a cluster do not see; put the pictures"
             " into S3: a folder of them with captions (s3://bucket/folder), tar shards"

@@ -20,6 +20,7 @@ from huggingface_hub import constants
 from model.config import DataConfig, HubSource
 from model.data import sources
 from model.data.sources import hub, unpacked
+from model.data.survey import look
 from model.errors import UserError
 from tests import ROOT
 from tests.data.test_archives import files, tar, zipped
@@ -171,6 +172,9 @@ def test_a_data_set_of_the_hub_is_recognised_and_made_into_images(content, expec
     served.put(content)
     data = config()
     assert data.source == HubSource(repo=REPO)
+    found = look(data.source, 16)
+    assert found.kind.startswith("a data set of the hub, ")
+    assert found.survey.captions == len(expected)
     assert captions(ingest(data)) == expected
     assert not any("test" in path or "validation" in path for path in served.asked)  # nor is it downloaded
 

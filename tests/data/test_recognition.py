@@ -14,10 +14,11 @@ from pydantic import TypeAdapter
 
 from model.config import DataConfig, FolderSource, Source
 from model.data import sources
-from model.data.sources import Record, folder, recognise, tree
+from model.data.sources import Record, folder, recognise, tree, unpacked
 from model.data.survey import look
 from model.errors import UserError
 from model.plumbing import storage
+from tests.data.test_archives import zipped
 from tests.data.test_ingest import captions, picture, tar, write
 from tests.data.test_strangers import KINDS as BAD_ONES
 from tests.data.test_strangers import comma, jsonl, listed, pictures, sidecars
@@ -142,6 +143,23 @@ def test_tar_shards_are_recognised_looked_at_and_made_into_images(root, here):
     assert (found.kind, found.survey.pictures, found.survey.counted) == ("2 tar shards", 2, True)
     made = ingest(DataConfig(source=of(values), image_size=16, validation_share=0.01))
     assert captions(made) == sorted([text] for text in TOLD[:2])
+
+
+@pytest.mark.parametrize("inside", [name for name in DATA if name != "parquet with bytes"])
+def test_an_archive_of_each_kind_of_data_is_recognised_looked_at_and_made_into_images(
+    inside, root, here, monkeypatch
+):
+    monkeypatch.setenv("LATENT_GPT_CACHE", str(here.parent / "cache"))
+    monkeypatch.setattr(unpacked, "SPARE", 0)
+    put(root, {"data.zip": zipped(here.parent / "made.zip", DATA[inside][0]).read_bytes()})
+    values = recognise(f"{root}/data.zip")
+    assert values == {"kind": "archive", "path": f"{root}/data.zip"}
+    found = look(of(values), 16)
+    assert found.kind.startswith("an archive of ")
+    assert (found.survey.pictures, found.survey.captions) == (3, 3)
+    made = ingest(DataConfig(source=of(values), image_size=16, validation_share=0.01))
+    assert captions(made) == sorted([text] for text in TOLD)
+    assert made.info["quarantined"] == 0
 
 
 def test_what_captions_come_from_is_said_with_how_to_give_better_ones(here):

@@ -125,6 +125,17 @@ def count(config: Source) -> int:
     return known(config) if known else 0
 
 
+def content(config: Source) -> Source:
+    """The source in an archive or data set of the hub, which is unpacked or downloaded for it; else itself.
+
+    Raises:
+        UserError: it is not there, or nothing in it is a source that we read.
+    """
+    found = getattr(_module(config), "content", None)
+    inner: Source = found(config) if found else config
+    return inner
+
+
 def sample(config: Source, side: int, most: int, until: float) -> Sample:
     """Some records of a source, without reading all of it.
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from model.config import ArchiveSource
+from model.config import ArchiveSource, Source
 from model.data import tars
 from model.data.sources import (
     LARGEST_PICTURE,
@@ -28,7 +28,6 @@ from model.data.sources import (
     SUFFIXES,
     Known,
     Record,
-    Sample,
     marked,
     nothing_known,
     pass_over,
@@ -81,9 +80,9 @@ def count(config: ArchiveSource) -> int:
     return _inner(config).count()
 
 
-def sample(config: ArchiveSource, most: int, until: float) -> Sample:
-    """Some records of the source in it; unpacking it may take longer than a look should."""
-    return _inner(config).sample(most, until)
+def content(config: ArchiveSource) -> Source:
+    """The source in it."""
+    return _inner(config).config
 
 
 def _uri(config: ArchiveSource) -> str:

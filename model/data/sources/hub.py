@@ -28,7 +28,7 @@ import yaml
 from model.config import ArchiveSource, HubSource, ParquetSource, Source, WebDatasetSource
 from model.data import tars
 from model.data.captions import decode, shown
-from model.data.sources import OTHER_SUFFIXES, SUFFIXES, Known, Record, Sample, marked, nothing_known, suffix
+from model.data.sources import OTHER_SUFFIXES, SUFFIXES, Known, Record, marked, nothing_known, suffix
 from model.data.sources.folder import LISTS
 from model.data.sources.unpacked import SPARE, Inner, Writer, inner
 from model.errors import UserError
@@ -79,9 +79,9 @@ def count(config: HubSource) -> int:
     return _inner(config).count()
 
 
-def sample(config: HubSource, most: int, until: float) -> Sample:
-    """Some records; all files are downloaded for it, which may take longer than a look should."""
-    return _inner(config).sample(most, until)
+def content(config: HubSource) -> Source:
+    """The source that its files make up."""
+    return _inner(config).config
 
 
 def addressed(uri: str) -> dict[str, Any] | None:

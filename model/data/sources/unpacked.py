@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 from model.config import Source
 from model.data import sources
 from model.data.captions import shown
-from model.data.sources import Known, Record, Sample
+from model.data.sources import Known, Record
 from model.errors import UserError
 from model.plumbing import cache, speech
 from model.plumbing.cache import Fill, Room
@@ -195,13 +195,6 @@ class Inner:
         for record in sources.iterate(self.config, side, start, asked):
             yield self._named(record)
         yield from self._apart()
-
-    def sample(self, most: int, until: float) -> Sample:
-        """As `sources.sample`; nothing is drawn here, so no side is needed."""
-        sample = sources.sample(self.config, 0, most, until)
-        found = sample.records
-        sample.records = (self._named(record) for record in found)
-        return sample
 
     def count(self) -> int:
         """As `sources.count`."""
