@@ -246,6 +246,10 @@ def test_what_a_name_says(name, said):
     [
         ("{}/nowhere", "data: there is no folder {}/nowhere here; data is that, tar shards"),
         ("{}/empty", "data: {}/empty holds no pictures (it is empty); data is a folder of them, tar shards"),
+        (
+            "{}/films/1.mp4",
+            "data: {}/films/1.mp4 is a single file; name the folder that it lies in, or tar shards",
+        ),
         ("{}/films", "data: {}/films holds no pictures (2 .mp4, 1 without suffix); data is a folder of them"),
         ("{}/svg", "data: no picture in {}/svg is of a format that is read (1 .svg); make them JPEG, PNG or"),
         (

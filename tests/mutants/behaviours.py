@@ -616,7 +616,7 @@ MUTANTS = [
     Mutant(
         "runs: a wrong config is not sent",
         "pipelines/cluster/runs.py",
-        'resolve(pipeline, **{**asked, "preset": preset})',
+        'resolve(pipeline, **{**asked, "preset": preset, "look": False})',
         'dict(pipeline=pipeline, **{**asked, "preset": preset})',
         f"{CLUSTER}test_runs.py::test_a_wrong_config_is_refused_before_anybody_is_asked[how2-jobs.workers]",
     ),

@@ -119,6 +119,8 @@ def recognise(uri: str, look: bool = True) -> Values | None:
     try:
         if storage.is_s3(uri) and not look:
             return {"kind": "folder", "path": uri}
+        if not storage.is_s3(uri) and os.path.isfile(os.path.expanduser(uri)):
+            raise UserError(f"{uri} is a single file; name the folder that it lies in, or {KNOWN}")
         if not storage.is_s3(uri) and not os.path.isdir(os.path.expanduser(uri)):
             raise UserError(f"there is no folder {uri} here; data is that, {KNOWN}")
         seen = Seen(uri, open_tree(uri))
