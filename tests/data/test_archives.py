@@ -220,13 +220,16 @@ def test_links_and_devices_are_counted_and_not_made(here, store, room):
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, "/etc/passwd"
             made.addfile(member)
-    found = {record.key: record for record in records(path)}
-    assert found.pop(f"data.source.path: {path}").others == {"links and special files": 4}
+    assert records(path)[0].others == {"links and special files": 4}
     with zipfile.ZipFile(zipped(here / "b.zip", files()), "a") as made:
         link = zipfile.ZipInfo("link.png")
         link.external_attr = (stat.S_IFLNK | 0o777) << 16
         made.writestr(link, "/etc/passwd")
-    assert records(here / "b.zip")[-1].others == {"links and special files": 1}
+    found = records(here / "b.zip")
+    assert found[0].others == {"links and special files": 1}
+    for start in (1, 3, 7, 9):
+        rest = sources.iterate(ArchiveSource(path=str(here / "b.zip")), 16, start)
+        assert list(rest) == found[start:]
     below = [path for path in room.rglob("*") if not path.is_dir()]
     assert all(path.is_file() and not path.is_symlink() for path in below)
 
@@ -297,6 +300,15 @@ def test_names_that_are_no_utf_8_are_said_and_those_without_a_flag_are_read(here
     found = {record.key: record.captions for record in records(path) if not record.others}
     assert found["café/1.png"] == ["one"]
     assert "1 names in data.source.path" in capsys.readouterr().out
+
+
+def test_a_zip_of_nothing_but_damage_is_refused(here, monkeypatch):
+    monkeypatch.setattr(unpacked, "MOST_BAD", 5)
+    path = zipped(here / "a.zip", files())
+    path.write_bytes(path.read_bytes().replace(b"PK\3\4", b"PK\3\5"))
+    data = b"PK\3\4" + path.read_bytes()[4:]
+    path.write_bytes(data)
+    assert "more than 5 of its files are damaged" in refused(path)
 
 
 @pytest.mark.parametrize("pack", [packed("gz"), zipped])

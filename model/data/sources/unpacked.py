@@ -33,7 +33,7 @@ FREELY = 1 << 30  # beyond these bytes
 SPARE = 1 << 30  # bytes of the disk that stay free
 BLOCK = 1 << 12  # bytes that a file takes at least
 STEP = 1 << 27  # bytes between two looks at the disk, at most
-MOST_BAD = 1000  # files whose damage is told one by one
+MOST_BAD = 1000  # damaged files; with more an archive is refused
 LATEST = 1 << 33  # seconds since 1970; a later time of change is none
 
 
@@ -121,10 +121,11 @@ class Writer:
 
     def damaged(self, name: str, problem: str) -> None:
         """A file could not be had."""
-        if len(self.bad) < MOST_BAD:
-            self.bad[name] = problem
-        else:
-            sources.pass_over(self.others, "further damaged files")
+        self.bad[name] = problem
+        if len(self.bad) > MOST_BAD:
+            raise UserError(
+                f"{self.where}: more than {MOST_BAD:,} of its files are damaged, as '{shown(name)}'"
+            )
 
     def note(self) -> dict[str, Any]:
         """What is said of the folder."""
@@ -190,22 +191,21 @@ class Inner:
     where: str  # for people
 
     def iterate(self, side: int, start: int, known: Known) -> Iterator[Record]:
-        """As `sources.iterate`, with names that are relative to the root."""
+        """As `sources.iterate`, with names that are relative to the root; first what did not come into it."""
+        apart = self._apart()
+        yield from apart[start:]
         asked: Callable[[str, str], bool] = lambda unit, mark: known(self._name(unit), mark)  # noqa: E731
-        for record in sources.iterate(self.config, side, start, asked):
+        for record in sources.iterate(self.config, side, max(0, start - len(apart)), asked):
             yield self._named(record)
-        yield from self._apart()
 
     def count(self) -> int:
         """As `sources.count`."""
         return sources.count(self.config)
 
-    def _apart(self) -> Iterator[Record]:
-        """What did not come into the cache."""
-        for name, problem in self.note["bad"].items():
-            yield Record(name, b"", problem=problem)
-        if self.note["others"]:
-            yield Record(self.where, b"", others=Counter(self.note["others"]))
+    def _apart(self) -> list[Record]:
+        found = [Record(name, b"", problem=problem) for name, problem in self.note["bad"].items()]
+        others = Counter(self.note["others"])
+        return [*found, Record(self.where, b"", others=others)] if others else found
 
     def _named(self, record: Record) -> Record:
         return replace(record, key=self._name(record.key) or self.where, unit=self._name(record.unit))
