@@ -118,7 +118,11 @@ KFP_UI = Variable(
     "LATENT_GPT_KFP_UI", "address at which people open KFP", "MLflow's runs name KFP's, without a link"
 )
 STATE = Variable("LATENT_GPT_STATE", "folder of the embedded services and of run logs", "`.latent-gpt`")
-CACHE = Variable("LATENT_GPT_CACHE", "folder for copies of what lies in S3", "`cache` in that folder")
+CACHE = Variable(
+    "LATENT_GPT_CACHE",
+    "folder for copies of what lies in S3, and for what is unpacked",
+    "`cache` in that folder",
+)
 CACHE_GIB = Number("LATENT_GPT_CACHE_GIB", "how large it may become, in GiB", 64, "GiB")
 S3_PATIENCE = Number(
     "LATENT_GPT_S3_PATIENCE", "seconds to wait for one answer of S3 (eleven are asked for)", 10, "seconds"
