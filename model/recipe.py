@@ -536,11 +536,9 @@ def _after(book: _Book, survey: Survey, minutes: float, speeds: Speeds | None) -
                 f"sweep.{name}", tried, "there is time to try them on captions that nothing is measured on"
             )
         book.pick("sweep.prompts", PROMPTS, "as many as a choice needs")
-    held_out = min(
-        _number(book.get("evaluation.pictures")), _number(book.get("data.validation_share")) * survey.pictures
-    )
-    prompts = held_out if held_out >= 200 else held_out + _number(book.get("evaluation.pictures"))
-    margin = round(min(0.2, max(0.03, 1.35 / math.sqrt(max(prompts, 1)))), 2)
+    held_out, seen = _measured(book, survey)
+    prompts = held_out if held_out >= 200 else held_out + seen
+    margin = round(min(0.3, max(0.03, 1.35 / math.sqrt(max(prompts, 1)))), 2)
     book.pick("gate.margin", margin, f"what some {prompts:.0f} prompts can tell apart")
 
 
@@ -647,10 +645,9 @@ def _overhead(
         return parts
     views = _number(book.get("data.augment.views", 2))
     parts.append(Part("tokens", views * survey.pictures * speeds.encode))
-    pictures = _number(book.get("evaluation.pictures"))
-    held_out = min(pictures, _number(book.get("data.validation_share")) * survey.pictures)
+    held_out, seen = _measured(book, survey)
     drawn = (
-        min(pictures, survey.pictures)
+        seen
         + held_out
         + 16
         + (12 + min(12, held_out)) * _number(book.get("evaluation.samples_per_prompt", 4))
@@ -692,6 +689,13 @@ def quantity(value: float) -> str:
         if value >= unit:
             return f"{value / unit:.2g}{name}"
     return f"{value:.0f}"
+
+
+def _measured(book: _Book, survey: Survey) -> tuple[float, float]:
+    """Pictures that are measured on: those held out, and those seen in training."""
+    most = _number(book.get("evaluation.pictures"))
+    held_out = _number(book.get("data.validation_share")) * survey.pictures
+    return min(most, held_out), min(most, survey.pictures - held_out)
 
 
 def _grid(book: _Book) -> int:

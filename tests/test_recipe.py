@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from model import recipe
-from model.config import load_config, parse_config
+from model.config import GateConfig, load_config, parse_config
 from model.errors import UserError
+from model.evaluation.gate import prompts_needed
 from model.recipe import HARDWARE, Derived, Memory, Speeds, Survey, derive, refit
 
 SURVEY = Survey(3000, True, 300, 0.02, 300.0, 1.2, 0.0, 0.5, 2800, 900, 4.0, 0.004)
@@ -145,6 +146,17 @@ def test_some_are_held_out_however_few_there_are() -> None:
             derived(replace(SURVEY, pictures=pictures), recipe={"minutes": 60}), "data.validation_share"
         )
         assert share * pictures >= least
+
+
+@pytest.mark.parametrize("pictures", [25, 60, 300, 3000, 30_000, 10**6])
+def test_there_are_prompts_enough_for_the_margin(pictures: int) -> None:
+    found = derived(replace(SURVEY, pictures=pictures, seconds=1e-5), replace(CPU, encode=1e-6))
+    measured = of(found, "evaluation.pictures")
+    held_out = min(measured, of(found, "data.validation_share") * pictures)
+    seen = min(measured, pictures - held_out)
+    margin = of(found, "gate.margin")
+    assert prompts_needed(0.5, margin, GateConfig().confidence) <= held_out + seen
+    assert margin <= 0.3
 
 
 def test_too_few_minutes_are_refused_with_what_would_do() -> None:

@@ -347,10 +347,25 @@ MUTANTS = [
     ),
     Mutant(
         "plan: an average of the weights takes memory",
-        "pipelines/plan.py",
+        "model/training/rehearsal.py",
         ", *moments, *average.values()]",
         ", *moments]",
         "tests/pipelines/test_plan.py::test_the_average_of_the_weights_takes_as_much_memory_as_they_do",
+    ),
+    Mutant(
+        "recipe: what is given is kept",
+        "model/recipe.py",
+        "found = node.setdefault(leaf, value)",
+        "found = node[leaf] = value",
+        "tests/test_recipe.py::test_every_value_can_be_set_and_the_others_go_by_it[given0-data.image_size-64]",
+    ),
+    Mutant(
+        "recipe: a registered model keeps its sizes",
+        "components/recipe.py",
+        "return Derived(_merged(whole, values), [], [])",
+        "return recipe.derive(values)",
+        "tests/components/test_recipe.py"
+        "::test_a_registered_model_keeps_its_sizes_whatever_the_pictures_are_now",
     ),
     Mutant(
         "cache: what was not asked for the longest goes first",
@@ -362,8 +377,8 @@ MUTANTS = [
     Mutant(
         "cache: a folder in use stays",
         "model/plumbing/cache.py",
-        "    _hold(home)\n",
-        "",
+        "    home = _home(manifest)\n    _hold(home)\n",
+        "    home = _home(manifest)\n",
         "tests/plumbing/test_cache.py::test_a_folder_stays_while_the_process_that_was_given_it_lives",
     ),
     Mutant(
@@ -617,7 +632,7 @@ MUTANTS = [
         "runs: a wrong config is not sent",
         "pipelines/cluster/runs.py",
         'resolve(pipeline, **{**asked, "preset": preset, "look": False})',
-        'dict(pipeline=pipeline, **{**asked, "preset": preset})',
+        'dict(pipeline=pipeline, **{**asked, "preset": preset, "look": False})',
         f"{CLUSTER}test_runs.py::test_a_wrong_config_is_refused_before_anybody_is_asked[how2-jobs.workers]",
     ),
     Mutant(
