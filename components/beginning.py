@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, NamedTuple
 
 from components import page, recipe
@@ -13,6 +14,8 @@ from model.plumbing import environment, speech
 from model.plumbing.leases import carried
 from model.plumbing.provenance import kfp_tags
 from model.plumbing.tracking import address, open_pipeline_run
+
+BEFORE = 12.0  # seconds that a person has waited already: services were started, or a pod was
 
 
 class Begun(NamedTuple):
@@ -34,9 +37,10 @@ def begin(job: str, **asked: Any) -> Begun:
     Raises:
         UserError: whatever would end the run later.
     """
+    began = time.time() - BEFORE
     resolve(**asked)  # what is wrong with it is said before anybody is asked
     environment.check_services()
-    resolved = recipe.resolved(asked)
+    resolved = recipe.with_end(recipe.resolved(asked), began)
     config = resolved.config
     found = preflight(config)
     for line in (*recipe.lines(resolved), *found):

@@ -144,6 +144,20 @@ def needs_of(config: RunConfig) -> dict[str, Memory]:
     return {name: Memory(cost.state_bytes, cost.sample_bytes) for name, cost in costs.items()}
 
 
+def with_end(found: Resolved, began: float) -> Resolved:
+    """A config that says until when its transformer may train, where the run has its minutes.
+
+    Args:
+        began: when the run did, in seconds since 1970.
+    """
+    section = found.config.recipe
+    if section is None or not section.minutes:
+        return found
+    until = began + 60 * section.minutes - recipe.after_training(found.parts)
+    ending = section.model_copy(update={"until": round(until)})
+    return found._replace(config=found.config.model_copy(update={"recipe": ending}))
+
+
 def _look(config: RunConfig) -> Look:
     from model.data import survey
 

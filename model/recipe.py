@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -63,7 +63,7 @@ class Speeds:
     """How long the parts of a run take on some hardware, in seconds."""
 
     measured: bool
-    start: float  # from the launch of a job to its first step
+    start: float  # of a process: until it has imported what it needs
     step: Mapping[str, float]  # an optimiser step, by net
     encode: float  # a picture to its codes, all processes together
     draw: float  # a picture, under guidance, on one process
@@ -105,6 +105,14 @@ class Derived:
     def minutes(self) -> float:
         """That the run will take."""
         return sum(part.seconds for part in self.parts) / 60
+
+
+EVALUATION, SWEEP, END = "evaluation", "sweep", "end"  # parts that come after the training
+
+
+def after_training(parts: Iterable[Part]) -> float:
+    """Seconds from the end of the transformer's training to that of the run."""
+    return sum(part.seconds for part in parts if part.name in (EVALUATION, SWEEP, END))
 
 
 def is_underived(values: Any) -> bool:
@@ -513,6 +521,7 @@ PICTURES = (512, 256, 128, 64)  # of each split that are measured on
 EVALUATION_SHARE, SWEEP_SHARE = 0.1, 0.06  # of the minutes, at most
 SWEPT = {"cfg_scale": [1.0, 1.5, 2.0, 3.0], "temperature": [0.7, 0.85, 1.0]}
 PROMPTS = 128
+RECALLED = 1000  # pictures up to which samples of captions seen are copies, more or less
 FEW = 5000  # pictures up to which models recall more than they imagine
 
 
@@ -539,6 +548,11 @@ def _after(book: _Book, survey: Survey, minutes: float, speeds: Speeds | None) -
     held_out, seen = _measured(book, survey)
     prompts = held_out if held_out >= 200 else held_out + seen
     margin = round(min(0.3, max(0.03, 1.35 / math.sqrt(max(prompts, 1)))), 2)
+    if survey.pictures < RECALLED:
+        for split, share in (("seen", 1.0), ("held_out", 0.6)):
+            book.pick(
+                f"gate.max_near_duplicates.{split}", share, "so few are recalled, which the report shows"
+            )
     book.pick("gate.margin", margin, f"what some {prompts:.0f} prompts can tell apart")
 
 
@@ -550,9 +564,11 @@ LEAST_STEPS = {"tokenizer": 300, "clip": 60, "transformer": 100}
 NOMINAL = {"tokenizer": 3500, "clip": 200, "transformer": 1000}  # where nobody knows how fast anything is
 CADENCE = ("log_every", "eval_every", "checkpoint_every", "ema")
 EMA = ((6000, 0.999), (1000, 0.99), (0, 0.98))  # decay of the average by steps, of the presets
-REGISTER, SERVICES = 8.0, 4.0  # seconds that only a run has, beside its jobs
-PER_JOB = 2.0  # seconds of a step beyond its job
-LOOP = {"tokenizer": 1.15, "clip": 1.1, "transformer": 1.08}  # a step in its loop, with data, by one without
+# What a run takes beside training, in starts of a process of ours (two seconds on the machine where it was
+# found out; see `Speeds.start`): so a slow machine's is longer.
+OF_START, OF_PICTURES, OF_JOB, OF_EVALUATION, OF_END = 8.0, 2.5, 5.0, 6.0, 11.0
+# A step in its loop, with data, log and validation, by one without; docs/EXPERIMENTS.md.
+LOOP = {"tokenizer": 1.33, "clip": 1.29, "transformer": 1.15}
 
 
 def _steps(
@@ -635,16 +651,16 @@ def _overhead(
     """What a run takes beside training."""
     cores = 2 if not hardware.gpu else 8
     transformer = not book.is_null("transformer")
-    jobs = len(trained) + (2 if transformer else 0) + (1 if book.get("sweep.cfg_scale") else 0)
     parts = [
-        Part("start and end", SERVICES + REGISTER + speeds.spent),
-        Part("pictures", PER_JOB + survey.seconds * survey.pictures / cores),
-        Part("start of jobs", jobs * (speeds.start + PER_JOB)),
+        Part("start", OF_START * speeds.start + speeds.spent),
+        Part("pictures", OF_PICTURES * speeds.start + survey.seconds * survey.pictures / cores),
+        Part("start of trainings", len(trained) * OF_JOB * speeds.start),
+        Part(END, OF_END * speeds.start),
     ]
     if not transformer:
         return parts
     views = _number(book.get("data.augment.views", 2))
-    parts.append(Part("tokens", views * survey.pictures * speeds.encode))
+    parts.append(Part("tokens", OF_JOB * speeds.start + views * survey.pictures * speeds.encode))
     held_out, seen = _measured(book, survey)
     drawn = (
         seen
@@ -652,14 +668,16 @@ def _overhead(
         + 16
         + (12 + min(12, held_out)) * _number(book.get("evaluation.samples_per_prompt", 4))
     )
-    parts.append(Part("evaluation", drawn * speeds.draw + MEASURING))
+    parts.append(Part(EVALUATION, OF_EVALUATION * speeds.start + drawn * speeds.draw))
     if tried := book.get("sweep.cfg_scale"):
         settings = len(tried) + len(book.get("sweep.temperature", []))
-        parts.append(Part("sweep", settings * _number(book.get("sweep.prompts", PROMPTS)) * speeds.draw))
+        parts.append(
+            Part(
+                SWEEP,
+                OF_JOB * speeds.start + settings * _number(book.get("sweep.prompts", PROMPTS)) * speeds.draw,
+            )
+        )
     return parts
-
-
-MEASURING = 12.0  # seconds of an evaluation beside drawing
 
 
 def _of_epochs(book: _Book, survey: Survey) -> None:

@@ -13,7 +13,7 @@ from model.recipe import HARDWARE, Derived, Memory, Speeds, Survey, derive, refi
 
 SURVEY = Survey(3000, True, 300, 0.02, 300.0, 1.2, 0.0, 0.5, 2800, 900, 4.0, 0.004)
 CPU = Speeds(
-    True, 7.0, {"tokenizer": 0.022, "text": 0.05, "judge": 0.05, "transformer": 0.12}, 0.001, 0.02, spent=20
+    True, 2.1, {"tokenizer": 0.022, "text": 0.05, "judge": 0.05, "transformer": 0.12}, 0.001, 0.02, spent=20
 )
 FOLDER = {"kind": "folder", "path": "/pictures/flags"}
 

@@ -85,14 +85,14 @@ def foreseen(config: RunConfig, hardware: str, devices: int) -> Speeds:
     each = {name: seconds / costs[name][0].training.batch_size / 3 for name, seconds in step.items()}
     return Speeds(
         False,
-        start=JOB_START,
+        start=START,
         step=step,
         encode=each.get("tokenizer", 0.0) / 2,  # encoder and decoder are alike
         draw=each.get("transformer", 0.0) * 2 * DRAWING,  # under guidance
     )
 
 
-JOB_START = 8.0  # seconds from the launch of a job to its first step: the import of torch, mostly
+START = 2.1  # seconds until a process has imported what it needs; two cores
 DRAWING = 4.0  # what a code alone takes, by what it takes among all of its picture; two cores
 
 

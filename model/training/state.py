@@ -259,6 +259,57 @@ class Patience:
         self.best, self.since = state["best"], state["since"]
 
 
+class Clock:
+    """Fits the number of steps of a training to the time that there is for it.
+
+    Only while less than half of them are done, and to no less than half and no more than twice of those that
+    were foreseen; so the learning rate follows in small steps.
+    """
+
+    def __init__(self, training: TrainingConfig, until: float, processes: Distributed) -> None:
+        """
+        Args:
+            training: with the steps that were foreseen.
+            until: when it should end, in seconds since 1970; 0: after those steps, whenever that is.
+            processes: of the job, who all do what the main one decides.
+        """
+        self.training = training  # with the steps as they are fitted now
+        self.until, self.processes = until, processes
+        self._foreseen = training.steps
+        self._last: tuple[int, float] | None = None
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """What a checkpoint holds of it."""
+        return {"clock": self} if self.until else {}
+
+    def fitted(self, done: int) -> TrainingConfig:
+        """The training with its steps for what is left of the time, on every rank alike.
+
+        Args:
+            done: steps; called at each log line.
+        """
+        if not self.until or 2 * done > self.training.steps:
+            return self.training
+        now, last, steps = time.time(), self._last, self.training.steps
+        self._last = done, now
+        if last is not None:  # the time before the first call has what comes once, such as compilation
+            each = (now - last[1]) / (done - last[0])
+            fitting = done + int((self.until - now) / each)
+            steps = min(2 * self._foreseen, max(self._foreseen // 2, done + 1, fitting))
+        agreed = self.processes.gather(torch.tensor(steps, device=self.processes.device))[0]
+        self.training = self.training.model_copy(update={"steps": int(agreed)})
+        return self.training
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps, for a checkpoint."""
+        return {"steps": self.training.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue what `state_dict` returned."""
+        self.training = self.training.model_copy(update={"steps": state["steps"]})
+
+
 # ── what is kept ────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -37,6 +37,7 @@ from model.plumbing.worker import Job, run_worker
 from model.training.optim import Ema, adamw, learning_rate, muon, set_learning_rate
 from model.training.state import (
     Best,
+    Clock,
     Pace,
     Patience,
     Resumable,
@@ -79,14 +80,16 @@ def train(job: Job, config: TransformerConfig) -> Manifest | None:
         muon(gpt, gpt.blocks, training) if config.optimizer == "muon" else {"adamw": adamw(gpt, training)}
     )
     ema, best, patience = Ema(gpt, training.ema), Best(), Patience(training.patience, processes)
+    clock = Clock(training, job.config.recipe.until if job.config.recipe else 0.0, processes)
     sums, curves = RunningSums(processes, "nll", "grad_norm"), Curves(job.tracker)
 
     # ── where it was ─────────────────────────────────────────────────────────────────────────────────────
     state = Resumable(
         job.checkpoints, processes, sums=sums, gpt=gpt, **optimizers, ema=ema, best=best, curves=curves,
-        **patience.parts,
+        **patience.parts, **clock.parts,
     )  # fmt: skip
     start = state.restore()
+    training = clock.training
     if training.compile:
         gpt.compile()
     model: nn.Module = gpt if world == 1 else DistributedDataParallel(gpt)
@@ -98,7 +101,9 @@ def train(job: Job, config: TransformerConfig) -> Manifest | None:
     pace = Pace(device, "tokens", training.batch_size * gpt.tokens, start, work)
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────
-    for step in range(start, training.steps):
+    done = start
+    while done < training.steps:
+        step = done
         seed_all(seed, "gpt", rank, step)
         rate = learning_rate(step, training)
         for optimizer in optimizers.values():
@@ -108,7 +113,7 @@ def train(job: Job, config: TransformerConfig) -> Manifest | None:
             codes = batch.codes.to(device, non_blocking=True)  # (B, T)
             states, mask = text.encode(batch.ids)  # (B, S, W), (B, S)
             drop = torch.rand(len(codes), device=device) < config.condition_dropout  # (B,)
-            codes, order = _reorder(codes, config, step)
+            codes, order = _reorder(codes, step, config.random_order * training.steps)
             with (
                 synced(model, last=micro + 1 == training.accumulate),
                 torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"),
@@ -129,6 +134,8 @@ def train(job: Job, config: TransformerConfig) -> Manifest | None:
             curves.add(done, "train", means | {"learning_rate": rate})
             curves.show(done, "train", pace.since(done))
             progress.update(done, loss=means["nll"], **pace.mfu)
+            training = clock.fitted(done)
+            progress.total = training.steps
         if itstime(done, training.eval_every, training.steps):
             sums.check(done)
             with ema.applied():
@@ -154,6 +161,7 @@ def train(job: Job, config: TransformerConfig) -> Manifest | None:
         "train_nll": validate(gpt, text, tokens, "train", processes)["nll"],
         "best_step": best.figures["step"],
         "parameters": gpt.parameter_count(),
+        **({"steps": done} if clock.until else {}),
     }
     return publish(job, best.weights, gpt.description(), info, curves)
 
@@ -198,12 +206,12 @@ def _begin_from(gpt: GPT, begun: Manifest) -> None:
         raise UserError(f"{error}; retrain.start=scratch begins without them") from None
 
 
-def _reorder(codes: Tensor, config: TransformerConfig, step: int) -> tuple[Tensor, Tensor | None]:
+def _reorder(codes: Tensor, step: int, steps: float) -> tuple[Tensor, Tensor | None]:
     """Codes (B, T) in the order they are to be learned in, and that order.
 
-    RAR (arXiv:2411.00776): at first every picture in an order of its own, annealed to all in raster order.
+    RAR (arXiv:2411.00776): at first every picture in an order of its own, annealed over so many steps to all
+    in raster order.
     """
-    steps = config.random_order * config.training.steps
     if step >= steps:
         return codes, None
     B, T = codes.shape

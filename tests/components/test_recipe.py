@@ -21,7 +21,7 @@ __all__ = ["source", "version"]  # fixtures of a registered model
 
 pytestmark = pytest.mark.slow
 
-SPEEDS = Speeds(True, 5.0, {"tokenizer": 0.02, "text": 0.03, "judge": 0.03, "transformer": 0.1}, 1e-4, 0.01)
+SPEEDS = Speeds(True, 2.0, {"tokenizer": 0.02, "text": 0.03, "judge": 0.03, "transformer": 0.1}, 1e-4, 0.01)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     def speeds_of(config: RunConfig) -> Speeds:
         asked.append(config)
         slower = {net: seconds * (1 + 0.3 * len(asked)) for net, seconds in SPEEDS.step.items()}
-        return Speeds(True, 5.0, slower, 1e-4, 0.01)
+        return Speeds(True, 2.0, slower, 1e-4, 0.01)
 
     monkeypatch.setattr(recipe, "speeds_of", speeds_of)
     return asked

@@ -20,7 +20,7 @@ from model.plumbing.curves import Curves
 from model.plumbing.distributed import Distributed, setup
 from model.training import state
 from model.training.optim import Ema, adamw, muon
-from model.training.state import Best, Pace, Patience, Resumable, RunningSums, itstime, not_finite
+from model.training.state import Best, Clock, Pace, Patience, Resumable, RunningSums, itstime, not_finite
 from tests.ranks import two_ranks
 
 ALONE = Distributed(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
@@ -183,6 +183,56 @@ def _decide_in_ranks() -> None:
 @pytest.mark.slow
 def test_all_ranks_end_when_the_main_one_does(store: str) -> None:
     two_ranks(_decide_in_ranks, store)
+
+
+# ── time ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def clock(until: float, foreseen: int = 100) -> Clock:
+    training = TrainingConfig(steps=foreseen, batch_size=1, warmup_steps=1)
+    return Clock(training, until, ALONE)
+
+
+def test_steps_are_fitted_to_the_time_until_half_of_them_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("model.training.state.time.time", lambda: now[0])
+    fitting = clock(until=1200.0)
+    now[0] += 60  # what comes once, such as compilation
+    assert fitting.fitted(10).steps == 100, "of one look nothing follows"
+    now[0] += 10
+    assert fitting.fitted(20).steps == 20 + 130, "a second each, and 130 are left"
+    now[0] += 20
+    assert fitting.fitted(30).steps == 30 + 55, "it has become slower"
+    now[0] += 1000
+    assert fitting.fitted(50).steps == 85, "more than half are done"
+    now[0] = 1000
+    never = clock(until=0.0)
+    never.fitted(1)
+    assert never.fitted(40).steps == 100
+    assert never.parts == {}
+
+
+def test_steps_are_no_fewer_than_half_and_no_more_than_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("model.training.state.time.time", lambda: now[0])
+    for until, steps in ((1e9, 200), (1001.0, 50)):
+        fitting = clock(until)
+        fitting.fitted(10)
+        now[0] += 10
+        assert fitting.fitted(20).steps == steps
+        now[0] = 1000.0
+
+
+def test_who_resumes_has_the_steps_that_were_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("model.training.state.time.time", lambda: now[0])
+    first, second = clock(1200.0), clock(1200.0)
+    first.fitted(10)
+    now[0] += 10
+    first.fitted(20)
+    saved(Resumable(Checkpointer(str(tmp_path)), ALONE, **first.parts), 20)
+    assert Resumable(Checkpointer(str(tmp_path)), ALONE, **second.parts).restore() == 20
+    assert second.training.steps == first.training.steps == 210
 
 
 # ── sums ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from model.config import AssetRef, RunConfig
+from model.config import AssetRef, RecipeConfig, RunConfig
 from model.data.token_shards import TokenReader, TokenShard
 from model.errors import UserError
 from model.nets.clip import architecture, build_clip, load_text_encoder, tokenize
@@ -231,16 +232,29 @@ def test_a_retraining_begins_from_the_champions_weights_and_resumes_from_its_own
         fit(other, sets)
 
 
+@pytest.mark.slow
+def test_a_run_with_its_minutes_trains_as_long_as_there_is_time(store: str) -> None:
+    run = run_config(log_every=2, eval_every=100, checkpoint_every=100)
+    sets = publish(run)
+    foreseen = run.transformer.training.steps  # type: ignore[union-attr]
+    recipe = RecipeConfig(minutes=5, version=1, until=time.time() + 3600)
+    made = fit(run.model_copy(update={"recipe": recipe}), sets)
+    assert made.info["steps"] == 2 * foreseen, "there is time for more than twice as many"
+    (Path(made.uri) / "manifest.json").unlink()
+    late = fit(run.model_copy(update={"recipe": recipe.model_copy(update={"until": 1.0})}), sets)
+    assert late.info["steps"] == foreseen // 2
+    (Path(late.uri) / "manifest.json").unlink()
+    assert "steps" not in fit(run, sets).info
+
+
 def test_random_order_ends_when_it_should() -> None:
-    config = run_config().transformer
-    assert config
     codes = torch.arange(16).repeat(64, 1)
-    mixed, order = transformer._reorder(codes, config, step=0)
+    mixed, order = transformer._reorder(codes, 0, 6)
     assert order is not None
     assert torch.equal(mixed, order)  # a code is its own position here
     assert (order.sort(dim=1).values == codes).all()
     assert (order != codes).any(dim=1).all()
-    same, none = transformer._reorder(codes, config, step=6)  # 25 % of 24 steps
+    same, none = transformer._reorder(codes, 6, 6)
     assert none is None
     assert same is codes
 
