@@ -560,7 +560,7 @@ def _after(book: _Book, survey: Survey, minutes: float, speeds: Speeds | None) -
 
 SHARES = {"tokenizer": 0.36, "text": 0.05, "judge": 0.05, "transformer": 0.54}  # of what is left for training
 MOST_STEPS = {"tokenizer": (6000, 200_000), "clip": (1000, 20_000)}  # on a CPU, on GPUs: those of the presets
-LEAST_STEPS = {"tokenizer": 300, "clip": 60, "transformer": 100}
+LEAST_STEPS = {"tokenizer": 300, "clip": 150, "transformer": 100}
 NOMINAL = {"tokenizer": 3500, "clip": 200, "transformer": 1000}  # where nobody knows how fast anything is
 CADENCE = ("log_every", "eval_every", "checkpoint_every", "ema")
 EMA = ((6000, 0.999), (1000, 0.99), (0, 0.98))  # decay of the average by steps, of the presets
@@ -680,6 +680,9 @@ def _overhead(
     return parts
 
 
+EPOCHS_OF_A_VIEW, MOST_VIEWS = 7, 16  # docs/EXPERIMENTS.md, "Views per picture in long trainings"
+
+
 def _of_epochs(book: _Book, survey: Survey) -> None:
     """What depends on how often a picture is seen."""
     if book.is_null("transformer"):
@@ -688,8 +691,12 @@ def _of_epochs(book: _Book, survey: Survey) -> None:
     epochs = steps * batch / max(1, survey.pictures)
     often = epochs > 10
     said = f"each picture is seen {epochs:.0f} times"
-    views = 2 ** int(math.log2(min(16, max(1, epochs / 48))))
-    book.pick("data.augment.views", views, said)
+    views = 2 ** round(math.log2(min(MOST_VIEWS, max(1, epochs / EPOCHS_OF_A_VIEW))))
+    book.pick(
+        "data.augment.views",
+        views,
+        f"{said}; {EPOCHS_OF_A_VIEW} times each view, and no more than {MOST_VIEWS}",
+    )
     book.pick("data.augment.shift", 0.04 if often else 0.0, said)
     book.pick("data.augment.scale", 0.06 if often else 0.0, said)
     book.pick("transformer.dropout", 0.0 if not often else 0.05 if epochs < 300 else 0.1, said)
