@@ -308,7 +308,7 @@ def _minutes(book: _Book, survey: Survey) -> float:
         book.choices.append(Choice("recipe.minutes", minutes, "as you say", True))
         return minutes
     usual = MINUTES * (max(survey.pictures, MINUTES_FOR) / MINUTES_FOR) ** GROWTH
-    minutes = round(max(effort, 0.0) * usual, 1) or usual
+    minutes = max(0.1, round(effort * usual, 1))
     reason = (
         f"{minutes:g} minutes for {survey.pictures:,} pictures: {MINUTES:g} for {MINUTES_FOR},"
         f" {2**GROWTH:.1f} times as long for twice as many"
@@ -560,6 +560,7 @@ def _after(book: _Book, survey: Survey, minutes: float, speeds: Speeds | None) -
 
 SHARES = {"tokenizer": 0.36, "text": 0.05, "judge": 0.05, "transformer": 0.54}  # of what is left for training
 MOST_STEPS = {"tokenizer": (6000, 200_000), "clip": (1000, 20_000)}  # on a CPU, on GPUs: those of the presets
+LEAST_SHARE = 0.25  # of the minutes that are asked for, to train in
 LEAST_STEPS = {"tokenizer": 300, "clip": 150, "transformer": 100}
 NOMINAL = {"tokenizer": 3500, "clip": 200, "transformer": 1000}  # where nobody knows how fast anything is
 CADENCE = ("log_every", "eval_every", "checkpoint_every", "ema")
@@ -583,12 +584,12 @@ def _steps(
             _training(book, net, NOMINAL[net], "until the source is looked at")
         return []
     parts = _overhead(book, survey, speeds, hardware, trained)
-    left = minutes * 60 - sum(part.seconds for part in parts)
-    if left < 0.25 * minutes * 60:
-        least = sum(part.seconds for part in parts) / 60 / 0.75
+    overhead = sum(part.seconds for part in parts)
+    left = minutes * 60 - overhead
+    if left < LEAST_SHARE * minutes * 60 and book.get("recipe.minutes"):
         raise UserError(
             f"recipe.minutes: {minutes:g} minutes are too few: what is no training takes"
-            f" {sum(part.seconds for part in parts) / 60:.1f} of them; {math.ceil(least)} would do"
+            f" {overhead / 60:.1f} of them; {math.ceil(overhead / 60 / (1 - LEAST_SHARE))} would do"
         )
     whole = sum(SHARES[name] for name in trained)
     shares = {name: SHARES[name] / whole for name in trained}

@@ -168,6 +168,12 @@ def test_too_few_minutes_are_refused_with_what_would_do() -> None:
     assert derived(recipe={"minutes": enough}).parts
 
 
+def test_so_little_effort_that_there_is_no_time_trains_as_little_as_makes_sense() -> None:
+    found = derived(recipe={"effort": 0.001})
+    for net, least in recipe.LEAST_STEPS.items():
+        assert of(found, f"{net}.training.steps") == least
+
+
 def test_a_dial_that_turns_nothing_is_refused() -> None:
     with pytest.raises(UserError, match="says the steps of each net itself"):
         load_config("shapes-tiny", ["recipe.minutes=10"])

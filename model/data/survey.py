@@ -63,7 +63,7 @@ class Look:
         ]
         for example in self.examples:
             name, caption = (_short(text) for text in (example.name, "; ".join(example.captions)))
-            said.append(f"  {name}  {example.width}x{example.height}  {caption}")
+            said.append(f"e.g. {name}  {example.width}x{example.height}  {caption}")
         return said + self.advice
 
 

@@ -59,7 +59,7 @@ def test_of_a_small_folder_everything_is_counted(here):
         first
         == f"{found.kind}: 10 pictures (12 looked at, 16.7% of those cannot be used), 4 different captions"
     )
-    assert examples[0] == "  0.jpg  60x30  A picture, number 0"
+    assert examples[0] == "e.g. 0.jpg  60x30  A picture, number 0"
     assert {other[:44], broken[:44]} == {
         "cannot be used: 1 of 12 looked at, no captio",
         "cannot be used: 1 of 12 looked at, not one o",

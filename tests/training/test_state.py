@@ -226,13 +226,13 @@ def test_steps_are_no_fewer_than_half_and_no_more_than_twice(monkeypatch: pytest
 def test_who_resumes_has_the_steps_that_were_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     monkeypatch.setattr("model.training.state.time.time", lambda: now[0])
-    first, second = clock(1200.0), clock(1200.0)
+    first, second = clock(1150.0), clock(1150.0)
     first.fitted(10)
     now[0] += 10
     first.fitted(20)
     saved(Resumable(Checkpointer(str(tmp_path)), ALONE, **first.parts), 20)
     assert Resumable(Checkpointer(str(tmp_path)), ALONE, **second.parts).restore() == 20
-    assert second.training.steps == first.training.steps == 210
+    assert second.training.steps == first.training.steps == 160
 
 
 # ── sums ────────────────────────────────────────────────────────────────────────────────────────────────
