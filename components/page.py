@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shlex
 import tarfile
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -158,7 +159,7 @@ def registered(model: Registered, evaluation: Manifest, run: str) -> str:
     """The page of a version that was registered: whether it is in use, why, and how to draw with it."""
     named = f"{model.model} version {model.version}"
     samples = next(data for name in SAMPLES if (data := left(evaluation, name)))
-    command = f'latent-gpt generate "red apple" --model models:/{model.model}/{model.version}'
+    command = f"latent-gpt generate {shlex.quote(model.prompt)} --model models:/{model.model}/{model.version}"
     return page(
         named,
         f"<p><b>{escape(model.alias)}</b>: {escape(model.reason)}</p>{link(run)}",

@@ -43,6 +43,7 @@ class Registered(BaseModel):
     report: str  # URI
     headline: list[tuple[str, str, str]]  # value, name and note of the figures that are named first
     headline_of: str  # which pictures they are of
+    prompt: str = "red apple"  # one that it draws
     verdict: Verdict
 
 
@@ -123,6 +124,7 @@ def register_model(config: RunConfig, run: str, evaluation: Manifest) -> Registe
         report=where if storage.exists(where) else evaluation.where("report.html"),
         headline=evaluation.info["headline"],
         headline_of=evaluation.info["headline_of"],
+        prompt=evaluation.info.get("prompt", "red apple"),
         verdict=verdict,
     )
 

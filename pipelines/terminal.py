@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,7 +102,8 @@ def summary(follower: Follower, folder: Path, total: float, registered: dict[str
         lines.append(f"{'report':10}{folder / 'report.html'}")
         in_use = registered["alias"] == "champion"
         which = "" if in_use else f' ARGS="--model models:/{name}/{version}"'
-        lines.append(f'{"draw":10}make generate PROMPT="red apple" OUT=apple.png{which}')
+        prompt = shlex.quote(registered["prompt"])
+        lines.append(f"{'draw':10}make generate PROMPT={prompt} OUT=picture.png{which}")
     lines.append(f"{'MLflow':10}make mlflow-ui")
     lines.append(f"{'log':10}{folder / 'log.txt'}")
     return "\n".join(lines)

@@ -68,6 +68,7 @@ def main(job: Job) -> Manifest:
     job.tracker.metrics(0, **measured["figures"])
     job.tracker.text("report.html", files["report.html"].decode())
     said = {"headline": [list(figure) for figure in page.headline], "headline_of": page.headline_of}
+    said |= {"prompt": page.grids[0].prompts[0]}  # one that it draws
     return job.output.finish({**measured, **said, "software": report.software()})
 
 

@@ -125,6 +125,7 @@ def test_the_end_says_what_came_of_it() -> None:
         "model": "latent-gpt-smoke",
         "headline": [["21.0 dB", "tokenizer PSNR", "80 % of the codebook in use"]],
         "headline_of": "captions held out",
+        "prompt": "Pinocchio's hat for $5",
         "version": 3,
         "alias": "champion",
         "reason": "better",
@@ -147,9 +148,10 @@ def test_the_end_says_what_came_of_it() -> None:
         "          21.0 dB tokenizer PSNR (80 % of the codebook in use)",
     ]
     assert lines[lines.index(said[0]) :][:2] == said
-    assert 'draw      make generate PROMPT="red apple" OUT=apple.png' in lines
+    prompt = "'Pinocchio'\"'\"'s hat for $5'"  # as a shell reads it
+    assert f"draw      make generate PROMPT={prompt} OUT=picture.png" in lines
     other = summary(follower, Path("/runs/1"), 5.0, registered | {"alias": "challenger"})
-    assert 'OUT=apple.png ARGS="--model models:/latent-gpt-smoke/3"' in other
+    assert 'OUT=picture.png ARGS="--model models:/latent-gpt-smoke/3"' in other
     assert "report    /runs/1/report.html" in lines
     assert lines[-1] == "log       /runs/1/log.txt"
 
