@@ -3,9 +3,10 @@
 
 PYTHON ?= python3
 PRESET ?=
-DATA ?=
-MINUTES ?=
-EFFORT ?=
+# Of the command line alone: other programs have variables of these names.
+DATA :=
+MINUTES :=
+EFFORT :=
 PROMPT ?= red apple
 OUT ?= out.png
 CRON ?=

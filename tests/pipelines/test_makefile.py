@@ -64,7 +64,8 @@ def test_what_is_said_of_ones_own_pictures_arrives_as_it_was_typed(clone: Path, 
 
 @pytest.mark.parametrize("target", ["run", "plan", "retrain", "submit", "schedule", "preflight"])
 def test_what_is_not_said_is_left_to_the_command(clone: Path, target: str) -> None:
-    said = subprocess.run(["make", target], cwd=clone, capture_output=True, text=True, check=True)
+    others = os.environ | {"DATA": "/of/another/program", "MINUTES": "7", "EFFORT": "9"}
+    said = subprocess.run(["make", target], cwd=clone, env=others, capture_output=True, text=True, check=True)
     assert said.stdout.splitlines() == [target, *(["--cron", ""] if target == "schedule" else [])]
     if target in ("plan", "preflight"):
         return
