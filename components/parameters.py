@@ -62,7 +62,7 @@ def resolve(
     ]
     source = recognise(data, look)
     if pipeline == VQVAE:
-        tokenizer = load_config(preset, changes, source, config, derive).tokenizer
+        tokenizer = load_config(preset, changes, source, config).tokenizer
         if tokenizer.kind == "pretrained":
             raise UserError(
                 f"tokenizer.kind: {VQVAE} trains a VQ-VAE, and this tokenizer is pretrained; choose"

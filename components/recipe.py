@@ -17,6 +17,7 @@ from model.config import RunConfig, parse_config
 from model.errors import Unavailable, UserError
 from model.plumbing import assets, registry, speech
 from model.plumbing.assets import AssetWriter
+from model.plumbing.leases import alone
 from model.recipe import Choice, Derived, Memory, Part, Speeds, Values
 
 if TYPE_CHECKING:
@@ -56,10 +57,11 @@ def resolved(asked: dict[str, Any]) -> Resolved:
             said=(f"sizes are those of version {version} of {config.registered_model}", *found.said)
         )
     writer = steps.writer("recipe", foreseen, {})
-    if made := assets.find(writer.uri):
-        return _kept(made)
-    found, derived = _derived(asked)
-    _keep(writer, derived, found.config)
+    with alone("prepare", writer.uri):  # two would measure other seconds
+        if made := assets.find(writer.uri):
+            return _kept(made)
+        found, derived = _derived(asked)
+        _keep(writer, derived, found.config)
     return found
 
 
@@ -151,10 +153,11 @@ def with_end(found: Resolved, began: float) -> Resolved:
         began: when the run did, in seconds since 1970.
     """
     section = found.config.recipe
-    if section is None or not section.minutes:
+    if section is None:
         return found
+    given = any(one.given and one.field == "transformer.training.steps" for one in found.choices)
     until = began + 60 * section.minutes - recipe.after_training(found.parts)
-    ending = section.model_copy(update={"until": round(until)})
+    ending = section.model_copy(update={"until": round(until) if section.minutes and not given else 0})
     return found._replace(config=found.config.model_copy(update={"recipe": ending}))
 
 
@@ -171,12 +174,13 @@ def _fitted(config: RunConfig) -> Resolved:
     if config.recipe.fitted == recipe.fitted(values):
         return Resolved(config)
     writer = steps.writer("recipe", config, {})
-    if made := assets.find(writer.uri):
-        return _kept(made)
-    look = _look(config)
-    found = recipe.refit(values, look.survey, speeds_of(config), needs_of(config))
-    fitted = parse_config(found.values)
-    _keep(writer, found, fitted)
+    with alone("prepare", writer.uri):
+        if made := assets.find(writer.uri):
+            return _kept(made)
+        look = _look(config)
+        found = recipe.refit(values, look.survey, speeds_of(config), needs_of(config))
+        fitted = parse_config(found.values)
+        _keep(writer, found, fitted)
     said = (f"steps are for {fitted.recipe.fitted} now" if fitted.recipe else "",)
     return Resolved(fitted, look, tuple(found.choices), tuple(found.parts), said)
 
@@ -204,13 +208,20 @@ def _former(config: RunConfig, named: bool) -> tuple[int, RunConfig] | None:
         return None
     if former is None or former.recipe is None or not former.recipe.version:
         return None
-    if not named and former.data.source != config.data.source:
+    if not named and _where(former) != _where(config):
         theirs = former.data.source.model_dump(exclude={"kind"}, exclude_defaults=True)
         raise UserError(
             f"{name} is the model of other pictures ({', '.join(map(str, theirs.values()))}); say"
             f" --set model_name={name}-2 for a new one, or --set model_name={name} to go on with it"
         )
     return version, former
+
+
+def _where(config: RunConfig) -> dict[str, Any]:
+    """The place of a run's pictures, however they are read there."""
+    source = config.data.source.model_dump()
+    found: dict[str, Any] = {name: source[name] for name in ("path", "urls", "repo") if name in source}
+    return found or source
 
 
 def _like(values: Values, former: RunConfig) -> Derived:

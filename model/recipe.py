@@ -140,6 +140,8 @@ def derive(
     """
     book = _Book(deepcopy(values))
     book.pick("name", _named_after(book.get("data.source")), "after the pictures")
+    gpus = _number(book.get("jobs.gpus_per_worker", 0)) if book.get("jobs.gpus_per_worker") else 0
+    book.pick("jobs.processes_per_worker", gpus or 2, "one for each GPU" if gpus else "for two cores")
     hardware = _hardware(book)
     minutes = _minutes(book, survey)
     budget = minutes * 60 * TRAINING_SHARE * hardware.speed
@@ -249,15 +251,16 @@ class _Hardware(NamedTuple):
 
 
 def _hardware(book: _Book) -> _Hardware:
-    gpus, workers = book.get("jobs.gpus_per_worker", 0), book.get("jobs.workers", 1)
-    processes = book.get("jobs.processes_per_worker", gpus or 1)
-    kind = book.get("jobs.gpu", "a100") if gpus else "cpu"
-    if kind not in HARDWARE:
-        raise UserError(f"jobs.gpu '{kind}' is unknown; choose one of {', '.join(HARDWARE)}")
-    devices = int(workers) * int(processes)
-    return _Hardware(
-        kind, devices, HARDWARE[kind]["bf16"] * UTILISATION * (devices if gpus else int(workers))
+    gpus = book.get("jobs.gpus_per_worker", 0)
+    workers, processes = (
+        max(1, int(_number(book.get(f"jobs.{name}", usual))))  # what is none is named by whoever validates
+        for name, usual in (("workers", 1), ("processes_per_worker", gpus or 1))
     )
+    kind = book.get("jobs.gpu", "a100") if gpus else "cpu"
+    if not isinstance(kind, str) or kind not in HARDWARE:
+        raise UserError(f"jobs.gpu '{kind}' is unknown; choose one of {', '.join(HARDWARE)}")
+    devices = workers * processes
+    return _Hardware(kind, devices, HARDWARE[kind]["bf16"] * UTILISATION * (devices if gpus else workers))
 
 
 GENERIC = {

@@ -56,8 +56,11 @@ def run(
 
 def _dialled(overrides: list[str] | None, minutes: float, effort: float) -> tuple[str, ...]:
     """Overrides, with the dial before them."""
-    dial = {"recipe.minutes": minutes, "recipe.effort": effort}
-    return (*(f"{name}={value:g}" for name, value in dial.items() if value), *(overrides or ()))
+    if minutes and effort:
+        raise UserError("--minutes and --effort both say how long a run takes; give one of them")
+    dial = {"recipe.minutes": minutes} if minutes else {"recipe.effort": effort, "recipe.minutes": 0.0}
+    said = dial.items() if minutes or effort else ()
+    return (*(f"{name}={value:g}" for name, value in said), *(overrides or ()))
 
 
 def retrain(

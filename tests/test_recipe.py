@@ -111,6 +111,21 @@ def test_every_value_can_be_set_and_the_others_go_by_it(given: dict[str, Any], p
     )
 
 
+@pytest.mark.parametrize(("gpus", "processes"), [(0, 2), (1, 1), (8, 8)])
+def test_there_is_a_process_for_each_gpu(gpus: int, processes: int) -> None:
+    config = load_config("auto", [f"jobs.gpus_per_worker={gpus}"], FOLDER)
+    assert config.jobs.processes_per_worker == processes
+    kind = "a100" if gpus else "cpu"
+    assert config.recipe
+    assert config.recipe.fitted == f"effort 1 on {processes} x {kind}"
+
+
+@pytest.mark.parametrize("setting", ["workers=two", "workers=null", "workers=0", "gpu=[1]"])
+def test_hardware_that_is_none_is_refused_by_name(setting: str) -> None:
+    with pytest.raises(UserError, match=f"jobs.{setting.partition('=')[0]}"):
+        load_config("auto", [f"jobs.{setting}"], FOLDER)
+
+
 def test_few_pictures_get_no_large_net_however_many_gpus_there_are() -> None:
     gpus = {"gpus_per_worker": 8, "processes_per_worker": 8}
     depth, width = (

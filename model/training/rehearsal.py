@@ -1,6 +1,6 @@
 """One training step of each net of a config, without data: to foresee its memory, or to time it.
 
-`pipelines/plan.py` takes it on fake tensors, `pace.py` on the hardware that will train.
+`pipelines/plan.py` takes it on fake tensors, `speed.py` on the hardware that will train.
 """
 
 from __future__ import annotations

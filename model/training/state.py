@@ -276,7 +276,7 @@ class Clock:
         self.training = training  # with the steps as they are fitted now
         self.until, self.processes = until, processes
         self._foreseen = training.steps
-        self._last: tuple[int, float] | None = None
+        self._first: tuple[int, float] | None = None
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -291,11 +291,12 @@ class Clock:
         """
         if not self.until or 2 * done > self.training.steps:
             return self.training
-        now, last, steps = time.time(), self._last, self.training.steps
-        self._last = done, now
-        if last is not None:  # the time before the first call has what comes once, such as compilation
-            each = (now - last[1]) / (done - last[0])
-            fitting = done + int((self.until - now) / each)
+        now, first, steps = time.monotonic(), self._first, self.training.steps
+        if first is None:  # the time before it has what comes once, such as compilation
+            self._first = done, now
+        elif now > first[1] and done > first[0]:
+            each = (now - first[1]) / (done - first[0])
+            fitting = done + int((self.until - time.time()) / each)
             steps = min(2 * self._foreseen, max(self._foreseen // 2, done + 1, fitting))
         agreed = self.processes.gather(torch.tensor(steps, device=self.processes.device))[0]
         self.training = self.training.model_copy(update={"steps": int(agreed)})

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from components import page, recipe
-from components.parameters import TEXT_TO_IMAGE
-from components.recipe import Resolved, lines, planned, resolved
+from components.parameters import TEXT_TO_IMAGE, VQVAE
+from components.recipe import Resolved, lines, planned, resolved, with_end
 from model.config import RunConfig, parse_config
 from model.errors import UserError
 from model.recipe import Speeds
@@ -129,6 +129,31 @@ def test_a_name_that_nobody_chose_is_not_shared_by_other_pictures(
         resolved(asked(where))
     assert resolved(asked(where, f"model_name={name}")).said, "as the refusal says"
     assert resolved(asked(where, f"model_name={name}-2")).config.registered_model == f"{name}-2"
+
+
+def test_the_tokenizer_alone_is_derived_as_well(
+    services: dict[str, str], folder: Path, timed: list[RunConfig]
+) -> None:
+    found = resolved(asked(folder) | {"pipeline": VQVAE})
+    assert found.config.transformer is None
+    assert found.config.tokenizer.training.steps > 300  # type: ignore[union-attr]
+
+
+def test_until_when_there_is_time_is_said_anew_by_each_run(
+    services: dict[str, str], folder: Path, timed: list[RunConfig]
+) -> None:
+    def until(found: Resolved) -> float:
+        recipe = with_end(found, 1000.0).config.recipe
+        assert recipe
+        return recipe.until
+
+    found = resolved(asked(folder))
+    assert 1000 + 400 < until(found) < 1000 + 600
+    stale = found.config.recipe.model_copy(update={"minutes": 0.0, "until": 5.0})  # type: ignore[union-attr]
+    assert until(Resolved(found.config.model_copy(update={"recipe": stale}))) == 0
+    assert until(resolved(asked(folder, "transformer.training.steps=500"))) == 0, (
+        "whoever says steps has them"
+    )
 
 
 def test_hardware_is_timed_by_a_job_where_the_run_has_its_minutes(
