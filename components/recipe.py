@@ -128,9 +128,7 @@ def speeds_of(config: RunConfig) -> Speeds:
 
     assert config.recipe
     if not config.recipe.minutes:
-        jobs = config.jobs
-        kind = jobs.gpu if jobs.gpus_per_worker else "cpu"
-        return speed.foreseen(config, kind, jobs.workers * jobs.processes_per_worker)
+        return speed.foreseen(config, config.jobs.hardware, config.jobs.devices)
     from components.launch import launch
 
     return speed.of(launch(steps.job("speed", config, "", {})))

@@ -405,6 +405,16 @@ class JobConfig(Section):
     orphan_minutes: Annotated[float, Field(ge=2)] = 10.0  # without a step that wants it, until a job ends
     grace_seconds: Positive = 120  # to save a checkpoint when told to end
 
+    @property
+    def hardware(self) -> str:
+        """What trains, as the table of hardware names it."""
+        return self.gpu if self.gpus_per_worker else "cpu"
+
+    @property
+    def devices(self) -> int:
+        """Processes of a training, one for each GPU."""
+        return self.workers * self.processes_per_worker
+
 
 # ── gate ────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -594,14 +594,12 @@ def _steps(
             f"recipe.minutes: {minutes:g} minutes are too few: what is no training takes"
             f" {overhead / 60:.1f} of them; {math.ceil(overhead / 60 / (1 - LEAST_SHARE))} would do"
         )
-    whole = sum(SHARES[name] for name in trained)
-    shares = {name: SHARES[name] / whole for name in trained}
     taken: dict[str, float] = {}
     for name in trained:  # in order of the pipeline: what one leaves, those after it have
         net = _section(name)
         each = speeds.step[name] * LOOP[net]
         rest = left - sum(taken.values())
-        own = rest * shares[name] / sum(shares[other] for other in trained if other not in taken)
+        own = rest * SHARES[name] / sum(SHARES[other] for other in trained if other not in taken)
         if (given := book.get(f"{net}.training.steps")) is not None and name != "judge":
             steps, why = _number(given), ""
         elif name == "judge" and "text" in taken:
@@ -615,8 +613,7 @@ def _steps(
         if name != "judge" or "text" not in taken:
             _training(book, net, steps, why)
         taken[name] = steps * each
-    order = {part.name: part for part in [*parts, *(Part(f"{name}'s steps", s) for name, s in taken.items())]}
-    return list(order.values())
+    return [*parts, *(Part(f"{name}'s steps", seconds) for name, seconds in taken.items())]
 
 
 def _nets(book: _Book) -> list[str]:

@@ -119,10 +119,10 @@ def plan(config: RunConfig, hardware: str = "") -> Plan:
         UserError: for hardware that is not in the table, a tokenizer that must be loaded to be known, or a
             CLIP that open_clip does not know.
     """
-    hardware = hardware or (config.jobs.gpu if config.jobs.gpus_per_worker else "cpu")
+    hardware = hardware or config.jobs.hardware
     if hardware not in HARDWARE:
         raise UserError(f"hardware '{hardware}' is unknown; choose one of {', '.join(HARDWARE)}")
-    devices = config.jobs.workers * config.jobs.processes_per_worker
+    devices = config.jobs.devices
     stages = [_stage(rehearsal, foresee(rehearsal), devices, hardware) for rehearsal in rehearsals(config)]
     return Plan(config.name, hardware, devices, stages)
 
