@@ -10,6 +10,7 @@ from components.parameters import resolve
 from components.preflight import preflight
 from components.step import end_given_up_runs
 from model.config import RunConfig
+from model.data.sources import remembered
 from model.plumbing import environment, speech
 from model.plumbing.leases import carried
 from model.plumbing.provenance import kfp_tags
@@ -27,6 +28,7 @@ class Begun(NamedTuple):
     page: str  # what was found
 
 
+@remembered()
 def begin(job: str, **asked: Any) -> Begun:
     """Check what can be checked before anything expensive starts, and open the run.
 

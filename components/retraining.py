@@ -18,6 +18,7 @@ from components.parameters import TEXT_TO_IMAGE, resolve
 from components.recipe import resolved
 from model import steps
 from model.config import AssetRef, Origin, RunConfig
+from model.data.sources import remembered
 from model.errors import Unavailable, UserError
 from model.plumbing import registry, speech, storage
 from model.plumbing.assets import Input, Kind
@@ -44,6 +45,7 @@ def with_start(start: str, overrides: str) -> str:
     return f"retrain.start={start}\n{overrides}" if start else overrides
 
 
+@remembered()
 def look(model: str, start: str, asked: Mapping[str, str | int]) -> News:
     """Compare what a run would make now with what each registered version was made from.
 

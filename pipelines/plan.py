@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from components import recipe
 from components.parameters import pipeline_of
 from model.config import RunConfig, load_config
-from model.data.sources import recognise
+from model.data.sources import recognise, remembered
 from model.errors import UserError
 from model.plumbing.speech import duration, quantity
 from model.recipe import HARDWARE, UTILISATION, described
@@ -77,6 +77,7 @@ class Plan:
         return "\n".join(lines)
 
 
+@remembered()
 def lines(preset: str, data: str, overrides: tuple[str, ...], hardware: str = "") -> list[str]:
     """What a run needs and takes, for a terminal; where its sizes are derived, each choice with its reason.
 

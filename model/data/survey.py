@@ -1,12 +1,14 @@
 """A look at a source before anything expensive: what kind it is, and the numbers that sizes follow from.
 
-Some three hundred pictures are judged and resized as an ingest would, at most for ten seconds, spread over
-the source where its format allows. What they show is taken for all.
+Some three hundred pictures are judged and resized as an ingest would, for ten seconds at most from the first
+one on, spread over the source where its format allows. What they show is taken for all. All names are looked
+through, and the first picture is waited for: a good source may be slow.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import statistics
 import time
 from collections import Counter
@@ -25,8 +27,7 @@ from model.plumbing.parallel import single_threaded
 from model.recipe import Survey
 
 MOST = 300  # pictures that are opened
-SECONDS = 10.0  # that a look takes at most
-LISTING = 0.7  # share of them in which names are looked through
+SECONDS = 10.0  # in which more are opened, from the first on
 EXAMPLES = 3  # pictures that are shown
 OF = {"archive": "an archive of ", "hub": "a data set of the hub, "}  # what sources lie in
 LONGEST_LINE = 100  # characters of a name or caption that is shown
@@ -97,14 +98,15 @@ def look(source: Source, side: int = 64) -> Look:
     Raises:
         UserError: nothing of it can be used, with the reason and what would do; or as `sources.iterate`.
     """
-    named, source = source, sources.content(source)  # what an archive holds is there when the look begins
-    began = time.monotonic()
-    sample = sources.sample(source, side, MOST, began + LISTING * SECONDS)
+    named, source = source, sources.content(source)
+    sample = sources.sample(source, side, MOST, SECONDS)
     found, config = _Found(), DataConfig(source=source, image_size=side)
+    until = math.inf
     with single_threaded():
         for record in sample.records:
+            until = min(until, time.monotonic() + SECONDS)
             _open(record, config, found)
-            if time.monotonic() > began + SECONDS:
+            if found.looked and time.monotonic() > until:
                 break
     if not found.sides:
         raise UserError(_nothing(named, found))

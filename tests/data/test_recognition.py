@@ -310,7 +310,7 @@ def test_an_object_that_goes_while_a_folder_is_read_is_named(services):
 
 def test_pictures_that_are_fetched_ahead_are_bounded_in_bytes_and_in_order(monkeypatch):
     class Slow:
-        readers, whole, place = 8, True, ""
+        readers, place = 8, ""
         held = most = 0
 
         def size(self, name: str) -> int:
@@ -344,6 +344,24 @@ def test_a_folder_in_s3_that_is_not_there_is_refused_in_one_line(services):
         sources.fingerprint(FolderSource(path="s3://no-such-bucket/x"))
     with pytest.raises(UserError, match="holds no picture"):
         sources.fingerprint(FolderSource(path=f"{root}/nothing"))
+
+
+def test_what_is_remembered_is_recognised_and_listed_once(root, monkeypatch):
+    put(root, PICTURES | beside(".txt"))
+    asked: list[str] = []
+    marks = storage.marks
+    monkeypatch.setattr(storage, "marks", lambda uri: asked.append(uri) or marks(uri))
+    with sources.remembered():
+        values = recognise(root)
+        values["captions"] = "names"  # as overrides do
+        assert recognise(root) == {"kind": "folder", "path": root}
+        assert look(of(recognise(root)), 16).survey.pictures == 3
+        sources.fingerprint(of(recognise(root)))
+        storage.delete_prefix(root)
+        assert recognise(root) == {"kind": "folder", "path": root}
+    assert asked == ([root] if storage.is_s3(root) else [])
+    with pytest.raises(UserError):
+        recognise(root)
 
 
 def test_who_need_not_reach_s3_does_not_ask_it(monkeypatch):

@@ -129,12 +129,24 @@ def test_of_tars_the_first_samples_of_some_are_read_and_the_number_of_all_follow
     assert (one.pictures, one.counted) == (300, True)
 
 
-def test_a_tar_with_all_its_captions_at_the_end_does_not_hold_a_look_up(here, monkeypatch):
-    pictures = {f"{number}.png": picture(number) for number in range(200)}
+def test_a_tar_with_all_its_captions_at_the_end_is_read_until_one_comes_and_no_further(here, monkeypatch):
+    noise = np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")
+    pictures = {f"{number}.png": buffer.getvalue() for number in range(200)}
     tar(here / "a.tar", pictures | {f"{number}.txt": b"x" for number in range(200)})
-    assert look(WebDatasetSource(urls=f"{here}/a.tar")).survey.pictures == 200
+    source = WebDatasetSource(urls=f"{here}/a.tar")
+    assert look(source).survey.pictures == 200
     monkeypatch.setattr(survey, "SECONDS", 0)
-    with pytest.raises(UserError, match="holds no pictures"):
+    hurried = look(source).survey
+    assert (hurried.looked, hurried.counted) == (1, False)
+    assert 200 < hurried.pictures < 300
+
+
+def test_tars_without_a_picture_are_said_to_have_none(here, monkeypatch):
+    monkeypatch.setattr(survey, "SECONDS", 0)
+    tar(here / "a.tar", {f"{number}.mp4": b"x" for number in range(3)})
+    with pytest.raises(UserError, match=r"holds no pictures \(3 \.mp4\)"):
         look(WebDatasetSource(urls=f"{here}/a.tar"))
 
 
@@ -150,12 +162,11 @@ def test_pictures_that_are_drawn_are_known_in_number(source):
     assert found.captions > 2000
 
 
-def test_a_look_ends_when_its_time_is_over(here, monkeypatch):
+def test_a_look_ends_when_its_time_is_over_but_looks_through_all_names(here, monkeypatch):
     monkeypatch.setattr(survey, "SECONDS", 0)
-    for number in range(20):
-        write(here, {f"{number:02d}.png": picture(number), f"{number:02d}.txt": str(number)})
+    write(here, {"notes.md": "x", "0.txt": "first"} | {f"{number}.png": picture() for number in range(1001)})
     found = look(FolderSource(path=str(here)))
-    assert (found.survey.looked, found.survey.pictures, found.survey.counted) == (1, 20, False)
+    assert (found.survey.looked, found.survey.pictures, found.survey.counted) == (1, 1001, False)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from model.config import PRESETS, load_config, preset_names
+from model.data.sources import recognition
 from model.errors import UserError
 from model.nets.gpt import GPT
 from model.recipe import HARDWARE
 from model.training.optim import adamw, muon
-from pipelines.plan import UTILISATION, plan
+from pipelines.plan import UTILISATION, lines, plan
+from tests.data.test_ingest import picture, write
 
 pytestmark = pytest.mark.slow  # too long for the inner loop
 
@@ -143,6 +145,16 @@ def test_a_pretrained_text_tower_has_its_own_width():
     )
     # Keys and values of each block read the states as they are, after one norm and the null state.
     assert huge - large == (1024 - 768) * (9 * 2 * 768 + 2)
+
+
+def test_a_source_is_recognised_once_for_all_that_follows_from_it(tmp_path, monkeypatch):
+    write(tmp_path, {"a.png": picture(1), "a.txt": "a flag", "b.png": picture(2), "b.txt": "a tree"})
+    asked = []
+    recognise = recognition.recognise
+    monkeypatch.setattr(recognition, "recognise", lambda *named: asked.append(named) or recognise(*named))
+    said = "\n".join(lines("auto", str(tmp_path), ()))
+    assert "2 pictures" in said
+    assert len(asked) == 1
 
 
 def test_bad_input_is_named():

@@ -6,7 +6,7 @@ format allows. `fingerprint(config)` says in a few bytes what it will yield, so 
 same source is found again, and refuses a source that is not there. Pictures are passed on as the bytes that
 were found, and only `model.data.images` judges them; sources that draw theirs draw them for a wanted `side`.
 Where no picture has to be read to know, `count(config)` says how many records there are. `sample(config,
-most, until)` takes some records for a look, spread over the source; without it, it is the first ones.
+most, seconds)` takes some records for a look, spread over the source; without it, it is the first ones.
 
 A **unit** is what a source can tell the state of without reading it: a picture's file with its captions, a
 tar, a parquet file, a drawing's number. Before it reads one, `iterate` asks `known(unit, mark)`, and in place
@@ -22,11 +22,12 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import islice
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from model.config import Source
 
@@ -52,6 +53,9 @@ NAMES = {  # of kinds of sources, for people
 }
 
 Known = Callable[[str, str], bool]  # whether the unit of this name had this mark
+T = TypeVar("T")
+
+_remembered: dict[tuple[object, ...], Any] | None = None  # within a block of `remembered`
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,21 +140,21 @@ def content(config: Source) -> Source:
     return inner
 
 
-def sample(config: Source, side: int, most: int, until: float) -> Sample:
+def sample(config: Source, side: int, most: int, seconds: float) -> Sample:
     """Some records of a source, without reading all of it.
 
     Args:
         config: of the source.
         side: of the pictures, pixels; for sources that draw theirs.
         most: records.
-        until: when to stop looking for more, by `time.monotonic`.
+        seconds: for which more are looked for, from the first on.
 
     Raises:
         UserError: the source is missing, empty or not what its kind promises.
     """
     taken = getattr(_module(config), "sample", None)
     if taken:
-        found: Sample = taken(config, most, until)
+        found: Sample = taken(config, most, seconds)
         return found
     few = config.model_copy(update={"limit": most}) if config.kind == "openmoji" else config  # the first ones
     return Sample(islice(iterate(few, side), most), NAMES.get(config.kind, config.kind), count(config))
@@ -169,7 +173,32 @@ def recognise(uri: str, look: bool = True) -> dict[str, Any] | None:
     Raises:
         UserError: it is none of these, or nothing in it can be used; with what was there and what would do.
     """
-    found: dict[str, Any] | None = import_module(f"{__name__}.recognition").recognise(uri, look)
+    recognition = import_module(f"{__name__}.recognition")
+    found: dict[str, Any] | None = once(("recognise", uri, look), lambda: recognition.recognise(uri, look))
+    return found and dict(found)  # overrides are put into it
+
+
+@contextmanager
+def remembered() -> Iterator[None]:
+    """Within the block a source is recognised once, and a folder in S3 listed once: it is as it was then.
+
+    A million objects are a thousand requests, and minutes.
+    """
+    global _remembered
+    before, _remembered = _remembered, {} if _remembered is None else _remembered
+    try:
+        yield
+    finally:
+        _remembered = before
+
+
+def once(what: tuple[object, ...], find: Callable[[], T]) -> T:
+    """What `find` finds; within a block of `remembered`, what it found the first time."""
+    if _remembered is None:
+        return find()
+    if what not in _remembered:
+        _remembered[what] = find()
+    found: T = _remembered[what]
     return found
 
 

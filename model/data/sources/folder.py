@@ -16,7 +16,6 @@ import hashlib
 import os
 import posixpath
 import random
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -116,12 +115,15 @@ def count(config: FolderSource) -> int:
     return sum(not one.record.others for one in _found(_tree(config), config))
 
 
-def sample(config: FolderSource, most: int, until: float) -> Sample:
-    """The first pictures, for people to see, and others spread over the folder, each equally likely."""
-    tree, chance = _tree(config, until), random.Random(0)
+def sample(config: FolderSource, most: int, seconds: float) -> Sample:
+    """The first pictures, for people to see, and others spread over the folder, each equally likely.
+
+    Names are looked through to the end, however long that takes: a list at the root may be the last of them.
+    """
+    tree, chance = _tree(config), random.Random(0)
     chosen: list[tuple[int, Found]] = []
     others: list[Record] = []
-    number, exact = 0, True
+    number = 0
     for one in _found(tree, config):
         if one.record.others:
             others.append(one.record)
@@ -129,14 +131,11 @@ def sample(config: FolderSource, most: int, until: float) -> Sample:
         if (place := number if number < most else chance.randrange(min(FIRST, most), number + 1)) < most:
             chosen[place : place + 1] = [(number, one)]
         number += 1
-        if number % 1000 == 0 and time.monotonic() > until:
-            exact = False
-            break
     chosen.sort(key=itemgetter(0))
     places = Counter(one.place for _, one in chosen if one.place)
     said = " and in ".join(place for place, _ in places.most_common(3))
     kind = f"a folder with captions in {said}" if said else "a folder without captions"
-    return Sample(chain(others, _read(tree, (one for _, one in chosen))), kind, number, exact and tree.whole)
+    return Sample(chain(others, _read(tree, (one for _, one in chosen))), kind, number)
 
 
 def best_captions(tree: Tree) -> str:
@@ -161,9 +160,9 @@ def best_captions(tree: Tree) -> str:
     return next((where for where in ("names", "folders") if said[where] * 2 > pictures), "")
 
 
-def _tree(config: FolderSource, until: float = 0.0) -> Tree:
+def _tree(config: FolderSource) -> Tree:
     try:
-        return open_tree(config.path, until)
+        return open_tree(config.path)
     except UserError as error:
         raise type(error)(f"data.source.path: {error}") from None
 

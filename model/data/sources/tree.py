@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import posixpath
 import stat
-import time
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from functools import cached_property
 from io import BufferedReader
 from typing import NamedTuple, Protocol, cast
 
-from model.data.sources import Record, too_large
+from model.data.sources import Record, once, too_large
 from model.errors import UserError
 from model.plumbing import storage
 
@@ -38,7 +37,6 @@ class Tree(Protocol):
 
     place: str  # where it is, absolute
     readers: int  # reads side by side that pay
-    whole: bool  # whether all of it was listed
 
     def folders(self) -> Iterator[Folder]:
         """Each folder before those in it, siblings in the order of their names."""
@@ -56,17 +54,16 @@ class Tree(Protocol):
         """All of a file. Raises Unreadable: it has more than `most` bytes; and as `open`."""
 
 
-def open_tree(path: str, until: float = 0.0) -> Tree:
+def open_tree(path: str) -> Tree:
     """The files of a local folder or of an S3 prefix.
 
     Args:
-        path: of the folder, or `s3://bucket/prefix`.
-        until: when to stop listing S3, by `time.monotonic`, with what was found so far; 0: never.
+        path: of the folder, or `s3://bucket/prefix`, of which all is listed now, unless it is `remembered`.
 
     Raises:
         UserError: there is no such folder, or no access to it.
     """
-    return S3Tree(path, until) if storage.is_s3(path) else LocalTree(path)
+    return once(("tree", path), lambda: S3Tree(path)) if storage.is_s3(path) else LocalTree(path)
 
 
 def joined(folder: str, name: str) -> str:
@@ -91,7 +88,6 @@ class LocalTree:
     """A folder of this machine."""
 
     readers = 1
-    whole = True
 
     def __init__(self, path: str) -> None:
         self.place = os.path.realpath(os.path.expanduser(path))
@@ -184,11 +180,10 @@ class S3Tree:
 
     readers = 16
 
-    def __init__(self, uri: str, until: float = 0.0) -> None:
+    def __init__(self, uri: str) -> None:
         self.place = uri.rstrip("/")
         self._files: dict[str, tuple[int, str]] = {}  # in S3's order
         self._apart: list[Record] = []
-        self.whole = True
         for name, size, mark in storage.marks(uri):
             parts = name.split("/")
             if any(part.startswith(".") for part in parts) or not parts[-1]:
@@ -199,9 +194,6 @@ class S3Tree:
                 )
             else:
                 self._files[name] = size, mark
-            if until and time.monotonic() > until:
-                self.whole = False
-                break
 
     def folders(self) -> Iterator[Folder]:
         names: dict[str, list[str]] = {"": []}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import tarfile
 import tempfile
@@ -22,7 +23,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import IO, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from webdataset.shardlists import expand_urls
 
@@ -68,7 +69,7 @@ def _records(config: WebDatasetSource, known: Known) -> Iterator[Record]:
             yield Record(uri, b"", unit=uri, mark=mark, known=True)
             continue
         with storage.open_read(uri) as stream:
-            for place, record in enumerate(_shard(uri, stream)):
+            for place, record in enumerate(_shard(uri, stream, _Samples())):
                 yield replace(record, unit=uri, mark=mark, place=place)
 
 
@@ -93,8 +94,12 @@ def count(config: WebDatasetSource) -> int:
     return sum(counts) if all(counts) else 0
 
 
-def sample(config: WebDatasetSource, most: int, until: float) -> Sample:
-    """The first samples of a few shards; how many there are in all follows from the bytes that these took."""
+def sample(config: WebDatasetSource, most: int, seconds: float) -> Sample:
+    """The first samples of a few shards; how many there are in all follows from the bytes that these took.
+
+    Where captions come behind all pictures, most of a shard is read before there is a sample: until then no
+    time counts.
+    """
     uris = _uris(config)
     chosen = uris[:: -(-len(uris) // LOOKED_AT)]
     counted = count(config)
@@ -103,17 +108,19 @@ def sample(config: WebDatasetSource, most: int, until: float) -> Sample:
     def records() -> Iterator[Record]:
         lengths: list[float] = []  # samples in each shard
         whole = len(chosen) == len(uris)
+        until = math.inf
         for uri in chosen:
             with storage.open_read(uri) as file:
                 size = file.seek(0, os.SEEK_END)
                 file.seek(0)
-                stream, taken = _Until(file, until), 0
-                shard = _shard(uri, stream)  # type: ignore[arg-type]
+                stream, samples, taken = _Until(file, until), _Samples(), 0
+                shard = _shard(uri, stream, samples)  # type: ignore[arg-type]
                 lengths.append(0)
                 try:
                     for record in islice(shard, -(-most // len(chosen))):
+                        stream.until = until = min(until, time.monotonic() + seconds)
                         taken += not record.others
-                        lengths[-1] = taken * size / max(1, stream.tell())
+                        lengths[-1] = (taken + samples.unfinished) * size / max(1, stream.tell())
                         if not counted:
                             found.total = round(len(uris) * sum(lengths) / len(lengths))
                         yield record
@@ -138,7 +145,7 @@ class _Until(io.RawIOBase):
     """A stream that ends a look in time: gigabytes of a tar may come before a sample is complete."""
 
     def __init__(self, stream: BinaryIO, until: float) -> None:
-        self._stream, self._until = stream, until
+        self._stream, self.until = stream, until
 
     def readable(self) -> bool:
         return True
@@ -153,7 +160,7 @@ class _Until(io.RawIOBase):
         return self._stream.tell()
 
     def read(self, size: int = -1) -> bytes:
-        if time.monotonic() > self._until:
+        if time.monotonic() > self.until:
             raise _Enough("the time for a look is over")
         return self._stream.read(size)
 
@@ -214,20 +221,18 @@ def _most(kind: str) -> int:
 # ── members to samples ──────────────────────────────────────────────────────────────────────────────────
 
 
-def _shard(uri: str, stream: BinaryIO) -> Iterator[Record]:
-    with tempfile.TemporaryFile() as spool:
-        samples = _Samples(spool)
-        problem = ""
-        try:
-            for member in _members(stream):
-                yield from samples.add(member)
-        except tarfile.ReadError as error:  # what was read before it is whole
-            problem = f"the tar breaks off: {error}"
-        yield from samples.rest()
-        if problem:
-            yield Record(uri, b"", problem=problem)
-        if samples.others:
-            yield Record(uri, b"", others=samples.others)
+def _shard(uri: str, stream: BinaryIO, samples: _Samples) -> Iterator[Record]:
+    problem = ""
+    try:
+        for member in _members(stream):
+            yield from samples.add(member)
+    except tarfile.ReadError as error:  # what was read before it is whole
+        problem = f"the tar breaks off: {error}"
+    yield from samples.rest()
+    if problem:
+        yield Record(uri, b"", problem=problem)
+    if samples.others:
+        yield Record(uri, b"", others=samples.others)
 
 
 @dataclass
@@ -291,9 +296,10 @@ class _Sample:
 class _Samples:
     """Puts the members of a shard together."""
 
-    def __init__(self, spool: IO[bytes]) -> None:
+    def __init__(self) -> None:
         self.others: Counter[str] = Counter()
-        self._spool = spool
+        self.unfinished = 0  # samples that wait for the rest of them; not a cat.mask.png, part of another
+        self._spool = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the samples
         self._group = ""
         self._near: dict[str, _Sample] = {}  # of the group that is being read
         self._near_bytes = 0
@@ -356,6 +362,7 @@ class _Samples:
                 sample.image = b""
             self._waiting[name] = sample
             self._text += sample.size
+            self.unfinished += sample.group == name
             while (
                 len(self._waiting) > MOST_WAITING
                 or self._text > MOST_TEXT
@@ -371,6 +378,7 @@ class _Samples:
         """Take a sample out of those that wait."""
         if sample := self._waiting.pop(name, None):
             self._text -= sample.size
+            self.unfinished -= sample.group == name
         return sample
 
     def _incomplete(self, sample: _Sample, problem: str = "") -> Iterator[Record]:
