@@ -7,6 +7,7 @@ a run that was killed goes on, and later runs of the same model have its sizes.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable, Set
 from copy import deepcopy
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from model.data.survey import Look
 
 
+STEPS = "transformer.training.steps"
+
+
 class Resolved(NamedTuple):
     """A whole config, and how it came about."""
 
@@ -32,6 +36,7 @@ class Resolved(NamedTuple):
     choices: tuple[Choice, ...] = ()
     parts: tuple[Part, ...] = ()  # of the run's time, as foreseen
     said: tuple[str, ...] = ()  # for people
+    timed: bool = False  # whether the transformer's steps are fitted to what is left of the run's minutes
 
 
 def resolved(asked: dict[str, Any]) -> Resolved:
@@ -48,26 +53,32 @@ def resolved(asked: dict[str, Any]) -> Resolved:
     if foreseen.recipe is None:
         return Resolved(foreseen)
     if foreseen.recipe.version:
-        return _fitted(foreseen)
+        return _fitted(foreseen, chosen)
     if former := _former(foreseen, named="name" in chosen or bool(foreseen.model_name)):
         version, config = former
         merged = resolve(**asked, derive=partial(_like, former=config))
-        found = _fitted(merged)
+        found = _fitted(merged, chosen)
         return found._replace(
             said=(f"sizes are those of version {version} of {config.registered_model}", *found.said)
         )
-    writer = steps.writer("recipe", foreseen, {})
+    return _once(foreseen, partial(_derived, asked))
+
+
+def _once(config: RunConfig, make: Callable[[], Resolved]) -> Resolved:
+    """What was made for this config before, or is made now and kept."""
+    writer = steps.writer("recipe", config, {})
     with alone("prepare", writer.uri):  # two would measure other seconds
         if made := assets.find(writer.uri):
             return _kept(made)
-        found, derived = _derived(asked)
-        _keep(writer, derived, found.config)
+        found = make()
+        _keep(writer, found)
     return found
 
 
 def _foreseen(asked: dict[str, Any]) -> tuple[RunConfig, set[str]]:
     """The config as long as its pictures are not seen, and the fields that somebody chose."""
-    chosen: set[str] = set()
+    overrides = str(asked.get("overrides", "")).splitlines()
+    chosen = {line.partition("=")[0].strip() for line in overrides}
 
     def derive(values: Values) -> Derived:
         found = recipe.derive(values)
@@ -79,10 +90,10 @@ def _foreseen(asked: dict[str, Any]) -> tuple[RunConfig, set[str]]:
 
 def planned(asked: dict[str, Any]) -> Resolved:
     """The same of a run that is the first of its pictures; nothing is kept. Raises as `resolved`."""
-    return _derived(asked)[0] if resolve(**asked).recipe else Resolved(resolve(**asked))
+    return _derived(asked) if resolve(**asked).recipe else Resolved(resolve(**asked))
 
 
-def _derived(asked: dict[str, Any]) -> tuple[Resolved, Derived]:
+def _derived(asked: dict[str, Any]) -> Resolved:
     """Look at the pictures, choose sizes, find out how fast these are, and fill the time."""
     look = _look(resolve(**asked))
     needs = needs_of(resolve(**asked, derive=partial(recipe.derive, survey=look.survey)))
@@ -94,7 +105,16 @@ def _derived(asked: dict[str, Any]) -> tuple[Resolved, Derived]:
         return found[-1]
 
     config = resolve(**asked, derive=derive)
-    return Resolved(config, look, tuple(found[-1].choices), tuple(found[-1].parts)), found[-1]
+    return _of(config, found[-1])._replace(look=look)
+
+
+def _of(config: RunConfig, derived: Derived) -> Resolved:
+    return Resolved(config, None, tuple(derived.choices), tuple(derived.parts), timed=_timed(derived.choices))
+
+
+def _timed(choices: Iterable[Choice]) -> bool:
+    """Whether nobody says how many steps the transformer takes."""
+    return not any(one.given and one.field == STEPS for one in choices)
 
 
 def lines(found: Resolved) -> list[str]:
@@ -131,7 +151,9 @@ def speeds_of(config: RunConfig) -> Speeds:
         return speed.foreseen(config, config.jobs.hardware, config.jobs.devices)
     from components.launch import launch
 
-    return speed.of(launch(steps.job("speed", config, "", {})))
+    job = steps.job("speed", config, "", {})
+    known = assets.find(job.output)
+    return speed.of(known or launch(job), spent=not known)
 
 
 def needs_of(config: RunConfig) -> dict[str, Memory]:
@@ -145,7 +167,7 @@ def needs_of(config: RunConfig) -> dict[str, Memory]:
 
 
 def with_end(found: Resolved, began: float) -> Resolved:
-    """A config that says until when its transformer may train, where the run has its minutes.
+    """A config that says until when its transformer may train, where its steps are fitted to that.
 
     Args:
         began: when the run did, in seconds since 1970.
@@ -153,9 +175,8 @@ def with_end(found: Resolved, began: float) -> Resolved:
     section = found.config.recipe
     if section is None:
         return found
-    given = any(one.given and one.field == "transformer.training.steps" for one in found.choices)
-    until = began + 60 * section.minutes - recipe.after_training(found.parts)
-    ending = section.model_copy(update={"until": round(until) if section.minutes and not given else 0})
+    until = began + 60 * section.minutes - section.after
+    ending = section.model_copy(update={"until": round(until) if section.minutes and found.timed else 0})
     return found._replace(config=found.config.model_copy(update={"recipe": ending}))
 
 
@@ -165,22 +186,33 @@ def _look(config: RunConfig) -> Look:
     return survey.look(config.data.source)
 
 
-def _fitted(config: RunConfig) -> Resolved:
-    """A config that was derived before, with its steps for the dial and the hardware of now."""
+def _fitted(config: RunConfig, chosen: Set[str]) -> Resolved:
+    """A config that was derived before, with its steps for the dial and the hardware of now.
+
+    Args:
+        config: of the run.
+        chosen: fields and sections whose values somebody says now; they stay.
+    """
     assert config.recipe
+
+    def given(field: str) -> bool:
+        return any(field == one or field.startswith(f"{one}.") for one in chosen)
+
     values = config.model_dump(mode="json")
     if config.recipe.fitted == recipe.fitted(values):
-        return Resolved(config)
-    writer = steps.writer("recipe", config, {})
-    with alone("prepare", writer.uri):
-        if made := assets.find(writer.uri):
-            return _kept(made)
+        return Resolved(config, timed=config.recipe.until > 0 and not given(STEPS))
+
+    def refitted() -> Resolved:
         look = _look(config)
-        found = recipe.refit(values, look.survey, speeds_of(config), needs_of(config))
-        fitted = parse_config(found.values)
-        _keep(writer, found, fitted)
-    said = (f"steps are for {fitted.recipe.fitted} now" if fitted.recipe else "",)
-    return Resolved(fitted, look, tuple(found.choices), tuple(found.parts), said)
+        found = recipe.refit(values, look.survey, speeds_of(config), needs_of(config), given)
+        return _of(parse_config(found.values), found)._replace(look=look)
+
+    # What is given may be what it was, too: by the config alone nobody could tell.
+    kept = [field for net in recipe.NETS for field in recipe.of_dial(net) if given(field)]
+    mark = {"fitted": ", ".join([config.recipe.fitted, *kept])}
+    found = _once(config.model_copy(update={"recipe": config.recipe.model_copy(update=mark)}), refitted)
+    dial = found.config.recipe.fitted if found.config.recipe else ""
+    return found._replace(said=(f"steps are for {dial} now",))
 
 
 def _former(config: RunConfig, named: bool) -> tuple[int, RunConfig] | None:
@@ -239,9 +271,10 @@ def _merged(under: Any, over: Any) -> Any:
     }
 
 
-def _keep(writer: AssetWriter, derived: Derived, config: RunConfig) -> None:
-    info = {"choices": derived.choices, "parts": derived.parts}
-    writer.add_bytes("recipe.json", json.dumps({"config": config.model_dump(mode="json"), **info}).encode())
+def _keep(writer: AssetWriter, found: Resolved) -> None:
+    config = found.config.model_dump(mode="json")
+    stored = {"config": config, "choices": found.choices, "parts": found.parts}
+    writer.add_bytes("recipe.json", json.dumps(stored).encode())
     writer.finish({})
 
 
@@ -251,4 +284,4 @@ def _kept(made: assets.Manifest) -> Resolved:
     stored = json.loads(cache.path(made, "recipe.json").read_text())
     choices = tuple(Choice(*choice) for choice in stored["choices"])
     parts = tuple(Part(*part) for part in stored["parts"])
-    return Resolved(parse_config(stored["config"]), None, choices, parts)
+    return Resolved(parse_config(stored["config"]), None, choices, parts, timed=_timed(choices))

@@ -459,8 +459,9 @@ class RecipeConfig(Section):
     minutes: Annotated[float, Field(ge=0, le=100_000)] = 0.0  # of the whole run; 0: as effort says
     version: Annotated[int, Field(ge=0)] = 0  # of the rules that derived the rest; 0: nothing is derived yet
     fitted: str = ""  # what the steps are for, by those rules
-    # When the transformer's training should end for a run to have its minutes, in seconds since 1970: until
-    # half of its steps are done they are fitted to that. 0: they stay. Each run says it anew.
+    after: Annotated[float, Field(ge=0)] = 0.0  # seconds from the end of the last training to that of the run
+    # When the transformer's training should end for a run to have its minutes, in seconds since 1970: at the
+    # end of warm-up its steps are fitted to that. 0: they stay. Each run says it anew; what it waits counts.
     until: Annotated[float, Field(ge=0)] = 0.0
 
 

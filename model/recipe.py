@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from model.errors import UserError
@@ -136,8 +137,12 @@ def derive(
         needs: of the nets, by which batches are taken in parts where a device has no room for them.
 
     Raises:
-        UserError: the minutes that are asked for are too few for what is no training.
+        UserError: the minutes that are asked for are too few, with how many would do.
     """
+    return _in_time(values, partial(_derived, survey=survey, speeds=speeds, needs=needs or {}))
+
+
+def _derived(values: Values, survey: Survey, speeds: Speeds | None, needs: Needs) -> Derived:
     book = _Book(deepcopy(values))
     book.pick("name", _named_after(book.get("data.source")), "after the pictures")
     gpus = _number(book.get("jobs.gpus_per_worker", 0)) if book.get("jobs.gpus_per_worker") else 0
@@ -149,40 +154,94 @@ def derive(
     _tokenizer(book, survey, hardware)
     _clip(book, survey, hardware)
     _transformer(book, survey, hardware, minutes, budget)
-    for net in ("tokenizer", "clip", "transformer"):
-        _batch(book, net, hardware, needs or {})
+    for net in NETS:
+        _batch(book, net, hardware, needs)
     _after(book, survey, minutes, speeds)
+    trial = deepcopy(book)  # how many views pay follows from the steps, which have what time these leave
+    _steps(trial, survey, hardware, minutes, speeds)
+    _views(book, trial, survey)
     parts = _steps(book, survey, hardware, minutes, speeds)
-    if all(one.given for one in book.choices if one.field.endswith(".training.steps")):
+    if _turned(book) and all(one.given for one in book.choices if one.field.endswith(".training.steps")):
         raise UserError(
             "recipe: this config says the steps of each net itself, so minutes and effort change nothing;"
             " they are for preset auto, with --data"
         )
     _of_epochs(book, survey)
-    book.values["recipe"]["version"] = 0 if survey is UNSEEN else VERSION
-    book.values["recipe"]["fitted"] = fitted(book.values)
+    book.values["recipe"] |= {
+        "version": 0 if survey is UNSEEN else VERSION,
+        "fitted": fitted(book.values),
+        "after": round(after_training(parts)),
+    }
     return Derived(book.values, book.choices, parts)
 
 
-def refit(values: Values, survey: Survey, speeds: Speeds, needs: Needs) -> Derived:
+def refit(
+    values: Values,
+    survey: Survey,
+    speeds: Speeds,
+    needs: Needs,
+    given: Callable[[str], bool] = lambda field: False,
+) -> Derived:
     """A config that was derived before, with steps and batches for other minutes or other hardware.
 
     Sizes stay, so that weights and codes stay valid.
+
+    Args:
+        values: of the config; not changed.
+        survey: of the source.
+        speeds: on the hardware that `jobs` asks for.
+        needs: of the nets, as `derive` takes them.
+        given: whether somebody says the value of a dotted field now; it stays.
+
+    Raises:
+        UserError: as `derive`.
     """
     kept = deepcopy(values)
-    for name in ("tokenizer", "clip", "transformer"):
+    for name in NETS:
         if isinstance(part := kept.get(name), dict) and "training" in part:
-            training = part["training"]
-            for key in ("steps", "warmup_steps", "batch_size", "accumulate", *CADENCE):
-                training.pop(key, None)
-    book = _Book(kept)
+            for field in of_dial(name):
+                if not given(field):
+                    part["training"].pop(field.rpartition(".")[2], None)
+    return _in_time(kept, partial(_refitted, survey=survey, speeds=speeds, needs=needs))
+
+
+def _refitted(values: Values, survey: Survey, speeds: Speeds, needs: Needs) -> Derived:
+    book = _Book(deepcopy(values))
     hardware = _hardware(book)
     minutes = _minutes(book, survey)
-    for name in ("tokenizer", "clip", "transformer"):
+    for name in NETS:
         _batch(book, name, hardware, needs)
     parts = _steps(book, survey, hardware, minutes, speeds)
-    book.values["recipe"] |= {"version": VERSION, "fitted": fitted(book.values)}
-    return Derived(book.values, [one for one in book.choices if not one.given], parts)
+    after = round(after_training(parts))
+    book.values["recipe"] |= {"version": VERSION, "fitted": fitted(book.values), "after": after}
+    ours = [one for one in book.choices if not one.given or one.field.endswith(OF_DIAL)]
+    return Derived(book.values, ours, parts)
+
+
+class _TooShort(UserError):
+    """The minutes that are asked for are too few."""
+
+
+def _in_time(values: Values, derived: Callable[[Values], Derived]) -> Derived:
+    """What a function makes of a config's values, or how many minutes would do."""
+    try:
+        return derived(values)
+    except _TooShort as error:
+        minutes = float(values["recipe"]["minutes"])
+        while True:
+            minutes = math.ceil(minutes * 1.1)
+            try:
+                derived(values | {"recipe": values["recipe"] | {"minutes": minutes}})
+            except _TooShort:
+                continue
+            break
+        # Nets of more minutes are larger, and their steps longer than those that were timed.
+        raise UserError(f"{error}; {math.ceil(minutes * 1.2)} would do") from None
+
+
+def of_dial(net: str) -> list[str]:
+    """The fields of a net's training that follow from the dial and the hardware."""
+    return [f"{net}.training.{name}" for name in OF_DIAL]
 
 
 def fitted(values: Values) -> str:
@@ -564,9 +623,12 @@ def _after(book: _Book, survey: Survey, minutes: float, speeds: Speeds | None) -
 SHARES = {"tokenizer": 0.36, "text": 0.05, "judge": 0.05, "transformer": 0.54}  # of what is left for training
 MOST_STEPS = {"tokenizer": (6000, 200_000), "clip": (1000, 20_000)}  # on a CPU, on GPUs: those of the presets
 LEAST_SHARE = 0.25  # of the minutes that are asked for, to train in
+BEYOND = 1.2  # times the minutes that are asked for, that a run may take
 LEAST_STEPS = {"tokenizer": 300, "clip": 150, "transformer": 100}
 NOMINAL = {"tokenizer": 3500, "clip": 200, "transformer": 1000}  # where nobody knows how fast anything is
 CADENCE = ("log_every", "eval_every", "checkpoint_every", "ema")
+OF_DIAL = ("steps", "warmup_steps", "batch_size", "accumulate", *CADENCE)  # of each training
+NETS = ("tokenizer", "clip", "transformer")  # sections that have one
 EMA = ((6000, 0.999), (1000, 0.99), (0, 0.98))  # decay of the average by steps, of the presets
 # What a run takes beside training, in starts of a process of ours (two seconds on the machine where it was
 # found out; see `Speeds.start`): so a slow machine's is longer.
@@ -590,9 +652,8 @@ def _steps(
     overhead = sum(part.seconds for part in parts)
     left = minutes * 60 - overhead
     if left < LEAST_SHARE * minutes * 60 and book.get("recipe.minutes"):
-        raise UserError(
-            f"recipe.minutes: {minutes:g} minutes are too few: what is no training takes"
-            f" {overhead / 60:.1f} of them; {math.ceil(overhead / 60 / (1 - LEAST_SHARE))} would do"
+        raise _TooShort(
+            f"recipe.minutes: {minutes:g} minutes are too few: what is no training takes {overhead / 60:.1f}"
         )
     taken: dict[str, float] = {}
     for name in trained:  # in order of the pipeline: what one leaves, those after it have
@@ -613,6 +674,12 @@ def _steps(
         if name != "judge" or "text" not in taken:
             _training(book, net, steps, why)
         taken[name] = steps * each
+    whole = overhead + sum(taken.values())
+    if whole > 60 * minutes * BEYOND and book.get("recipe.minutes"):
+        raise _TooShort(
+            f"recipe.minutes: {minutes:g} minutes are too few: the fewest steps that make sense, or those"
+            f" that are given, take {whole / 60:.1f} with all else"
+        )
     return [*parts, *(Part(f"{name}'s steps", seconds) for name, seconds in taken.items())]
 
 
@@ -642,7 +709,7 @@ def _training(book: _Book, net: str, steps: int, why: str) -> None:
     book.pick(f"{path}.eval_every", evaluations, "three or four times")
     book.pick(f"{path}.checkpoint_every", evaluations, "as often as it is looked at")
     if net != "clip":
-        decay = next(decay for least, decay in EMA if steps >= least)
+        decay = next(decay for least, decay in EMA if steps >= least or not least)
         book.pick(f"{path}.ema", decay, f"for {steps} steps")
 
 
@@ -670,8 +737,7 @@ def _overhead(
         + (12 + min(12, held_out)) * _number(book.get("evaluation.samples_per_prompt", 4))
     )
     parts.append(Part(EVALUATION, OF_EVALUATION * speeds.start + drawn * speeds.draw))
-    if tried := book.get("sweep.cfg_scale"):
-        settings = len(tried) + len(book.get("sweep.temperature", []))
+    if settings := sum(len(book.get(f"sweep.{name}", [])) for name in SWEPT):
         parts.append(
             Part(
                 SWEEP,
@@ -684,24 +750,46 @@ def _overhead(
 EPOCHS_OF_A_VIEW, MOST_VIEWS = 7, 16  # docs/EXPERIMENTS.md, "Views per picture in long trainings"
 
 
+def _epochs(book: _Book, survey: Survey) -> float:
+    """How often the transformer sees a picture."""
+    steps, batch = (_number(book.get(f"transformer.training.{name}", 1)) for name in ("steps", "batch_size"))
+    return float(steps * batch / max(1, survey.pictures))
+
+
+def _views(book: _Book, trial: _Book, survey: Survey) -> None:
+    """How many views of each picture there are.
+
+    Args:
+        book: gets the choice.
+        trial: the same with steps, as they would be with two.
+        survey: of the source.
+    """
+    if book.is_null("transformer"):
+        return
+    epochs = _epochs(trial, survey)
+    views = 2 ** round(math.log2(min(MOST_VIEWS, max(1, epochs / EPOCHS_OF_A_VIEW))))
+    reason = (
+        f"each picture is seen some {epochs:.0f} times; {EPOCHS_OF_A_VIEW} times each view, and no more than"
+    )
+    book.pick("data.augment.views", views, f"{reason} {MOST_VIEWS}")
+
+
 def _of_epochs(book: _Book, survey: Survey) -> None:
     """What depends on how often a picture is seen."""
     if book.is_null("transformer"):
         return
-    steps, batch = (_number(book.get(f"transformer.training.{name}", 1)) for name in ("steps", "batch_size"))
-    epochs = steps * batch / max(1, survey.pictures)
+    epochs = _epochs(book, survey)
     often = epochs > 10
     said = f"each picture is seen {epochs:.0f} times"
-    views = 2 ** round(math.log2(min(MOST_VIEWS, max(1, epochs / EPOCHS_OF_A_VIEW))))
-    book.pick(
-        "data.augment.views",
-        views,
-        f"{said}; {EPOCHS_OF_A_VIEW} times each view, and no more than {MOST_VIEWS}",
-    )
     book.pick("data.augment.shift", 0.04 if often else 0.0, said)
     book.pick("data.augment.scale", 0.06 if often else 0.0, said)
     book.pick("transformer.dropout", 0.0 if not often else 0.05 if epochs < 300 else 0.1, said)
     book.pick("transformer.keep", "last" if often else "best", f"{said}; NLL misleads where that is often")
+
+
+def _turned(book: _Book) -> bool:
+    """Whether somebody turned the dial."""
+    return bool(book.get("recipe.minutes")) or book.get("recipe.effort") != 1
 
 
 def _number(value: Any) -> Any:

@@ -13,15 +13,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 from pydantic import BaseModel
 
 from model.config import VQVAE_EXPERIMENT, DataConfig, RunConfig, config_hash
 from model.errors import UserError
-from model.plumbing import assets, storage
+from model.plumbing import assets, environment, storage
 from model.plumbing.assets import START, AssetWriter, Input, Kind, Manifest
 from model.plumbing.jobs import JobSpec, TrackingIds
+from model.plumbing.parallel import processor
 
 NO_CONTENT = {"log_every", "checkpoint_every"}  # training settings that change no weight
 OF_SPEED = ("batch_size", "accumulate", "precision", "compile")  # training settings that decide a step's time
@@ -99,7 +101,7 @@ def _clip(config: RunConfig) -> Settings:
 
 
 def _speed(config: RunConfig) -> Settings:
-    """The nets and the hardware, without what makes no step longer."""
+    """The nets, the hardware and what computes on it, without what makes no step longer."""
     nets: Settings = {}
     for name in ("tokenizer", "clip", "transformer"):
         if (section := getattr(config, name)) is not None:
@@ -108,7 +110,10 @@ def _speed(config: RunConfig) -> Settings:
                 nets[name]["training"] = {field: training[field] for field in OF_SPEED}
     hardware = {"gpu", "workers", "processes_per_worker", "gpus_per_worker", "cpu", "cpu_limit"}
     jobs = config.jobs.model_dump(mode="json", include=hardware)
-    return nets | {"image_size": config.data.image_size, "jobs": jobs}
+    here = environment.LAUNCHER.get() == environment.LAUNCHER.default
+    machine = processor() if here else config.jobs.node_selector
+    torch = metadata.version("torch")
+    return nets | {"image_size": config.data.image_size, "jobs": jobs, "machine": machine, "torch": torch}
 
 
 def _recipe(config: RunConfig) -> Settings:
@@ -122,7 +127,12 @@ def _tokens(config: RunConfig) -> Settings:
 
 def _transformer(config: RunConfig) -> Settings:
     assert config.transformer
-    return {"transformer": _plain(config.transformer), "seed": config.seed}
+    timed = config.recipe is not None and config.recipe.until > 0
+    return {
+        "transformer": _plain(config.transformer),
+        "seed": config.seed,
+        **({"steps": "fitted to the time"} if timed else {}),
+    }
 
 
 def _sampling(config: RunConfig) -> Settings:

@@ -183,6 +183,44 @@ def test_too_few_minutes_are_refused_with_what_would_do() -> None:
     assert derived(recipe={"minutes": enough}).parts
 
 
+def test_what_would_do_is_not_refused_again() -> None:
+    slow = replace(CPU, step={net: 20 * seconds for net, seconds in CPU.step.items()})
+    for minutes in (8, 12):
+        with pytest.raises(UserError, match=r"minutes are too few: the fewest steps") as refused:
+            derived(speeds=slow, recipe={"minutes": minutes})
+        enough = int(str(refused.value).split("; ")[1].split()[0])
+        assert derived(speeds=slow, recipe={"minutes": enough}).minutes <= recipe.BEYOND * enough
+
+
+def test_steps_that_are_given_and_minutes_that_they_exceed_are_refused() -> None:
+    steps = {"training": {"steps": 100_000}}
+    with pytest.raises(UserError, match="or those that are given, take 2"):
+        derived(recipe={"minutes": 20}, transformer=steps)
+    assert derived(recipe={}, transformer=steps).minutes > 200, "who names no minutes has them"
+
+
+def test_a_sweep_of_temperatures_alone_takes_its_time() -> None:
+    swept = derived(recipe={"minutes": 25}, sweep={"temperature": [0.7, 1.0], "prompts": 64})
+    (part,) = (part for part in swept.parts if part.name == recipe.SWEEP)
+    assert part.seconds > 2 * 64 * CPU.draw
+
+
+def test_views_of_each_picture_are_encoded_in_time() -> None:
+    slow = replace(CPU, encode=0.01)
+    found = derived(speeds=slow, recipe={"minutes": 60})
+    views = of(found, "data.augment.views")
+    assert views > 2
+    (tokens,) = (part for part in found.parts if part.name == "tokens")
+    assert tokens.seconds > views * SURVEY.pictures * slow.encode
+    assert found.minutes == pytest.approx(60, rel=0.1)
+
+
+@pytest.mark.parametrize("steps", [0, -5, "many", None])
+def test_steps_that_are_none_are_refused_by_name(steps: Any) -> None:
+    with pytest.raises(UserError, match=r"transformer\.training\.steps"):
+        load_config("auto", [f"transformer.training.steps={'null' if steps is None else steps}"], FOLDER)
+
+
 def test_so_little_effort_that_there_is_no_time_trains_as_little_as_makes_sense() -> None:
     found = derived(recipe={"effort": 0.001})
     for net, least in recipe.LEAST_STEPS.items():
@@ -192,6 +230,11 @@ def test_so_little_effort_that_there_is_no_time_trains_as_little_as_makes_sense(
 def test_a_dial_that_turns_nothing_is_refused() -> None:
     with pytest.raises(UserError, match="says the steps of each net itself"):
         load_config("shapes-tiny", ["recipe.minutes=10"])
+
+
+def test_who_says_all_steps_and_turns_no_dial_has_the_rest_derived() -> None:
+    found = derived(**{net: {"training": {"steps": 10}} for net in recipe.NETS})
+    assert of(found, "transformer.depth") > 0
 
 
 def test_until_the_pictures_are_seen_a_config_has_its_form_and_says_that_nothing_is_derived() -> None:
@@ -246,3 +289,14 @@ def test_refitted_for_other_minutes_or_hardware_sizes_stay_and_steps_change() ->
     }
     for path in ("tokenizer.codebook_size", "data.image_size", "transformer.depth", "transformer.dropout"):
         assert of(second, path) == of(first, path)
+
+
+def test_what_is_given_now_no_refit_changes() -> None:
+    stored = parse_config(derived(recipe={"minutes": 10}).values).model_dump(mode="json")
+    stored["recipe"]["minutes"] = 40
+    stored["transformer"]["training"] |= {"steps": 77, "batch_size": 10}
+    given = {"transformer.training.steps", "transformer.training.batch_size"}
+    found = refit(stored, SURVEY, CPU, {}, given.__contains__)
+    assert {of(found, field) for field in given} == {77, 10}
+    assert given <= {choice.field for choice in found.choices if choice.given}
+    assert of(refit(stored, SURVEY, CPU, {}), "transformer.training.steps") > 1000

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import platform
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
+from pathlib import Path
 from typing import TypeVar
 
 from model.plumbing import cgroups, environment
@@ -24,6 +26,15 @@ def cores() -> int:
     if quota := cgroups.cpu_quota():
         here = min(here, math.ceil(quota))
     return max(1, here // environment.ranks_here())
+
+
+def processor() -> str:
+    """What this process may use of which processor, as Linux names it: "2 x AMD EPYC 9B14"."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{cores()} x {line.partition(':')[2].strip()}"
+    return f"{cores()} x {platform.machine()}"
 
 
 def parallel_map(

@@ -70,10 +70,11 @@ def main(job: Job) -> Manifest | None:
     return job.output.finish(info)
 
 
-def of(made: Manifest) -> Speeds:
-    """What a job of this module has measured."""
+def of(made: Manifest, spent: bool) -> Speeds:
+    """What a job of this module has measured, and whether its time is the run's."""
     info = made.info
-    return Speeds(True, info["start"], info["step"], info["encode"], info["draw"], spent=info["took"])
+    took = info["took"] if spent else 0.0
+    return Speeds(True, info["start"], info["step"], info["encode"], info["draw"], spent=took)
 
 
 def foreseen(config: RunConfig, hardware: str, devices: int) -> Speeds:

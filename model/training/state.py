@@ -260,11 +260,14 @@ class Patience:
 
 
 class Clock:
-    """Fits the number of steps of a training to the time that there is for it.
+    """Fits the number of steps of a training to the time that there is for it: once, at the end of warm-up.
 
-    Only while less than half of them are done, and to no less than half and no more than twice of those that
-    were foreseen; so the learning rate follows in small steps.
+    Before that nothing that is learned depends on it, so a training that is told those steps at its start
+    makes the same weights.
     """
+
+    FEWEST, MOST = 0.5, 2.0  # times the steps that were foreseen
+    VALIDATIONS = 1.05  # a step's share of all validations, with it
 
     def __init__(self, training: TrainingConfig, until: float, processes: Distributed) -> None:
         """
@@ -273,9 +276,8 @@ class Clock:
             until: when it should end, in seconds since 1970; 0: after those steps, whenever that is.
             processes: of the job, who all do what the main one decides.
         """
-        self.training = training  # with the steps as they are fitted now
+        self.training = training  # with the steps as they are fitted
         self.until, self.processes = until, processes
-        self._foreseen = training.steps
         self._first: tuple[int, float] | None = None
 
     @property
@@ -284,23 +286,30 @@ class Clock:
         return {"clock": self} if self.until else {}
 
     def fitted(self, done: int) -> TrainingConfig:
-        """The training with its steps for what is left of the time, on every rank alike.
+        """The training with its steps, on every rank alike; called after each step.
 
         Args:
-            done: steps; called at each log line.
+            done: steps so far.
         """
-        if not self.until or 2 * done > self.training.steps:
+        warmup = self.training.warmup_steps
+        if (
+            not self.until or done > warmup or done < warmup // 4
+        ):  # at first comes what comes once: compilation
             return self.training
-        now, first, steps = time.monotonic(), self._first, self.training.steps
-        if first is None:  # the time before it has what comes once, such as compilation
-            self._first = done, now
-        elif now > first[1] and done > first[0]:
-            each = (now - first[1]) / (done - first[0])
-            fitting = done + int((self.until - time.time()) / each)
-            steps = min(2 * self._foreseen, max(self._foreseen // 2, done + 1, fitting))
-        agreed = self.processes.gather(torch.tensor(steps, device=self.processes.device))[0]
-        self.training = self.training.model_copy(update={"steps": int(agreed)})
+        if self._first is None:
+            self._first = done, self._now()
+        elif done == warmup:
+            each = (self._now() - self._first[1]) / (done - self._first[0]) * self.VALIDATIONS
+            foreseen, room = self.training.steps, done + int((self.until - time.time()) / each)
+            steps = max(int(self.FEWEST * foreseen), min(int(self.MOST * foreseen), room), done + 1)
+            agreed = self.processes.gather(torch.tensor(steps, device=self.processes.device))[0]
+            self.training = self.training.model_copy(update={"steps": int(agreed)})
         return self.training
+
+    def _now(self) -> float:
+        """Seconds, when all devices have done what they were told."""
+        self.processes.sum(torch.zeros((), device=self.processes.device)).item()
+        return time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
         """The steps, for a checkpoint."""

@@ -129,13 +129,16 @@ def train(job: Job, config: TransformerConfig) -> Manifest | None:
         ema.update()
 
         done = step + 1
+        if (fitted := clock.fitted(done)) is not training:
+            progress.note(
+                f"{fitted.steps:,} steps for the time that is left, {training.steps:,} were foreseen"
+            )
+            progress.total, training = fitted.steps, fitted
         if itstime(done, training.log_every, training.steps):
             means = sums.means(done)
             curves.add(done, "train", means | {"learning_rate": rate})
             curves.show(done, "train", pace.since(done))
             progress.update(done, loss=means["nll"], **pace.mfu)
-            training = clock.fitted(done)
-            progress.total = training.steps
         if itstime(done, training.eval_every, training.steps):
             sums.check(done)
             with ema.applied():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from components import page, recipe
 from components.parameters import TEXT_TO_IMAGE, VQVAE
@@ -14,6 +15,7 @@ from components.recipe import Resolved, lines, planned, resolved, with_end
 from model.config import RunConfig, parse_config
 from model.errors import UserError
 from model.recipe import Speeds
+from model.steps import STEPS
 from tests.components.test_retraining import Version, source, version
 from tests.data.test_ingest import picture, write
 
@@ -149,11 +151,41 @@ def test_until_when_there_is_time_is_said_anew_by_each_run(
 
     found = resolved(asked(folder))
     assert 1000 + 400 < until(found) < 1000 + 600
+    assert until(resolved(asked(folder))) == until(found), "of what is kept, too"
     stale = found.config.recipe.model_copy(update={"minutes": 0.0, "until": 5.0})  # type: ignore[union-attr]
     assert until(Resolved(found.config.model_copy(update={"recipe": stale}))) == 0
     assert until(resolved(asked(folder, "transformer.training.steps=500"))) == 0, (
         "whoever says steps has them"
     )
+
+
+def test_a_model_that_exists_has_its_minutes_and_the_steps_that_somebody_says_now(
+    services: dict[str, str], folder: Path, timed: list[RunConfig], version: Version, name: str
+) -> None:
+    first = with_end(resolved(asked(folder, f"model_name={name}")), 1000.0)
+    version(first.config, 1)
+    again = with_end(resolved(asked(folder, f"model_name={name}")), 2000.0)
+    assert again.config.recipe
+    assert first.config.recipe
+    assert again.config.recipe.until == first.config.recipe.until + 1000
+    steps = ("transformer.training.steps=700", "transformer.training.batch_size=32")
+    for minutes in (10, 30):
+        given = with_end(
+            resolved(asked(folder, f"model_name={name}", f"recipe.minutes={minutes}", *steps)), 0
+        )
+        assert given.config.transformer
+        training = given.config.transformer.training
+        assert (training.steps, training.batch_size) == (700, 32), minutes
+        assert given.config.recipe
+        assert given.config.recipe.until == 0
+    whole = yaml.safe_dump(first.config.model_dump(mode="json"))
+    text = {"pipeline": TEXT_TO_IMAGE, "preset": "auto", "config": whole}
+    assert with_end(resolved(text), 2000.0).config == again.config, "as a retraining has it"
+    exact = with_end(resolved(text | {"overrides": steps[0]}), 2000.0).config
+    assert exact.recipe
+    assert exact.recipe.until == 0
+    assert "steps" not in STEPS["transformer"].settings(exact)
+    assert STEPS["transformer"].settings(again.config)["steps"] == "fitted to the time"
 
 
 def test_hardware_is_timed_by_a_job_where_the_run_has_its_minutes(

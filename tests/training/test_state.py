@@ -19,7 +19,7 @@ from model.plumbing.checkpoints import Checkpointer
 from model.plumbing.curves import Curves
 from model.plumbing.distributed import Distributed, setup
 from model.training import state
-from model.training.optim import Ema, adamw, muon
+from model.training.optim import Ema, adamw, learning_rate, muon
 from model.training.state import Best, Clock, Pace, Patience, Resumable, RunningSums, itstime, not_finite
 from tests.ranks import two_ranks
 
@@ -189,53 +189,65 @@ def test_all_ranks_end_when_the_main_one_does(store: str) -> None:
 
 
 def clock(until: float, foreseen: int = 100) -> Clock:
-    training = TrainingConfig(steps=foreseen, batch_size=1, warmup_steps=1)
+    training = TrainingConfig(steps=foreseen, batch_size=1, warmup_steps=8)
     return Clock(training, until, ALONE)
 
 
-def test_steps_are_fitted_to_the_time_until_half_of_them_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What both clocks show."""
     now = [1000.0]
     for clock_of in ("time", "monotonic"):
         monkeypatch.setattr(f"model.training.state.time.{clock_of}", lambda: now[0])
+    return now
+
+
+def run(fitting: Clock, now: list[float], steps: range, each: float) -> None:
+    for done in steps:
+        now[0] += each
+        fitting.fitted(done)
+
+
+def test_steps_are_fitted_to_the_time_once_at_the_end_of_warm_up(now: list[float]) -> None:
     fitting = clock(until=1200.0)
-    now[0] += 60  # what comes once, such as compilation
-    assert fitting.fitted(10).steps == 100, "of one look nothing follows"
-    now[0] += 10
-    assert fitting.fitted(20).steps == 20 + 130, "a second each, and 130 are left"
-    now[0] += 20
-    assert fitting.fitted(30).steps == 30 + 73, "it has become slower: 1.5 s each"
-    now[0] += 1000
-    assert fitting.fitted(52).steps == 103, "more than half are done"
-    now[0] = 1000
+    run(fitting, now, range(1, 2), 60)  # what comes once, such as compilation
+    run(fitting, now, range(2, 8), 1)
+    assert fitting.training.steps == 100, "what was learned so far depends on it nowhere"
+    run(fitting, now, range(8, 9), 1)
+    assert fitting.training.steps == 8 + int(133 / (1 * Clock.VALIDATIONS))
+    fitted = fitting.training.steps
+    run(fitting, now, range(9, 60), 10)
+    assert fitting.training.steps == fitted, "it has become slower, and the learning rate has followed them"
     never = clock(until=0.0)
-    never.fitted(1)
-    assert never.fitted(40).steps == 100
+    run(never, now, range(1, 20), 100)
+    assert never.training.steps == 100
     assert never.parts == {}
 
 
-def test_steps_are_no_fewer_than_half_and_no_more_than_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [1000.0]
-    for clock_of in ("time", "monotonic"):
-        monkeypatch.setattr(f"model.training.state.time.{clock_of}", lambda: now[0])
+def test_the_same_steps_given_have_the_same_learning_rates(now: list[float]) -> None:
+    fitting, rates = clock(until=1150.0), []
+    for step in range(160):
+        rates.append(learning_rate(step, fitting.training))
+        run(fitting, now, range(step + 1, step + 2), 1)
+    assert fitting.training.steps != 100
+    given = fitting.training.model_copy()
+    assert rates == [learning_rate(step, given) for step in range(160)]
+
+
+def test_steps_are_no_fewer_than_half_and_no_more_than_twice(now: list[float]) -> None:
     for until, steps in ((1e9, 200), (1001.0, 50)):
         fitting = clock(until)
-        fitting.fitted(10)
-        now[0] += 10
-        assert fitting.fitted(20).steps == steps
+        run(fitting, now, range(1, 9), 1)
+        assert fitting.training.steps == steps
         now[0] = 1000.0
 
 
-def test_who_resumes_has_the_steps_that_were_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [1000.0]
-    for clock_of in ("time", "monotonic"):
-        monkeypatch.setattr(f"model.training.state.time.{clock_of}", lambda: now[0])
+def test_who_resumes_has_the_steps_that_were_fitted(tmp_path: Path, now: list[float]) -> None:
     first, second = clock(1150.0), clock(1150.0)
-    first.fitted(10)
-    now[0] += 10
-    first.fitted(20)
+    run(first, now, range(1, 9), 1)
     saved(Resumable(Checkpointer(str(tmp_path)), ALONE, **first.parts), 20)
     assert Resumable(Checkpointer(str(tmp_path)), ALONE, **second.parts).restore() == 20
-    assert second.training.steps == first.training.steps == 160
+    assert second.training.steps == first.training.steps != 100
 
 
 # ── sums ────────────────────────────────────────────────────────────────────────────────────────────────
