@@ -234,17 +234,26 @@ def test_a_retraining_begins_from_the_champions_weights_and_resumes_from_its_own
 
 @pytest.mark.slow
 def test_a_run_with_its_minutes_trains_as_long_as_there_is_time(store: str) -> None:
-    run = run_config(log_every=2, eval_every=100, checkpoint_every=100)
+    run = run_config(warmup_steps=4, eval_every=100, checkpoint_every=100)
+    raster = run.transformer.model_copy(update={"random_order": 0.0})  # type: ignore[union-attr]
+    run = run.model_copy(update={"transformer": raster})
     sets = publish(run)
-    foreseen = run.transformer.training.steps  # type: ignore[union-attr]
+    foreseen = raster.training.steps
     recipe = RecipeConfig(minutes=5, version=1, until=time.time() + 3600)
-    made = fit(run.model_copy(update={"recipe": recipe}), sets)
+    timed = run.model_copy(update={"recipe": recipe})
+    made = fit(timed, sets)
     assert made.info["steps"] == 2 * foreseen, "there is time for more than twice as many"
     (Path(made.uri) / "manifest.json").unlink()
     late = fit(run.model_copy(update={"recipe": recipe.model_copy(update={"until": 1.0})}), sets)
     assert late.info["steps"] == foreseen // 2
-    (Path(late.uri) / "manifest.json").unlink()
-    assert "steps" not in fit(run, sets).info
+    told = raster.model_copy(update={"training": raster.training.model_copy(update={"steps": foreseen // 2})})
+    repeated = fit(run.model_copy(update={"transformer": told}), sets)
+    assert repeated.key != late.key
+    weights = (
+        {file.sha256 for file in one.files if file.name == "model.safetensors"} for one in (late, repeated)
+    )
+    assert next(weights) == next(weights), "weight for weight"
+    assert "steps" not in repeated.info
 
 
 def test_random_order_ends_when_it_should() -> None:
