@@ -214,6 +214,8 @@ class VQVAEConfig(Section):
     fsq_levels: list[Positive] = [8, 5, 5, 5]  # fsq: levels per dimension; their product is the codebook size
     beta: float = 0.25  # commitment weight
     reset_after: Annotated[int, Field(ge=0)] = 100  # steps unused before a code is reset; 0 never resets
+    # Share of the codes that near neighbours replace while the decoder trains; 0: no key knows of it.
+    replaced: Annotated[float, Field(ge=0, le=1, exclude_if=lambda share: share == 0)] = 0.0
     loss: TokenizerLoss = TokenizerLoss()
     training: TrainingConfig
 
@@ -225,6 +227,8 @@ class VQVAEConfig(Section):
                 f"multipliers has {len(self.multipliers)} entries; factor {self.factor} with stem {self.stem}"
                 f" needs {levels}"
             )
+        if self.replaced and self.vocabulary == 1:
+            raise ValueError(f"replaced ({self.replaced}) needs more codes than one")
         if not self.value_range[0] < self.value_range[1]:
             raise ValueError(f"value_range {list(self.value_range)} must be [low, high] with low below high")
         return self
@@ -309,6 +313,8 @@ class TransformerConfig(Section):
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: AdamW but for the blocks' matrices
     keep: Literal["best", "last"] = "best"  # weights of the lowest validation NLL, or of the last step
     random_order: Share = 0.0  # share of the steps over which random token order is annealed to raster (RAR)
+    # Share of the pictures whose order stays random to the end; 1: of all. 0: no key knows of it.
+    random_order_left: Annotated[float, Field(ge=0, le=1, exclude_if=lambda share: share == 0)] = 0.0
     training: TrainingConfig
 
     @model_validator(mode="after")

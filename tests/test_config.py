@@ -50,6 +50,10 @@ RULES = {  # overrides of `smoke`, and what is said
         ["tokenizer.value_range=[1.0, 1.0]"],
         "tokenizer: value_range [1.0, 1.0] must be [low, high] with low below high",
     ),
+    "neighbours of a single code": (
+        ["tokenizer.codebook_size=1", "tokenizer.replaced=0.1"],
+        "tokenizer: replaced (0.1) needs more codes than one",
+    ),
     "heads": (
         ["transformer.width=18", "transformer.heads=4"],
         "transformer: width (18) must be a multiple of heads (4)",
@@ -179,10 +183,12 @@ SHARES = [
     "data.augment.shift",
     "data.augment.scale",
     "tokenizer.dropout",
+    "tokenizer.replaced",
     "tokenizer.loss.adversarial_from",
     "transformer.dropout",
     "transformer.condition_dropout",
     "transformer.random_order",
+    "transformer.random_order_left",
     "transformer.training.final_lr_share",
     "transformer.training.ema",
     "gate.more_near_duplicates",

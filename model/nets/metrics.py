@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+TEMPERATURES = tuple(2 ** (sixth / 6) for sixth in range(-2, 7))  # at which an NLL is fitted: 0.79 to 2
 NEAR_DUPLICATE = 0.05  # RMS difference of two pictures on [0, 1] up to which they are near-duplicates
 
 
@@ -64,6 +65,12 @@ def codebook_use(codes: Int[Tensor, "*shape"], vocabulary: int) -> tuple[float, 
 def token_nll(logits: Float[Tensor, "B T K"], codes: Int[Tensor, "*shape"]) -> Float[Tensor, " B"]:
     """Negative log-likelihood of each picture's codes, nats per token."""
     return F.cross_entropy(logits.float().transpose(1, 2), codes, reduction="none").mean(1)
+
+
+def tempered_nll(logits: Float[Tensor, "B T K"], codes: Int[Tensor, "*shape"]) -> Float[Tensor, "n B"]:
+    """`token_nll` at each of `TEMPERATURES`: the least one is that of a net that knows how sure it may be
+    (temperature scaling, Guo et al. 2017, arXiv:1706.04599)."""
+    return torch.stack([token_nll(logits.float() / temperature, codes) for temperature in TEMPERATURES])
 
 
 def bits(nats: float) -> float:

@@ -12,6 +12,8 @@ killed at any moment continues as if nothing had happened.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ from model.errors import UserError
 from model.nets.clip import TextEncoder, load_text_encoder
 from model.nets.folder import fit
 from model.nets.gpt import GPT
-from model.nets.metrics import token_nll
+from model.nets.metrics import TEMPERATURES, tempered_nll, token_nll
 from model.nets.sampler import sample
 from model.nets.tokenizers import Tokenizer, load_tokenizer
 from model.plumbing import cache
@@ -51,6 +53,8 @@ from model.training.state import (
 VALIDATION_PICTURES = 4096  # measured at each validation, at most
 GRID_PICTURES = 8  # drawn from held-out captions and shown in MLflow at each validation
 
+Watch = Callable[[GPT, int, dict[str, float]], object]  # the averaged net, its steps, its figures
+
 
 def main(job: Job) -> Manifest | None:
     """Train the GPT; the main process writes the asset and returns its manifest, the others None.
@@ -64,8 +68,8 @@ def main(job: Job) -> Manifest | None:
         return train(job, config)
 
 
-def train(job: Job, config: TransformerConfig) -> Manifest | None:
-    """The training itself. Returns and raises as `main`."""
+def train(job: Job, config: TransformerConfig, watch: Watch | None = None) -> Manifest | None:
+    """The training itself. Returns and raises as `main`; `watch` is called after each validation."""
     training, seed, tokens, processes = config.training, job.config.seed, job.inputs["tokens"], job.processes
     rank, world, device = processes.rank, processes.world, processes.device
     torch.set_float32_matmul_precision("high")
@@ -113,7 +117,7 @@ def train(job: Job, config: TransformerConfig) -> Manifest | None:
             codes = batch.codes.to(device, non_blocking=True)  # (B, T)
             states, mask = text.encode(batch.ids)  # (B, S, W), (B, S)
             drop = torch.rand(len(codes), device=device) < config.condition_dropout  # (B,)
-            codes, order = _reorder(codes, step, config.random_order * training.steps)
+            codes, order = _reorder(codes, _mixed(config, step, training.steps))
             with (
                 synced(model, last=micro + 1 == training.accumulate),
                 torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"),
@@ -144,11 +148,13 @@ def train(job: Job, config: TransformerConfig) -> Manifest | None:
             with ema.applied():
                 figures = validate(gpt, text, tokens, "validation", processes)
                 curves.add(done, "validation", figures)
-                score = done if config.keep == "last" else -figures["nll"]
+                score = done if config.keep == "last" else worth(figures)
                 best.offer(score, gpt, {"step": done} | figures)
                 if tokenizer:
                     _show_samples(gpt, text, tokenizer, job, done)
-            if patience.over(-figures["nll"]):
+                if watch:
+                    watch(gpt, done, figures)
+            if patience.over(worth(figures)):
                 progress.note(f"ends at step {done}: no better for {training.patience} validations")
                 break
         job.stopping.heed(done, training.steps, state)
@@ -174,9 +180,14 @@ def validate(
     gpt: GPT, text: TextEncoder, tokens: Manifest, split: str, processes: Distributed
 ) -> dict[str, float]:
     """NLL in nats per token over a split's plain pictures, with their captions (`nll`), with none
-    (`nll_unconditional`) and with each other's (`nll_shuffled`): how much the text is worth."""
+    (`nll_unconditional`) and with each other's (`nll_shuffled`).
+
+    From these: `text_gain`, what a wrong caption costs; `nll_fitted`, the NLL at the one of `TEMPERATURES`
+    where it is least, and that `temperature`. A net that is too sure of itself has a high NLL and a
+    temperature above 1, though what it draws may be none the worse.
+    """
     device = processes.device
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    sums = torch.zeros(4 + len(TEMPERATURES), dtype=torch.float64, device=device)
     gpt.eval()
     bf16 = gpt.config.training.precision == "bf16"
     reader = TokenReader(tokens, split, 64 * processes.world, rank=processes.rank, world=processes.world)
@@ -193,11 +204,26 @@ def validate(
                 gpt.forward(codes, states.roll(1, dims=0), mask.roll(1, dims=0)),
             ]
             sums[:3] += torch.stack([token_nll(logits, codes).sum() for logits in readings])
-            sums[3] += len(codes)
+            sums[3:-1] += tempered_nll(readings[0], codes).sum(dim=1)
+            sums[-1] += len(codes)
     gpt.train()
     *nats, count = processes.sum(sums).tolist()
-    names = ("nll", "nll_unconditional", "nll_shuffled")
-    return {name: value / count for name, value in zip(names, nats, strict=True)}
+    nll, unconditional, shuffled, *tempered = (total / count for total in nats)
+    fitted, temperature = min(zip(tempered, TEMPERATURES, strict=True))
+    return {
+        "nll": nll,
+        "nll_unconditional": unconditional,
+        "nll_shuffled": shuffled,
+        "text_gain": shuffled - nll,
+        "nll_fitted": fitted,
+        "temperature": temperature,
+    }
+
+
+def worth(figures: dict[str, float]) -> float:
+    """By what a validation is compared with others, more being better: this alone decides which weights are
+    the best, and whether patience ends the training."""
+    return -figures["nll"]
 
 
 def _begin_from(gpt: GPT, begun: Manifest) -> None:
@@ -209,20 +235,26 @@ def _begin_from(gpt: GPT, begun: Manifest) -> None:
         raise UserError(f"{error}; retrain.start=scratch begins without them") from None
 
 
-def _reorder(codes: Tensor, step: int, steps: float) -> tuple[Tensor, Tensor | None]:
-    """Codes (B, T) in the order they are to be learned in, and that order.
-
-    RAR (arXiv:2411.00776): at first every picture in an order of its own, annealed over so many steps to all
-    in raster order.
-    """
-    if step >= steps:
+def _reorder(codes: Tensor, share: float) -> tuple[Tensor, Tensor | None]:
+    """Codes (B, T) in the order they are to be learned in, and that order: a share of the pictures in an
+    order of its own each, the others in raster order."""
+    if share == 0:
         return codes, None
     B, T = codes.shape
     raster = torch.arange(T, device=codes.device)
     mixed = torch.rand(B, T, device=codes.device).argsort(dim=1)
-    chosen = torch.rand(B, 1, device=codes.device) < 1 - step / steps
+    chosen = torch.rand(B, 1, device=codes.device) < share
     order = torch.where(chosen, mixed, raster)
     return codes.gather(1, order), order
+
+
+def _mixed(config: TransformerConfig, step: int, steps: int) -> float:
+    """Share of the pictures in random order at a step of so many.
+
+    RAR (arXiv:2411.00776): at first all of them, annealed to none, or to those that are to be left.
+    """
+    over = config.random_order * steps
+    return max(config.random_order_left, 1 - step / over if step < over else 0.0)
 
 
 @torch.no_grad()

@@ -49,6 +49,17 @@ def test_nll_of_even_logits_is_log_k() -> None:
     assert metrics.token_nll(logits, torch.tensor([[1, 2]])).item() == pytest.approx(expected)
 
 
+def test_the_temperature_that_fits_is_by_how_much_a_net_is_too_sure() -> None:
+    codes = torch.tensor([[0, 0, 0, 1]])
+    p = torch.tensor([0.75, 0.25])  # as the codes are, so that nothing has a lower NLL
+    entropy = -float((p * p.log()).sum())
+    for i, temperature in enumerate(metrics.TEMPERATURES):
+        found = metrics.tempered_nll((p.log() * temperature).expand(1, 4, 2).bfloat16(), codes)
+        assert found.shape == (len(metrics.TEMPERATURES), 1)
+        assert int(found.argmin()) == i
+        assert float(found.min()) == pytest.approx(entropy, abs=1e-4)
+
+
 def test_clip_score_and_retrieval() -> None:
     text = torch.eye(4)
     images = torch.eye(4)[[0, 1, 3, 3]]  # the third picture looks like the fourth caption

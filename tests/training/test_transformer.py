@@ -15,13 +15,14 @@ from model.config import AssetRef, RecipeConfig, RunConfig
 from model.data.token_shards import TokenReader, TokenShard
 from model.errors import UserError
 from model.nets.clip import architecture, build_clip, load_text_encoder, tokenize
-from model.nets.gpt import load_gpt
-from model.nets.metrics import token_nll
+from model.nets.gpt import GPT, load_gpt
+from model.nets.metrics import TEMPERATURES, token_nll
 from model.nets.vqvae import VQVAE
 from model.plumbing import assets
 from model.plumbing.assets import START, AssetWriter, Manifest
 from model.plumbing.checkpoints import Checkpointer
 from model.plumbing.distributed import setup
+from model.plumbing.worker import open_job
 from model.steps import job as make_spec
 from model.training import transformer
 from tests.instances import config, make, make_in_rank
@@ -109,6 +110,10 @@ def test_it_learns_the_captions_and_keeps_its_losses(store: str) -> None:
     curves = history(made)
     assert [step for step, _ in curves["train/nll"]] == [6, 12, 18, 24]
     assert [step for step, _ in curves["validation/nll"]] == [12, 24]
+    last = {name: points[-1][1] for name, points in curves.items() if name.startswith("validation/")}
+    assert last["validation/text_gain"] == last["validation/nll_shuffled"] - last["validation/nll"]
+    assert last["validation/nll_fitted"] <= last["validation/nll"]
+    assert last["validation/temperature"] in TEMPERATURES
     losses = [value for _, value in curves["train/nll"]]
     # Kernels of other CPUs add in another order, which 24 steps amplify; a real change moves the 2nd digit.
     assert losses == pytest.approx(GOLDEN, abs=5e-3)
@@ -149,6 +154,23 @@ def test_the_last_weights_are_kept_where_the_config_says_so(
     last = run.transformer.model_copy(update={"keep": "last"})
     worsening = iter([1.0, 2.0, 3.0, 4.0])
     assert fit(run.model_copy(update={"transformer": last}), sets).info["best_step"] == 24
+
+
+def test_who_watches_sees_the_averaged_net_of_each_validation(store: str) -> None:
+    run = run_config(steps=4, eval_every=2)
+    assert run.transformer
+    run = run.model_copy(update={"transformer": run.transformer.model_copy(update={"keep": "last"})})
+    seen: list[tuple[int, float, torch.Tensor]] = []
+
+    def watch(gpt: GPT, step: int, figures: dict[str, float]) -> None:
+        seen.append((step, figures["nll"], gpt.embedding.weight.detach().clone()))
+
+    with open_job(make_spec("transformer", run, "test", publish(run)), track=False) as job:
+        assert run.transformer
+        made = transformer.train(job, run.transformer, watch)
+    assert made
+    assert [[step, nll] for step, nll, _ in seen] == history(made)["validation/nll"]
+    assert torch.equal(seen[-1][2], load_gpt(made.uri).embedding.weight)
 
 
 @pytest.mark.slow
@@ -257,13 +279,22 @@ def test_a_run_with_its_minutes_trains_as_long_as_there_is_time(store: str) -> N
 
 
 def test_random_order_ends_when_it_should() -> None:
+    config = run_config().transformer
+    assert config
+    shares = [transformer._mixed(config, step, 24) for step in (0, 3, 6, 24)]
+    assert shares == [1, 0.5, 0, 0], "a quarter of the steps"
+    some = config.model_copy(update={"random_order_left": 0.75})
+    assert [transformer._mixed(some, step, 24) for step in (0, 1, 3, 24)] == [1, 5 / 6, 0.75, 0.75]
+    never = config.model_copy(update={"random_order": 0.0})
+    assert transformer._mixed(never, 0, 24) == 0
+
     codes = torch.arange(16).repeat(64, 1)
-    mixed, order = transformer._reorder(codes, 0, 6)
+    mixed, order = transformer._reorder(codes, 1.0)
     assert order is not None
     assert torch.equal(mixed, order)  # a code is its own position here
     assert (order.sort(dim=1).values == codes).all()
     assert (order != codes).any(dim=1).all()
-    same, none = transformer._reorder(codes, 6, 6)
+    same, none = transformer._reorder(codes, 0.0)
     assert none is None
     assert same is codes
 
