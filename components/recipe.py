@@ -16,7 +16,7 @@ from components.parameters import resolve
 from model import recipe, steps
 from model.config import RunConfig, parse_config
 from model.errors import Unavailable, UserError
-from model.plumbing import assets, registry, speech
+from model.plumbing import assets, registry, speech, uses
 from model.plumbing.assets import AssetWriter
 from model.plumbing.leases import alone
 from model.recipe import Choice, Derived, Memory, Part, Speeds, Values
@@ -67,6 +67,7 @@ def resolved(asked: dict[str, Any]) -> Resolved:
 def _once(config: RunConfig, make: Callable[[], Resolved]) -> Resolved:
     """What was made for this config before, or is made now and kept."""
     writer = steps.writer("recipe", config, {})
+    uses.use("prepare", "", writer.uri)
     with alone("prepare", writer.uri):  # two would measure other seconds
         if made := assets.find(writer.uri):
             return _kept(made)
@@ -152,6 +153,7 @@ def speeds_of(config: RunConfig) -> Speeds:
     from components.launch import launch
 
     job = steps.job("speed", config, "", {})
+    uses.use("prepare", "", job.output)
     known = assets.find(job.output)
     return speed.of(known or launch(job), spent=not known)
 

@@ -82,7 +82,8 @@ def look(needed: Callable[[], Iterable[Needed]], spared: float) -> Found:
     objects = _objects()
     used |= {one for one, names in objects.items() if any(map(_wants, names.items()))}
     manifests = _read(objects)
-    assets = {one: _asset(found, manifests[one]) for one, found in objects.items()}
+    recipes = _recipes(manifests)
+    assets = {one: _asset(found, manifests[one], recipes) for one, found in objects.items()}
     by_hash = {made.sha256: one for one, made in manifests.items() if isinstance(made, Manifest)}
     registered = [_registered(one, assets, by_hash) for one in needed()]
     return Found(
@@ -170,9 +171,27 @@ def _manifest(data: bytes, place: str) -> Manifest:
     return Manifest.model_validate(values).at(place)
 
 
-def _asset(objects: Mapping[str, Stored], read: Manifest | frozenset[Id]) -> Asset:
+def _recipes(manifests: Mapping[Id, Manifest | frozenset[Id]]) -> dict[str, set[Id]]:
+    """The recipes that were derived from a source, by its fingerprint, which images of it have, too."""
+    found: dict[str, set[Id]] = {}
+    for one, made in manifests.items():
+        if isinstance(made, Manifest) and made.kind == "recipe":
+            found.setdefault(str(made.settings.get("fingerprint")), set()).add(one)
+    return found
+
+
+def _asset(
+    objects: Mapping[str, Stored], read: Manifest | frozenset[Id], recipes: Mapping[str, set[Id]]
+) -> Asset:
     if not isinstance(read, Manifest):
         return Asset(objects, inputs=read)
+    inputs = {
+        f"{other.kind}/{other.key}"
+        for name, other in read.inputs.items()
+        if (read.kind, name) not in NEEDED_NO_MORE
+    }
+    if read.kind == "images":  # whoever makes a run of these pictures again has its sizes and steps from there
+        inputs |= recipes.get(str(read.settings.get("fingerprint")), set())
     pictures = {one.sha256 for one in read.inputs.values() if one.kind == "images"}
     held = {
         "images": {read.sha256},
@@ -182,11 +201,7 @@ def _asset(objects: Mapping[str, Stored], read: Manifest | frozenset[Id]) -> Ass
     return Asset(
         objects,
         files=frozenset({NAME, *(file.name for file in read.files)}),
-        inputs=frozenset(
-            f"{other.kind}/{other.key}"
-            for name, other in read.inputs.items()
-            if (read.kind, name) not in NEEDED_NO_MORE
-        ),
+        inputs=frozenset(inputs),
         taken=frozenset((file.asset, file.name) for file in read.files if file.asset),
         pictures=frozenset(held.get(read.kind, ())),
     )

@@ -14,6 +14,7 @@ from components.parameters import TEXT_TO_IMAGE, VQVAE
 from components.recipe import Resolved, lines, planned, resolved, with_end
 from model.config import RunConfig, parse_config
 from model.errors import UserError
+from model.plumbing import uses
 from model.recipe import Speeds
 from model.steps import STEPS
 from tests.components.test_retraining import Version, source, version
@@ -70,6 +71,7 @@ def test_what_was_derived_is_kept_for_whoever_asks_the_same(
     assert again.config == first.config
     assert (again.choices, again.parts) == (first.choices, first.parts)
     assert len(timed) == 1, "the second time nothing is timed"
+    assert any(one.startswith(f"{uses.NOBODY}/recipe-") for one in uses.said()), "no sweep takes it meanwhile"
     other = resolved(asked(folder, "seed=1"))
     assert len(timed) == 2
     assert other.config != first.config

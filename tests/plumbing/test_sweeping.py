@@ -14,7 +14,7 @@ import pytest
 
 from model.errors import UserError
 from model.plumbing import assets, leases, storage, uses
-from model.plumbing.assets import AssetWriter, Manifest
+from model.plumbing.assets import AssetWriter, Kind, Manifest
 from model.plumbing.jobs import JobSpec, TrackingIds, write_spec
 from model.plumbing.sweeping import Found, Needed, look, sweep
 from tests import ROOT
@@ -100,6 +100,27 @@ def test_of_superseded_pictures_nothing_stays_but_what_is_pinned(root: str) -> N
     assert {name.rsplit("/", 1)[0] for name in there(root) if name.endswith(assets.NAME)} == {
         f"{one.kind}/{one.key}" for one in left
     }
+
+
+def test_recipes_stay_with_the_images_of_their_pictures(store: str) -> None:
+    """By age and use alone they would go, and a run that goes on would have other steps, so other assets."""
+
+    def of(kind: Kind, fingerprint: str) -> Manifest:
+        return AssetWriter(kind, {"fingerprint": fingerprint, "by": kind}, {}).finish({})
+
+    mine, others = of("recipe", "mine"), of("recipe", "others")
+    killed = job(of("images", "mine"))
+    write_spec(killed)
+    storage.write_bytes(storage.join(killed.checkpoints, "step-00000001/complete.json"), b"{}")
+    speed = made("speed", 0)
+    with leases.Lease(killed.leases, "tokenizer"):
+        swept(needed())
+    assert assets.find(mine.uri) == mine
+    assert not assets.find(others.uri)
+    assert not assets.find(speed.uri), "what it was for, recipes say"
+    newer = of("images", "newer")
+    swept(needed(newer, *(one.load() for one in killed.inputs.values()), current=newer.sha256))
+    assert not assets.find(mine.uri), "its pictures were superseded"
 
 
 def test_weights_that_were_begun_from_and_pictures_that_were_compared_with_are_let_go(store: str) -> None:
