@@ -50,6 +50,7 @@ PODS = {
     "images": Pod(cpu="200m", memory="768Mi", memory_limit="4Gi", cpu_limit="8", hours=3 * 24),
     "register": Pod(cpu="200m", memory="1Gi", memory_limit="16Gi", hours=6),
 }
+READS = ("news", "prepare", "images")  # steps that look at sources; a Workflow is to stay short for the rest
 
 
 def pod_of(step: str) -> Pod:
@@ -64,8 +65,9 @@ def on_cluster(task: dsl.PipelineTask) -> dsl.PipelineTask:
     second for each step to write a quantity down, and would tell a step on a laptop as well.
     """
     kubernetes.set_timeout(task, round(pod_of(task.name).hours * HOUR))
-    told = {one.name: one.name for one in environment.IN_CONFIG_MAP if one.name not in FIXED}
-    secret = {one.name: one.name for one in environment.IN_SECRET}
+    left_out = {*FIXED, *(one.name for one in environment.OF_HUB if task.name not in READS)}
+    told = {one.name: one.name for one in environment.IN_CONFIG_MAP if one.name not in left_out}
+    secret = {one.name: one.name for one in environment.IN_SECRET if one.name not in left_out}
     kubernetes.use_config_map_as_env(task, environment.ON_CLUSTER, told, optional=True)
     kubernetes.use_secret_as_env(task, environment.ON_CLUSTER, secret, optional=True)
     kubernetes.use_secret_as_volume(task, AUTHORITIES, AUTHORITIES_AT, optional=True)

@@ -95,7 +95,8 @@ class FakeKubectl(Kubectl):
         if "-l" in arguments:
             wanted = dict([arguments[arguments.index("-l") + 1].split("=")])
             return [one for one in found if one["metadata"]["labels"].items() >= wanted.items()]
-        return [one for one in found if one["metadata"]["name"] == arguments[1]]
+        name = arguments[2].removeprefix("metadata.name=") if "--field-selector" in arguments else arguments[1]
+        return [one for one in found if one["metadata"]["name"] == name]
 
 
 def _singular(kind: str) -> str:

@@ -111,6 +111,11 @@ MLFLOW_BACKEND_STORE_URI = Variable(
 MLFLOW_FLASK_SERVER_SECRET_KEY = Variable(
     "MLFLOW_FLASK_SERVER_SECRET_KEY", "by which that MLflow knows its own pages, likewise", "one is drawn"
 )
+HF_TOKEN = Variable("HF_TOKEN", "for private and gated data sets of the Hugging Face hub", "what is public")
+HF_ENDPOINT = Variable("HF_ENDPOINT", "a mirror of that hub", "the hub")
+HF_HUB_OFFLINE = Variable(
+    "HF_HUB_OFFLINE", "`1`: the hub is not asked, its cache (`HF_HOME`) has to do", "it is asked"
+)
 MLFLOW_UI = Variable(
     "LATENT_GPT_MLFLOW_UI", "address at which people open MLflow", "the server's address above"
 )
@@ -193,6 +198,7 @@ FOR_PEOPLE = (
     *(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN),
     *(MLFLOW_TRACKING_SERVER_CERT_PATH, MLFLOW_TRACKING_CLIENT_CERT_PATH, MLFLOW_TRACKING_INSECURE_TLS),
     *(MLFLOW_REGISTRY_URI, MLFLOW_UI, KFP_UI, MLFLOW_BACKEND_STORE_URI, MLFLOW_FLASK_SERVER_SECRET_KEY),
+    *(HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE),
     *(STATE, CACHE, CACHE_GIB, S3_PATIENCE, LAUNCHER, IMAGE, NAMESPACE, ACCOUNT),
     *(KUBECONFIG, KFP_ENDPOINT, KFP_TOKEN, OVERLAY, DEBUG),
 )
@@ -202,11 +208,13 @@ ON_CLUSTER = "latent-gpt"
 IN_CONFIG_MAP = (
     *(LAUNCHER, STORE, S3_ENDPOINT_URL, AWS_DEFAULT_REGION, MLFLOW_TRACKING_URI, MLFLOW_REGISTRY_URI),
     *(MLFLOW_UI, KFP_UI, CACHE_GIB, S3_PATIENCE, AWS_CA_BUNDLE, MLFLOW_TRACKING_SERVER_CERT_PATH),
+    *(HF_ENDPOINT, HF_HUB_OFFLINE),
 )
 IN_SECRET = (
     *(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN),
-    *(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN),
+    *(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN, HF_TOKEN),
 )
+OF_HUB = (HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE)  # of these, what only matters to whoever reads a source
 
 # What a step's pod is told of itself. Its workers have folders of their own, whose size is in the ConfigMap:
 OF_A_STEP = {CACHE.name: "/cache", CACHE_GIB.name: "32", "HOME": "/tmp"}

@@ -54,7 +54,8 @@ def _told(kubectl: Kubectl) -> dict[str, str | None]:
             " let MLFLOW_TRACKING_URI and S3_ENDPOINT_URL name addresses that are reached from here"
         )
     wanted = {*SERVICES, environment.STORE, environment.AWS_DEFAULT_REGION, *environment.IN_SECRET}
-    return {one.name: told.get(one.name) for one in wanted if told.get(one.name)}
+    of_services = wanted - {*environment.OF_HUB}
+    return {one.name: told.get(one.name) for one in of_services if told.get(one.name)}
 
 
 @contextmanager

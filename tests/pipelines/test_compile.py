@@ -26,7 +26,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Each pipeline as a file, compiled for an image by digest."""
     folder = tmp_path_factory.mktemp("compiled")
     paths = {name: folder / "new" / f"{name}.yaml" for name in PIPELINES}
-    with environment.within({environment.IMAGE.name: IMAGE, "AWS_SECRET_ACCESS_KEY": "very-secret"}):
+    secrets = {"AWS_SECRET_ACCESS_KEY": "very-secret", "HF_TOKEN": "hf_very-secret"}
+    with environment.within({environment.IMAGE.name: IMAGE, **secrets}):
         for name, path in paths.items():
             compile(name, path)
     return paths
@@ -90,9 +91,10 @@ def test_steps_know_their_services_from_a_config_map_and_a_secret(compiled: dict
             assert config["configMapName"] == secret["secretName"] == environment.ON_CLUSTER
             names = {one["envVar"] for one in config["keyToEnv"]}
             assert {"LATENT_GPT_STORE", "MLFLOW_TRACKING_URI", "LATENT_GPT_LAUNCHER"} <= names
-            assert {one["envVar"] for one in secret["keyToEnv"]} == {
-                one.name for one in environment.IN_SECRET
-            }
+            kept = {one["envVar"] for one in secret["keyToEnv"]}
+            assert kept | {"HF_TOKEN"} == {one.name for one in environment.IN_SECRET}
+            reads = step in ("news", "prepare", "images")
+            assert ("HF_TOKEN" in kept, "HF_ENDPOINT" in names, "HF_HUB_OFFLINE" in names) == (reads,) * 3, step
         assert "very-secret" not in path.read_text()
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import time
 from pathlib import Path
 
 import pytest
 
-from pipelines.cluster.reach import _led_to
+from model.plumbing import environment
+from pipelines.cluster.reach import _led_to, services
 from tests.kubectl import FakeKubectl, made
 
 # It forwards, and then says more than a pipe holds.
@@ -73,3 +75,20 @@ def test_what_kubectl_says_of_connections_does_not_stop_it(said: Path, kubectl: 
         while "done" not in said.read_text().split():
             assert time.monotonic() < end, "nobody reads it"
             time.sleep(0.02)
+
+
+def test_what_opens_services_is_had_from_the_cluster_and_nothing_else_of_its_secret(
+    kubectl: FakeKubectl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for one in (*environment.IN_CONFIG_MAP, *environment.IN_SECRET):
+        monkeypatch.delenv(one.name, raising=False)
+    monkeypatch.setenv("HF_TOKEN", "mine")
+    told = {"MLFLOW_TRACKING_URI": "http://mlflow.example.com", "HF_ENDPOINT": "http://its-mirror"}
+    kubectl.add({**made("ConfigMap", environment.ON_CLUSTER), "data": told})
+    secret = {"MLFLOW_TRACKING_TOKEN": base64.b64encode(b"its").decode(), "HF_TOKEN": "aXRz"}
+    kubectl.add({**made("Secret", environment.ON_CLUSTER), "data": secret})
+    with services(kubectl):
+        assert environment.MLFLOW_TRACKING_URI.get() == "http://mlflow.example.com"
+        assert environment.MLFLOW_TRACKING_TOKEN.get() == "its"
+        assert environment.HF_TOKEN.get() == "mine"
+        assert not environment.HF_ENDPOINT.get()

@@ -84,12 +84,14 @@ def test_what_the_environment_gives_is_taken(
     given = {
         AWS[0]: "mine",
         AWS[1]: "my own secret",
+        "HF_TOKEN": "hf_my-token",
         "MLFLOW_BACKEND_STORE_URI": "postgresql://me:pw@db/mlflow",
     }
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     said = "\n".join(keep(cluster, PRODUCTION))
-    assert {name: values(server)[name] for name in AWS} == {name: given[name] for name in AWS}
+    for name in (*AWS, "HF_TOKEN"):
+        assert values(server)[name] == given[name]
     assert values(server, "latent-gpt-mlflow")["MLFLOW_BACKEND_STORE_URI"] == "postgresql://me:pw@db/mlflow"
     assert "from the environment" in said
     assert not [value for value in given.values() if value in said.replace("mine", "")]
