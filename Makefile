@@ -86,7 +86,7 @@ gc: .venv/run.stamp ## List what no model and no run needs any more (ARGS="--del
 ##@ On a cluster
 
 preflight: .venv/run.stamp ## Find out what would stop a run, here or (NAMESPACE=kubeflow) on the cluster of KUBECONFIG
-	@$(BIN)/latent-gpt preflight $(OF_PRESET) $(if $(NAMESPACE),--cluster) $(ARGS)
+	@$(BIN)/latent-gpt preflight $(OF_PRESET) $(OF_DATA) $(OF_DIAL) $(if $(NAMESPACE),--cluster) $(ARGS)
 
 build-and-deploy: .venv/run.stamp ## All of the next five, as far as there is something to do (REGISTRY=… KFP_ENDPOINT=…)
 	@$(MAKE) --no-print-directory -j1 build push secrets deploy upload
@@ -110,7 +110,7 @@ submit: .venv/run.stamp ## Run one there (PRESET=openmoji-tiny ARGS="--follow --
 	@$(BIN)/latent-gpt submit $(OF_PRESET) $(OF_DATA) $(OF_DIAL) $(ARGS)
 
 schedule: .venv/run.stamp ## Retrain there at set times, where there is anything new (CRON="0 0 3 * * *")
-	@$(BIN)/latent-gpt schedule --cron "$$CRON" $(OF_PRESET) $(OF_DATA) $(ARGS)
+	@$(BIN)/latent-gpt schedule --cron "$$CRON" $(OF_PRESET) $(OF_DATA) $(OF_DIAL) $(ARGS)
 
 undeploy: .venv/run.stamp ## Take all of it away, but for the data
 	@$(BIN)/latent-gpt undeploy

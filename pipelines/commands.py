@@ -18,6 +18,9 @@ from model.errors import UserError
 AUTO = "auto"  # the preset of who names none: see `model.config.load_config`
 
 Preset = Annotated[str, typer.Option(help="Name of a shipped preset, or a .yaml file.")]
+Data = Annotated[
+    str, typer.Option(help="Your captioned pictures: a folder, tar shards or parquet; s3:// too.")
+]
 Minutes = Annotated[
     float, typer.Option(min=0, help="The whole run takes so long, within a fifth; 0: as --effort says.")
 ]
@@ -41,9 +44,7 @@ Start = Annotated[
 
 def run(
     preset: Preset = AUTO,
-    data: Annotated[
-        str, typer.Option(help="Your captioned pictures: a folder, tar shards or parquet; s3:// too.")
-    ] = "",
+    data: Data = "",
     minutes: Minutes = 0,
     effort: Effort = 0,
     overrides: Overrides = None,
@@ -217,26 +218,33 @@ def mlflow_ui() -> None:
 
 def preflight(
     preset: Preset = AUTO,
+    data: Data = "",
+    minutes: Minutes = 0,
+    effort: Effort = 0,
     overrides: Overrides = None,
     cluster: Annotated[
         bool, typer.Option("--cluster", help="Look from a pod, as the steps' account, instead of from here.")
     ] = False,
 ) -> None:
     """Check config, source, storage, tracking, disk or cluster without running anything."""
-    from model.config import load_config
-
-    config = load_config(preset, overrides or [])
-    from components.preflight import PROBES, check_state, findings
-    from pipelines.run import state_folder
-
+    dialled = _dialled(overrides, minutes, effort)
     if cluster:
         from pipelines.cluster.preflight import look
+        from pipelines.cluster.runs import config_for_pods
 
-        look(config)
+        look(config_for_pods(preset, dialled, data), data)
         return
+    from model.config import load_config
+    from model.data.sources import recognise
+    from pipelines.run import absolute, state_folder
+
+    data = absolute(data)
+    load_config(preset, dialled, recognise(data, look=False))  # what is wrong with it is said at once
+    from components.preflight import PROBES, check_state, findings
+
     check_state(state_folder())
     with _services():
-        found = findings(config, PROBES)
+        found = findings(load_config(preset, dialled, recognise(data)), PROBES)
     print(*found, sep="\n")
     if errors := [one.error for one in found if one.error]:
         raise UserError(f"{len(errors)} of these would stop a run" if len(errors) > 1 else str(errors[0]))
@@ -244,6 +252,9 @@ def preflight(
 
 def slurm(
     preset: Preset = AUTO,
+    data: Data = "",
+    minutes: Minutes = 0,
+    effort: Effort = 0,
     overrides: Overrides = None,
     nodes: Annotated[
         int, typer.Option(min=1, help="Nodes of the allocation; each is a worker of a job.")
@@ -264,8 +275,10 @@ def slurm(
     """Write the scripts that sbatch takes: run.sbatch, and mlflow.sbatch for who has no MLflow."""
     from pipelines.slurm import scripts
 
-    asked = {"time": time, "partition": partition, "account": account}
-    written = scripts(preset, overrides or [], env, out, mlflow, nodes, gpus, cpus, **asked)
+    asked = {"data": data, "time": time, "partition": partition, "account": account}
+    written = scripts(
+        preset, _dialled(overrides, minutes, effort), env, out, mlflow, nodes, gpus, cpus, **asked
+    )
     out.mkdir(parents=True, exist_ok=True)
     for name, text in written.items():
         (out / name).write_text(text)
@@ -274,7 +287,7 @@ def slurm(
 
 def plan(
     preset: Annotated[str, typer.Argument(help="Name of a shipped preset, or a .yaml file.")] = AUTO,
-    data: Annotated[str, typer.Option(help="Your captioned pictures, as for run.")] = "",
+    data: Data = "",
     minutes: Minutes = 0,
     effort: Effort = 0,
     hardware: Annotated[
@@ -286,9 +299,9 @@ def plan(
     from pipelines import plan
     from pipelines.run import absolute
 
-    dialled = _dialled(overrides, minutes, effort)
-    with _services() if minutes else contextlib.nullcontext():  # where the hardware is timed
-        for line in plan.lines(preset, absolute(data), dialled, hardware):
+    asked = preset, absolute(data), _dialled(overrides, minutes, effort)
+    with _services() if plan.is_timed(*asked) else contextlib.nullcontext():
+        for line in plan.lines(*asked, hardware):
             print(line)
 
 
@@ -491,6 +504,8 @@ def schedule(
     pause: Annotated[bool, typer.Option("--pause", help="Let nothing start until --resume.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after --pause.")] = False,
     delete: Annotated[bool, typer.Option("--delete", help="Take it away.")] = False,
+    minutes: Minutes = 0,
+    effort: Effort = 0,
     overrides: Overrides = None,
 ) -> None:
     """Train anew on a cluster at set times, where there is anything new to learn then."""
@@ -507,7 +522,8 @@ def schedule(
         schedule.pause(name, pause)
     else:
         asked = (workers, gpus_per_worker, experiment_name, name)
-        schedule.schedule(cron, zone, preset, model, data, start, tuple(overrides or ()), *asked)
+        dialled = _dialled(overrides, minutes, effort)
+        schedule.schedule(cron, zone, preset, model, data, start, dialled, *asked)
 
 
 def runs() -> None:

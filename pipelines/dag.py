@@ -101,7 +101,8 @@ def vqvae(
     """Pictures in, a VQ-VAE out that turns them into tokens: the tokenizer of a preset, and no more.
 
     Args:
-        preset: Whose VQ-VAE is trained. The other pipeline finds it made, with the same preset and data.
+        preset: Whose VQ-VAE is trained. The other pipeline finds it made, with the same preset and data,
+            but for auto: that gives a VQ-VAE alone all of the time, and there a part.
         data: Your captioned pictures, as in the other pipeline. Empty: those of the preset.
         workers: Pods of a training job. 0: as many as the preset says.
         gpus_per_worker: GPUs of such a pod, and its processes. -1: as many as the preset says.

@@ -77,6 +77,12 @@ class Plan:
         return "\n".join(lines)
 
 
+def is_timed(preset: str, data: str, overrides: tuple[str, ...]) -> bool:
+    """Whether `lines` has the hardware timed, by a job, so with services. Raises UserError: as `lines`."""
+    section = load_config(preset, overrides, recognise(data, look=False)).recipe
+    return section is not None and section.minutes > 0 and not section.version
+
+
 @remembered()
 def lines(preset: str, data: str, overrides: tuple[str, ...], hardware: str = "") -> list[str]:
     """What a run needs and takes, for a terminal; where its sizes are derived, each choice with its reason.

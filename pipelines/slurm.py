@@ -14,9 +14,10 @@ import urllib.parse
 from pathlib import Path
 
 from model.config import RunConfig, load_config
+from model.data.sources import recognise
 from model.errors import UserError
 from model.plumbing import environment
-from pipelines.run import ROOT
+from pipelines.run import ROOT, absolute
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 NOTICE = 60  # seconds beyond a job's grace between the warning and the end of the time
@@ -30,13 +31,14 @@ class _Template(string.Template):
 
 def scripts(
     preset: str,
-    overrides: list[str],
+    overrides: list[str] | tuple[str, ...],
     site: Path,
     folder: Path,
     mlflow: Path,
     nodes: int = 1,
     gpus: int = 0,
     cpus: int = 0,
+    data: str = "",
     **options: str,
 ) -> dict[str, str]:
     """The two scripts, by file name.
@@ -50,6 +52,7 @@ def scripts(
         nodes: of the allocation. With more than one each gets a worker of a job, unless jobs.workers is set.
         gpus: of a node, and processes of a worker; 0: none, and as many processes as the preset says.
         cpus: cores of a node; 0: as Slurm gives them.
+        data: other pictures, as `pipelines.run.run` takes them; all nodes see them.
         options: of sbatch, where not empty: time, partition, account.
 
     Raises:
@@ -59,7 +62,11 @@ def scripts(
         overrides = [f"jobs.gpus_per_worker={gpus}", f"jobs.processes_per_worker={gpus}", *overrides]
     if nodes > 1:
         overrides = [f"jobs.workers={nodes}", *overrides]
-    config = load_config(preset, overrides)
+    data = absolute(data)
+    config = load_config(preset, overrides, recognise(data, look=False))
+    preset = str(Path(preset).resolve()) if preset.endswith((".yaml", ".yml")) else preset
+    told = [*("--preset", preset), *(("--data", data) if data else ())]
+    told += [word for one in overrides for word in ("--set", one)]
     host, port = _server(_read(site))
     lines = [f"#SBATCH --{name}={_word(name, value)}" for name, value in options.items() if value]
     of_nodes = [f"#SBATCH --gpus-per-node={gpus}"] * bool(gpus) + [f"#SBATCH --cpus-per-task={cpus}"] * bool(
@@ -80,8 +87,7 @@ def scripts(
             notice=config.jobs.grace_seconds + NOTICE,
             grace=config.jobs.grace_seconds,
             python=shlex.quote(sys.executable),
-            preset=shlex.quote(str(Path(preset).resolve()) if preset.endswith((".yaml", ".yml")) else preset),
-            overrides=" ".join(f"--set {shlex.quote(one)}" for one in overrides),
+            told=shlex.join(told),
         ),
         "mlflow.sbatch": _filled(
             "mlflow.sbatch",
@@ -97,7 +103,7 @@ def scripts(
 
 def _filled(name: str, **values: object) -> str:
     text = _Template((TEMPLATES / name).read_text()).substitute(values)
-    return re.sub(r"\n\n(#SBATCH)", r"\n\1", text).replace("  &\n", " &\n")  # where there was nothing to say
+    return re.sub(r"\n\n(#SBATCH)", r"\n\1", text)  # where there was nothing to say
 
 
 def _per_node(config: RunConfig, nodes: int) -> int:

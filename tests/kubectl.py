@@ -95,7 +95,8 @@ class FakeKubectl(Kubectl):
         if "-l" in arguments:
             wanted = dict([arguments[arguments.index("-l") + 1].split("=")])
             return [one for one in found if one["metadata"]["labels"].items() >= wanted.items()]
-        name = arguments[2].removeprefix("metadata.name=") if "--field-selector" in arguments else arguments[1]
+        by_field = arguments[1] == "--field-selector"
+        name = arguments[2].removeprefix("metadata.name=") if by_field else arguments[1]
         return [one for one in found if one["metadata"]["name"] == name]
 
 

@@ -190,7 +190,7 @@ def _asset(
         for name, other in read.inputs.items()
         if (read.kind, name) not in NEEDED_NO_MORE
     }
-    if read.kind == "images":  # whoever makes a run of these pictures again has its sizes and steps from there
+    if read.kind == "images":  # a run of these pictures that goes on has its sizes and steps from there
         inputs |= recipes.get(str(read.settings.get("fingerprint")), set())
     pictures = {one.sha256 for one in read.inputs.values() if one.kind == "images"}
     held = {

@@ -24,8 +24,12 @@ UNSCHEDULED = 40.0  # seconds for a node
 LOOKS = 0.5  # seconds between two looks
 
 
-def look(config: RunConfig) -> None:
+def look(config: RunConfig, data: str = "") -> None:
     """Print what is found, from here and from the pod.
+
+    Args:
+        config: of a run.
+        data: its pictures, where only a look from the pod tells of what kind they are.
 
     Raises:
         UserError: something would stop a run, or the pod says nothing.
@@ -41,7 +45,7 @@ def look(config: RunConfig) -> None:
         _print(found)
         if found[0].error:
             raise found[0].error
-        code = _in_pod(config, cluster.here())
+        code = _in_pod(config, data, cluster.here())
     if code or any(one.error for one in found):
         raise UserError("what STOPS A RUN has to be mended first")
 
@@ -51,10 +55,10 @@ def _print(found: list[Finding]) -> None:
         print(*found, sep="\n", flush=True)
 
 
-def _in_pod(config: RunConfig, there: Cluster) -> int:
+def _in_pod(config: RunConfig, data: str, there: Cluster) -> int:
     """Print what a pod of the steps' account finds; returns its exit code."""
     try:
-        with _pod(there, body(config, environment.IMAGE.get(), environment.ACCOUNT.get())) as name:
+        with _pod(there, body(config, data, environment.IMAGE.get(), environment.ACCOUNT.get())) as name:
             pod = _ended(there, name)
             lines = [line for _, line in there.log(name, cluster.STEP_CONTAINER)]
     except ApiException as error:
@@ -112,7 +116,7 @@ def _ended(there: Cluster, name: str) -> pods.Pod:
         time.sleep(LOOKS)
 
 
-def body(config: RunConfig, image: str, account: str) -> Object:
+def body(config: RunConfig, data: str, image: str, account: str) -> Object:
     """The pod that looks: a step's in all that matters."""
     values: list[dict[str, Any]] = [
         {"name": one.name, "valueFrom": {reference: _key(one.name)}}
@@ -127,7 +131,7 @@ def body(config: RunConfig, image: str, account: str) -> Object:
     container = {
         "name": cluster.STEP_CONTAINER,
         "image": image,
-        "command": ["python", "-m", "components.preflight", config.model_dump_json()],
+        "command": ["python", "-m", "components.preflight", config.model_dump_json(), data],
         # The first where the second is optional and not there: the cluster is looked at all the same.
         "env": [{"name": environment.LAUNCHER.name, "value": "pytorchjob"}, *values, *said],
         "resources": {

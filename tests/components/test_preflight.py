@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 from collections import namedtuple
@@ -18,13 +19,25 @@ import yaml
 from kubernetes import client
 
 from components.launch.cluster import Cluster
-from components.preflight import FROM_OUTSIDE, PROBES, Finding, check_disk, check_state, findings, preflight
+from components.preflight import (
+    FROM_OUTSIDE,
+    PROBES,
+    Finding,
+    __main__,
+    check_disk,
+    check_state,
+    findings,
+    preflight,
+)
 from components.preflight.kfp import NON_ROOT
-from model.config import load_config
+from model.config import WebDatasetSource, load_config
+from model.data import sources
 from model.errors import UserError
 from model.plumbing import environment, storage
 from model.plumbing.tracking import TRIAL, mlflow_client
 from tests.apiserver import USER, ApiServer
+from tests.data.test_archives import tar
+from tests.data.test_ingest import picture
 from tests.k8s.rendering import K8S, OVERLAYS, build, can_build
 from tests.proxies import Answer, Hook, Request, proxy
 
@@ -51,6 +64,31 @@ def test_a_source_that_is_not_there_is_refused(store: str, tmp_path: Path) -> No
     config = load_config("smoke", [f"data.source={{kind: folder, path: {tmp_path / 'none'}}}"])
     with pytest.raises(UserError, match=r"none"):
         preflight(config)
+
+
+def test_a_pod_finds_out_of_what_kind_the_data_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From outside a folder in S3 is not looked at: any kind might lie there."""
+    monkeypatch.setattr(__main__, "PROBES", [one for one in PROBES if one.section in ("source", "disk")])
+    told = load_config("smoke", data={"kind": "folder", "path": str(tmp_path / "shards")}).model_dump_json()
+
+    def said(data: Path) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["preflight", told, str(data)])
+        with pytest.raises(SystemExit) as ended:
+            __main__.main()
+        return int(ended.value.code or 0), capsys.readouterr().out
+
+    (tmp_path / "shards").mkdir()
+    tar(tmp_path / "shards" / "0.tar", {"1.png": picture(1), "1.txt": b"one"})
+    assert said(tmp_path / "shards") == (0, f"source    {fingerprint(tmp_path / 'shards')}\n")
+    status, why = said(tmp_path / "none")
+    assert status == 2
+    assert why.startswith("source    STOPS A RUN: data: there is no folder")
+
+
+def fingerprint(shards: Path) -> str:
+    return sources.fingerprint(WebDatasetSource(urls=str(shards)))
 
 
 @pytest.mark.parametrize(

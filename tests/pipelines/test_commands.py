@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from components import preflight as checks
 from model.errors import UserError
 from model.plumbing import registry
 from model.plumbing.registry import Aliases
+from pipelines import commands
+from pipelines import plan as plans
 from pipelines.commands import evaluate, generate, models, promote, rollback
+from tests.data.test_ingest import picture, write
 from tests.instances import config, write_models
 from tests.plumbing.test_registry import made, register
 
@@ -78,6 +84,48 @@ def test_a_picture_has_the_size_that_was_asked_for_and_says_so(
     assert (own.text["Model"], own.text["Seed"]) == ("model", "3")  # type: ignore[attr-defined]
     generate(out=Path("none.png"), model="model", unconditional=True)
     assert "Prompt" not in Image.open("none.png").text  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by one whenever services are started, which are none here."""
+    count: list[str] = []
+
+    @contextmanager
+    def services() -> Iterator[None]:
+        count.append("services")
+        yield
+
+    monkeypatch.setattr(commands, "_services", services)
+    return count
+
+
+def test_minutes_are_timed_however_they_are_said(
+    tmp_path: Path, started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plans, "lines", lambda *_: [])
+    write(tmp_path, {"1.png": picture(1), "1.txt": "one"})
+    commands.plan(data=str(tmp_path), minutes=10)
+    commands.plan(data=str(tmp_path), overrides=["recipe.minutes=10"])
+    assert len(started) == 2
+    commands.plan(data=str(tmp_path), overrides=["recipe.effort=2"])
+    commands.plan("openmoji-tiny")
+    assert len(started) == 2
+
+
+def test_preflight_looks_at_ones_own_pictures(
+    tmp_path: Path, started: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checks, "PROBES", [one for one in checks.PROBES if one.section == "source"])
+    monkeypatch.setenv("LATENT_GPT_STATE", str(tmp_path / "state"))
+    write(tmp_path / "mine", {"1.png": picture(1), "1.txt": "one"})
+    commands.preflight(data=str(tmp_path / "mine"), minutes=5)
+    assert capsys.readouterr().out.startswith("source    ")
+    with pytest.raises(UserError, match="there is no folder"):
+        commands.preflight(data=str(tmp_path / "none"))
+    with pytest.raises(UserError, match="minutes and effort change nothing"):
+        commands.preflight("openmoji-tiny", minutes=5)
+    assert len(started) == 1, "what is wrong with it is said before anything starts"
 
 
 @pytest.fixture

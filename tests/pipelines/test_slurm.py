@@ -14,6 +14,7 @@ from model.errors import UserError
 from model.plumbing.tracking import mlflow_client
 from pipelines.slurm import scripts
 from tests import ROOT
+from tests.data.test_ingest import picture, write
 
 SITE = """# of a trial
 LATENT_GPT_STORE=/shared/latent-gpt
@@ -65,6 +66,18 @@ def test_a_node_of_eight_gpus_is_one_worker_of_eight_processes(site: Path, tmp_p
         " --set jobs.processes_per_worker=8 --set seed=1 &"
     )
     assert not any("--account" in line for line in lines)
+
+
+def test_ones_own_pictures_travel_by_their_whole_path(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "my pictures", {"1.png": picture(1), "1.txt": "one"})
+    monkeypatch.chdir(tmp_path)
+    made = scripts("auto", ("recipe.minutes=25",), site, tmp_path, tmp_path, data="my pictures")
+    told = f"--preset auto --data '{tmp_path}/my pictures' --set recipe.minutes=25 &"
+    assert f" run {told}" in made["run.sbatch"]
+    with pytest.raises(UserError, match="there is no folder nowhere here"):
+        scripts("auto", (), site, tmp_path, tmp_path, data="nowhere")
 
 
 def test_directives_come_before_any_command(site: Path, tmp_path: Path) -> None:

@@ -117,8 +117,9 @@ def test_a_cluster_that_does_not_answer_is_said_to_be(
 
 
 def test_the_pod_is_told_what_steps_are_told_and_restricted_as_they_are() -> None:
-    pod = preflight.body(CONFIG, "image", "account")
+    pod = preflight.body(CONFIG, "s3://bucket/mine", "image", "account")
     (container,) = pod["spec"]["containers"]
+    assert container["command"][-1] == "s3://bucket/mine"
     assert container["env"][0] == {"name": "LATENT_GPT_LAUNCHER", "value": "pytorchjob"}
     sources = {one["name"]: one["valueFrom"] for one in container["env"] if "valueFrom" in one}
     said = {one["name"]: one["value"] for one in container["env"][1:] if "value" in one}

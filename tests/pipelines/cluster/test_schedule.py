@@ -10,6 +10,7 @@ import pytest
 
 from components.parameters import RETRAINING
 from model.errors import Unavailable, UserError
+from pipelines import commands
 from pipelines.cluster import runs, schedule
 from pipelines.cluster.kfp import Kfp
 from pipelines.dag import PIPELINES
@@ -40,7 +41,8 @@ def kfp(server: KfpServer, kubectl: FakeKubectl, tmp_path: Path, monkeypatch: py
     kfp = Kfp(server.url, "", "kubeflow")
     package, count = tmp_path / "package.yaml", [0]
     names = PIPELINES[RETRAINING].component_spec.inputs
-    wanted = ", ".join(f"{name}: {{{'literals: [smoke]' if name == 'preset' else ''}}}" for name in names)
+    presets = "literals: [smoke, auto]"
+    wanted = ", ".join(f"{name}: {{{presets if name == 'preset' else ''}}}" for name in names)
 
     def upload() -> None:
         count[0] += 1
@@ -84,6 +86,19 @@ def test_a_schedule_is_one_recurring_run_of_the_version_that_was_just_uploaded(
     assert "replaced recurring run mine-retraining" in capsys.readouterr().out
     newest = server.uploads[kfp.pipeline(RETRAINING)][-1]["pipeline_version_id"]
     assert server.recurring[second]["pipeline_version_reference"]["pipeline_version_id"] == newest
+
+
+def test_each_run_has_the_minutes_that_the_command_was_given(
+    kfp: Kfp, server: KfpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "_cluster", lambda: "kubeflow")
+    commands.schedule(NIGHTLY, data="s3://bucket/mine", minutes=25)
+    (made,) = server.recurring.values()
+    assert made["runtime_config"]["parameters"] == {
+        "preset": "auto",
+        "data": "s3://bucket/mine",
+        "overrides": "recipe.minutes=25",
+    }
 
 
 def test_whatever_fails_leaves_a_schedule(
