@@ -30,7 +30,8 @@ from model.plumbing.assets import File, Manifest
 
 IDLE_DAYS = 30  # a copy that nobody asked for in so long goes, even where there is room
 UNPACKED = "unpacked"  # folder of what is not copied but made, from an archive or a hub
-NOTE = "note.json"  # what is said of such a folder when it is whole
+NOTE = "note.json"  # what is said of such a folder
+LOCK = "lock"  # of the whole cache where its files change, and within an unpacked folder of that one
 TRIES = 100  # to use a copy that others push out again and again
 
 Get = Callable[[File, Path], object]  # brings a file to a path, verified
@@ -99,7 +100,7 @@ def folder(manifest: Manifest, names: Iterable[str] | None = None, get: Get | No
     for file in files:
         _copy(home, file, get or _from(manifest))
     if not (home / assets.NAME).is_file():
-        with _locked(home.parent.parent / "lock"):
+        with _locked(home.parent.parent / LOCK):
             storage.write_bytes(str(home / assets.NAME), manifest.text)
     return home
 
@@ -113,34 +114,12 @@ def unpacked(name: str, fill: Fill) -> tuple[Path, dict[str, Any]]:
             be there, and returns a note, which is JSON.
 
     Raises:
-        UserError: there is no room; and whatever `fill` raises, which leaves nothing behind.
+        UserError: there is no room; and whatever `fill` raises, of which nothing stays.
     """
-    root = _root()
-    home = root / UNPACKED / name
+    home = _root() / UNPACKED / name
     _hold(home)
-    with _locked(root / "lock"):
-        note = _whole(home)
-        if note is None:
-            shutil.rmtree(home)
-            _hold(home)
-            bytes_there = 0
-
-            def room(wanted: int) -> None:
-                nonlocal bytes_there
-                _make_room(root, wanted)
-                bytes_there = wanted
-
-            try:
-                partial = home / f"{storage.TEMPORARY}files"
-                partial.mkdir()
-                said = fill(partial, room)
-                partial.rename(home / "files")
-            except BaseException:
-                shutil.rmtree(home)
-                raise
-            listed = _listed(home / "files")
-            note = {"bytes": bytes_there, "listed": listed, "said": said}
-            storage.write_bytes(str(home / NOTE), json.dumps(note).encode())
+    with _locked(home / LOCK):  # others are filled meanwhile
+        note = _whole(home) or _filled(home, fill)
         _whole_here[home] = note
     with suppress(FileNotFoundError, PermissionError):
         os.utime(home / NOTE, ns=(time.time_ns(), (home / NOTE).stat().st_mtime_ns))
@@ -166,15 +145,58 @@ def _root() -> Path:
     return root
 
 
+def _filled(home: Path, fill: Fill) -> dict[str, Any]:
+    """Make an unpacked folder; returns its note. Who asks for room meanwhile finds its bytes counted."""
+    root = home.parent.parent
+    _clear(home)
+    note: dict[str, Any] = {"bytes": 0}
+
+    def room(wanted: int) -> None:
+        with _locked(root / LOCK):
+            (home / NOTE).unlink(missing_ok=True)  # or what was asked for before would count, too
+            _make_room(root, wanted)
+            note["bytes"] = wanted
+            storage.write_bytes(str(home / NOTE), json.dumps(note).encode())
+
+    try:
+        partial = home / f"{storage.TEMPORARY}files"
+        partial.mkdir()
+        said = fill(partial, room)
+        partial.rename(home / "files")
+        note |= {"listed": _listed(home / "files"), "said": said}
+        storage.write_bytes(str(home / NOTE), json.dumps(note).encode())
+    except BaseException:
+        _clear(home)
+        raise
+    return note
+
+
+def _clear(home: Path) -> None:
+    """Remove what is in an unpacked folder: somebody has spoilt it, or did not come to its end."""
+    for entry in list(home.iterdir()):
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != LOCK:
+            entry.unlink()
+
+
 def _whole(home: Path) -> dict[str, Any] | None:
     """The note of an unpacked folder; None where it is not there or not as it was left."""
     if home in _whole_here and (home / NOTE).is_file():
         return _whole_here[home]
+    note = _note(home)
+    with suppress(OSError):
+        return note if "listed" in note and note["listed"] == _listed(home / "files") else None
+    return None
+
+
+def _note(home: Path) -> dict[str, Any]:
+    """What is said of an unpacked folder; it has `listed` when that is whole."""
     try:
-        note: dict[str, Any] = json.loads((home / NOTE).read_bytes())
-        return note if note["listed"] == _listed(home / "files") else None
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
+        note = json.loads((home / NOTE).read_bytes())
+        return note if isinstance(note, dict) else {}
+    except (OSError, ValueError):
+        return {}
 
 
 def _listed(folder: Path) -> str:
@@ -182,9 +204,10 @@ def _listed(folder: Path) -> str:
     digest = hashlib.sha256()
     for path, folders, names in os.walk(folder):
         folders.sort()
+        below = os.path.relpath(path, folder)
         for name in sorted(names):
             status = os.stat(os.path.join(path, name))
-            line = f"{os.path.join(path, name)}\0{status.st_size}\0{status.st_mtime_ns}\n"
+            line = f"{os.path.join(below, name)}\0{status.st_size}\0{status.st_mtime_ns}\n"
             digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()
 
@@ -220,7 +243,7 @@ def _copy(home: Path, file: File, get: Get) -> Path:
     copy = home / file.name
     if not _is_right(copy, file):
         root = home.parent.parent
-        with _locked(root / "lock"):  # one download a time, itself in parallel parts, per machine
+        with _locked(root / LOCK):  # one download a time, itself in parallel parts, per machine
             if not _is_right(copy, file) and not (file.asset and _linked(copy, file, root)):
                 _make_room(root, file.size)
                 get(file, copy)
@@ -288,13 +311,14 @@ def _unpacked_before(root: Path) -> list[tuple[int, int, Path]]:
     """When unpacked folders were last asked for, and their sizes; what a killed process left of one goes."""
     found = []
     for home in (root / UNPACKED).glob("*"):
-        try:
-            size = int(json.loads((home / NOTE).read_bytes())["bytes"])
-            found.append(((home / NOTE).stat().st_atime_ns, size, home))
-        except (OSError, ValueError, LookupError, TypeError):
+        note = _note(home)
+        if "listed" not in note:
             with _unused(home) as free:  # not what is being unpacked now
                 if free:
                     shutil.rmtree(home)
+                    continue
+        with suppress(FileNotFoundError, LookupError):  # its filling fails just now, or did not ask yet
+            found.append(((home / NOTE).stat().st_atime_ns, int(note["bytes"]), home))
     return found
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -252,3 +253,38 @@ def test_what_was_taken_over_is_not_downloaded_again(remote: Remote) -> None:
     for name in ("a", "b", "a"):
         assert cache.path(there, name).read_bytes() == cache.path(old, name).read_bytes()
     assert remote.calls == [f"images/{old.key}/a", f"images/{old.key}/b", f"images/{old.key}/b"]
+
+
+def test_folders_are_filled_side_by_side_and_each_once(remote: Remote, limit: Callable[[int], None]) -> None:
+    limit(3)
+    filled: list[str] = []
+
+    def fill(name: str, files: int) -> cache.Fill:
+        def write(folder: Path, room: cache.Room) -> dict[str, object]:
+            room(files * SIZE)
+            (folder / name).write_bytes(b"x")
+            filled.append(name)
+            return {}
+
+        return write
+
+    def beside(name: str, files: int) -> Future[object]:
+        return pool.submit(cache.unpacked, name, fill(name, files))
+
+    def first(folder: Path, room: cache.Room) -> dict[str, object]:
+        room(SIZE)
+        room(2 * SIZE)  # as more turns out to come
+        assert beside("other", 1).result(timeout=20)
+        with pytest.raises(UserError, match=f"{3 * SIZE} are in use"):
+            beside("third", 1).result(timeout=20)
+        again.append(beside("first", 2))
+        time.sleep(0.2)  # it waits
+        raise UserError("no zip")
+
+    again: list[Future[object]] = []
+    with ThreadPoolExecutor() as pool:
+        with pytest.raises(UserError, match="no zip"):
+            cache.unpacked("first", first)
+        again[0].result(timeout=20)
+        beside("first", 2).result(timeout=20)
+    assert filled == ["other", "first"]

@@ -48,7 +48,8 @@ NOT_READ = {  # archives by their first bytes
 }
 SUFFIXES_READ = (".zip", *tars.SUFFIXES)
 SUFFIXES_OF_OTHERS = (".7z", ".rar", ".tar.zst", ".tzst", ".tar.lz4", ".tar.lz", ".tar.z")
-LARGEST_DIRECTORY = 1 << 26  # bytes of a zip's list of members, which is read into memory
+# Bytes of a zip's list of members, which is read into memory: of some 1.7 million, a gigabyte there.
+LARGEST_DIRECTORY = 1 << 27
 LOOKED_AT = 200  # members by which a shard is told from other tars
 LOOKED_THROUGH = 1 << 26  # bytes of them
 ENCRYPTED = 0x1 | 0x40 | 0x2000  # flags of a zip's member

@@ -27,7 +27,7 @@ from model.errors import UserError
 from model.plumbing import cache, speech
 from model.plumbing.cache import Fill, Room
 
-MOST_FILES = 1 << 20  # files and folders
+MOST_FILES = 1 << 22  # files and folders: two million pictures with their captions
 MOST_TIMES = 100  # its size that an archive may unpack to,
 FREELY = 1 << 30  # beyond these bytes
 SPARE = 1 << 30  # bytes of the disk that stay free
