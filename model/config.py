@@ -597,8 +597,6 @@ def load_config(
     Raises:
         UserError: naming the field, what is wrong and what would be right.
     """
-    if preset == AUTO and data is None and not any(one.startswith("data.source") for one in overrides):
-        preset = WITHOUT_DATA
     where, content = ("the config", text.encode()) if text else _read(preset)
     if len(content) > LARGEST_PRESET:
         raise UserError(f"{where} has more than {LARGEST_PRESET} bytes; no config is that long")
@@ -609,6 +607,8 @@ def load_config(
         _put(values, ["data", "source"], data, "the data")
     for number, override in enumerate(overrides):
         _override(values, override, overrides[:number])
+    if preset == AUTO and not text and _at(values, "data.source") is None:
+        return load_config(WITHOUT_DATA, overrides, data, text, derive)
     if recipes.is_underived(values):
         values = derive(values).values
     return parse_config(values, where=where if not overrides else f"{where} with {' '.join(overrides)}")
@@ -658,7 +658,7 @@ def _override(values: dict[str, Any], override: str, before: Sequence[str] = ())
         raise UserError(f"override '{override}' must read section.field=value")
     value, what = _yaml(text, f"override '{_short(override)}'"), f"override '{override}'"
     section, _, field = path.rpartition(".")
-    if field == "kind" and section in UNIONS and _kind(values, section) != value:
+    if field == "kind" and section in UNIONS and _at(values, f"{section}.kind") != value:
         _put(values, section.split("."), {"kind": value}, what)
         for earlier in before:
             if earlier.startswith(f"{section}.") and not earlier.startswith(f"{path}="):
@@ -667,8 +667,9 @@ def _override(values: dict[str, Any], override: str, before: Sequence[str] = ())
     _put(values, path.split("."), value, what)
 
 
-def _kind(values: Any, section: str) -> Any:
-    for name in (*section.split("."), "kind"):
+def _at(values: Any, path: str) -> Any:
+    """The value at a path; None where there is none."""
+    for name in path.split("."):
         values = values.get(name) if isinstance(values, dict) else None
     return values
 

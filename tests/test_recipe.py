@@ -243,6 +243,8 @@ def test_until_the_pictures_are_seen_a_config_has_its_form_and_says_that_nothing
     assert config.recipe.version == 0
     assert config.registered_model == "latent-gpt-flags"
     assert load_config("auto").name == "openmoji-tiny", "who names no data"
+    whole = load_config("auto", ["data={image_size: 64, source: {kind: folder, path: /home/me/flags}}"])
+    assert whole.registered_model == "latent-gpt-flags"
 
 
 @pytest.mark.parametrize(

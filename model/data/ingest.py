@@ -20,7 +20,7 @@ import json
 import re
 import tempfile
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -54,6 +54,7 @@ IN_FLIGHT = 1 << 28  # bytes of all tasks under way
 # bounds on.
 SIDES = (1, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 LONGER = (1.0, 1.1, 1.3, 1.45, 1.6, 2.0, 3.0)
+KNOWN = "known"  # counted among sizes until all chunks are done: pictures that were not read again
 LISTED = 1000  # bad pictures that a refusal names one by one
 THREADS_ENOUGH = 4  # cores; with more, Python's lock holds threads up and processes pay for their start
 
@@ -118,7 +119,7 @@ def _ingest(config: DataConfig, writer: AssetWriter, scratch: Path) -> Manifest:
     finished = [entry for entry in storage.list_uris(journal) if entry.endswith(".json")]
     shards: dict[str, int] = {}  # pictures in each tar
     others: Counter[str] = Counter()
-    sizes: Counter[str] = Counter(earlier.manifest.info.get("sizes", {}) if earlier else {})
+    sizes: Counter[str] = Counter()
     small: list[Quarantined] = _small(earlier.manifest) if earlier else []
     parts: list[Part] = []  # of what is new, where the asset grows
     total = sources.count(config.source)
@@ -175,6 +176,9 @@ def _ingest(config: DataConfig, writer: AssetWriter, scratch: Path) -> Manifest:
         grown = {"grown": {**tally, "from": earlier.manifest.sha256}}
     writer.add_file(QUARANTINE, scratch / QUARANTINE)
     _leave(writer.uri, small, scratch / QUARANTINE)
+    if known := sizes.pop(KNOWN, 0):
+        assert earlier
+        sizes.update(_sizes_of(known, earlier.manifest.info.get("sizes", {})))
     info = {**counts, "others": others, "image_size": config.image_size, "shards": shards, "sizes": sizes}
     info |= grown
     return writer.finish(info, scratch=JOURNAL)
@@ -409,8 +413,9 @@ def _pack(outcomes: Iterable[Outcome], packer: Packer, progress: Progress, befor
                     outcome.composition,
                     [outcome.source],
                 )
-            if outcome.size != (0, 0):
-                chunk.sizes.update(_sizes(*outcome.size, packer.config))
+            if outcome.content:
+                known = outcome.size == (0, 0)
+                chunk.sizes.update([KNOWN] if known else _sizes(*outcome.size, packer.config))
             progress.update(before + chunk.counts["read"])
 
         def taken() -> Iterator[Outcome]:
@@ -450,6 +455,12 @@ def _sizes(width: int, height: int, config: DataConfig) -> list[str]:
     shape = max(bound for bound in LONGER if bound <= longer / shorter)
     enlarged = (shorter if config.fit == "crop" else longer) < config.image_size
     return ["pictures", f"side {side}", f"longer {shape}", *(["enlarged"] if enlarged else [])]
+
+
+def _sizes_of(pictures: int, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Of pictures whose sizes were counted, those of some; which of them are gone since nobody knows."""
+    share = min(1.0, pictures / max(1, sizes.get("pictures", 0)))
+    return {name: round(number * share) for name, number in sizes.items()}
 
 
 def _small(images: Manifest) -> list[Quarantined]:
