@@ -175,7 +175,8 @@ NOT_NEGATIVE = [
     "jobs.pending_hours",
 ]
 QUANTITIES = ["jobs.cpu", "jobs.cpu_limit", "jobs.memory", "jobs.shared_memory"]
-RECIPE = ["recipe.effort", "recipe.minutes", "recipe.version", "recipe.after", "recipe.until"]  # of another preset
+# Of another preset.
+RECIPE = [f"recipe.{name}" for name in ("effort", "minutes", "version", "after", "until")]
 OWN_TESTS = ["gate.confidence", "jobs.orphan_minutes", "model_name", *RECIPE]
 SHARES = [
     "data.max_bad_share",
