@@ -24,15 +24,18 @@ from PIL import Image
 
 import benchmarks
 from benchmarks import __main__ as command
-from benchmarks import harness, own, pictures
+from benchmarks import harness, order, own, pictures
 from benchmarks.growth import exponent
 from benchmarks.harness import LEFT_OUT, Comparison, Part, Ratio, Results, Row, compare
 from benchmarks.main_job import Timeline
-from model.config import DataConfig, FolderSource
+from model.config import DataConfig, FolderSource, SamplingConfig
 from model.data import sources
 from model.data.images import BadImage, decode, to_tensor
 from model.data.sources.shapes import parse
 from model.evaluation import oracle
+from model.nets.gpt import GPT
+from model.nets.sampler import sample
+from tests import instances
 
 pytestmark = pytest.mark.slow  # too long for the inner loop
 CPU = torch.device("cpu")
@@ -418,3 +421,64 @@ def test_a_failed_run_is_a_row_that_says_why(tmp_path: Path, capfd: pytest.Captu
     row = own.measured("60", work, tmp_path / "nowhere", 1, tmp_path / "state")
     assert row.note.startswith("FAILED with status 2: ")
     assert row.report == ""
+
+
+def test_ranks_correlate_with_ties_at_their_mean() -> None:
+    assert order.spearman([1, 2, 3], [10, 20, 15]) == pytest.approx(0.5)
+    assert order.spearman([1, 1, 2], [1, 1, 2]) == 1
+    assert order.spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9487, abs=1e-4)  # as scipy has it
+    assert math.isnan(order.spearman([1, 1], [1, 2]))
+
+
+def test_no_row_of_the_plan_comes_twice_and_each_has_a_config_of_its_own() -> None:
+    rows = order.plan()
+    assert len({row.name for row in rows}) == len(rows)
+    configs = [row.config().model_dump_json() for row in rows if row.steps]
+    assert len(set(configs)) == len(configs)
+
+
+def test_the_lower_half_is_filled_as_the_sampler_goes_on_from_the_upper_one() -> None:
+    torch.manual_seed(0)
+    gpt = GPT(instances.config().transformer, 16, (4, 4), 16).eval()
+    for parameter in gpt.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    codes, text, mask = torch.randint(16, (3, 16)), torch.randn(3, 5, 16), torch.ones(3, 5, dtype=torch.bool)
+    halves = order.halves((4, 4))
+    assert [int(hidden.sum()) for hidden in halves.values()] == [8] * 5
+    sampling, seeds = SamplingConfig(temperature=0.7, cfg_scale=1.5), [3, 4, 5]
+    found = order.fill(gpt, codes, halves["lower"], text, mask, sampling, seeds)
+    assert torch.equal(found, sample(gpt, text, mask, sampling, seeds, prefix=codes[:, :8]))
+    for name, hidden in halves.items():
+        found = order.fill(gpt, codes, hidden, text, mask, sampling, seeds)
+        assert torch.equal(found[:, ~hidden], codes[:, ~hidden])
+        assert not torch.equal(found[:, hidden], codes[:, hidden]), name
+
+
+def test_a_row_is_measured_on_its_way_and_tabulated(tmp_path: Path, store: str) -> None:
+    row = order.Row("shapes", left=1.0, steps=2, dropout=0.0, views=1)
+    tiny = instances.config().transformer
+    assert tiny
+    training = tiny.training.model_copy(update={"steps": 2, "eval_every": 1})
+    changed = {"keep": "last", "random_order_left": 1.0, "training": training}
+    config = instances.config(transformer=tiny.model_copy(update=changed))
+    lines = order.Lines(tmp_path / "order.jsonl")
+    order.run(row, config, tmp_path, lines)
+    first, last = lines.read()
+    assert lines.has(row)
+    assert not lines.has(dataclasses.replace(row, seed=1))
+    assert (first["step"], last["step"]) == (1, 2)
+    assert first.keys() >= {"nll_fitted", "validation/likelihood_retrieval", "composition/reader_retrieval"}
+    assert last.keys() >= first.keys() | {
+        *("train/retrieval_real", "validation/all_right_filled_scattered"),
+        *("validation/psnr", "robustness_psnr"),
+    }  # fmt: skip
+    lines.path.write_text(json.dumps(first) + "\n")  # as if the last line had not been written
+    order.run(row, config, tmp_path, lines)
+    timed = ("seconds", "measuring_seconds")
+    again = {name: value for name, value in lines.read()[1].items() if name not in timed}
+    assert again == pytest.approx({name: value for name, value in last.items() if name not in timed})
+    order.run(dataclasses.replace(row, steps=0), config, tmp_path, lines)
+    text = order.table([*lines.read(), dict(last, seed=1, nll=9.0)])
+    assert "| 0 | 1 | 2 | 0 | 1 | 0 | 2 |" in text, "two seeds are one row"
+    assert "| - NLL |" in text
+    assert "- Tokenizer trained with 0 of its codes replaced: " in text

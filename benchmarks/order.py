@@ -1,0 +1,611 @@
+"""`python -m benchmarks.order [--minutes N] [--first N]`: in which order, how long and how regularised.
+
+Trains the transformer of a preset on few pictures once per row, with one tokenizer and one judge for all of
+them, and measures each net three times on its way: what is drawn of captions that training never saw, as the
+judge sees it, and every figure by which a validation might choose. A line of `results/order.jsonl` is a net
+at a step. Rows come by how much they tell; one that is there is not trained again, one that was killed goes
+on from its checkpoint (in `build/order`), and `--table` tabulates what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.harness import commit, write
+from model import steps
+from model.config import RunConfig, SamplingConfig, load_config
+from model.data.image_shards import index, pixels_of
+from model.data.ingest import ingest
+from model.evaluation import oracle
+from model.evaluation.benchmark import (
+    HELD_OUT,
+    READ,
+    SEARCH_SHIFT,
+    SPLITS,
+    Benchmark,
+    Drawn,
+    Pictures,
+    look,
+    spread,
+    training_pictures,
+)
+from model.evaluation.measure import robustness, tokenizer_metrics
+from model.inference.generate import Generator
+from model.nets import metrics
+from model.nets.clip import TextEncoder, load_judge, load_text_encoder
+from model.nets.gpt import GPT, load_gpt
+from model.nets.sampler import draw, guidance, noise_keys
+from model.nets.tokenizers import Tokenizer, load_tokenizer
+from model.plumbing import assets, cache, storage, worker
+from model.plumbing.assets import Kind, Manifest
+from model.plumbing.curves import HISTORY
+from model.plumbing.processes import tie_to_parent
+from model.plumbing.speech import Progress
+from model.plumbing.stopping import Stopping
+from model.training import transformer
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+LOOKS = 3  # times that a net is measured, the last time at its end
+LIKELY = 64  # pictures of a split of which each caption's likelihood is asked
+Line = dict[str, Any]  # a row's settings, the step, and figures
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the rows of a data set have in common."""
+
+    preset: str
+    overrides: tuple[str, ...]
+    seen: int  # pictures of each split that are measured on, at most
+    samples: int  # drawn for each caption
+    row: Mapping[str, Any]  # settings of its rows that are none of `Row`'s defaults
+
+
+SETUPS = {
+    "openmoji": Setup(
+        "openmoji-tiny",
+        (
+            "data.source.groups=[]",
+            "data.source.limit=800",
+            "data.validation_share=0.1",
+            "clip.training.steps=400",
+            "tokenizer.codebook_size=512",
+            "transformer.optimizer=muon",
+            "transformer.training.learning_rate=0.01",
+            "transformer.training.compile=true",
+        ),
+        seen=128,
+        samples=4,
+        row={},
+    ),
+    "shapes": Setup("shapes-tiny", (), seen=256, samples=1, row={"steps": 4000, "dropout": 0.0, "views": 1}),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A training of the transformer, by what may differ."""
+
+    data: str = "openmoji"
+    order: float = 0.0  # transformer.random_order
+    left: float = 0.0  # transformer.random_order_left
+    steps: int = 2100  # 0: nothing is trained, and only the tokenizer measured
+    dropout: float = 0.05
+    views: int = 16
+    replaced: float = 0.0  # tokenizer.replaced
+    seed: int = 0  # of the transformer alone
+
+    @property
+    def name(self) -> str:
+        """What is other than in a plain row, and the seed."""
+        plain = asdict(Row(data=self.data, **SETUPS[self.data].row))
+        always = ("order", "steps", "seed")
+        told = {name: value for name, value in asdict(self).items() if value != plain[name] or name in always}
+        return f"{self.data}: {', '.join(f'{name} {value:g}' for name, value in told.items())}"
+
+    def config(self) -> RunConfig:
+        """The preset with these settings."""
+        setup = SETUPS[self.data]
+        rehearsed = self.steps or 100
+        return load_config(
+            setup.preset,
+            [
+                *setup.overrides,
+                "jobs.processes_per_worker=1",
+                f"seed={self.seed}",
+                f"data.augment.views={self.views}",
+                f"tokenizer.replaced={self.replaced}",
+                f"transformer.random_order={self.order}",
+                f"transformer.random_order_left={self.left}",
+                f"transformer.dropout={self.dropout}",
+                "transformer.keep=last",
+                f"transformer.training.steps={rehearsed}",
+                f"transformer.training.eval_every={-(-rehearsed // LOOKS)}",
+                "transformer.training.checkpoint_every=100",
+            ],
+        )
+
+
+ORDERS = ({}, {"order": 0.5}, {"order": 0.9}, {"left": 1.0})
+
+
+def plan() -> list[Row]:
+    """All rows, in the order in which they are run: what tells most comes first."""
+
+    def of(data: str = "openmoji", **settings: Any) -> Row:
+        return Row(data=data, **{**SETUPS[data].row, **settings})
+
+    rows = [of(steps=700, **order) for order in ORDERS]
+    rows += [of(**order) for order in ORDERS]
+    # Is it the order, or that it regularises?
+    rows += [of(dropout=0.2), of(order=0.5, dropout=0.2), of(views=64), of(order=0.5, views=64)]
+    rows += [of(replaced=share, steps=0) for share in (0.0, 0.05, 0.1, 0.2)]
+    rows += [of(seed=seed, **order) for seed in (1, 2) for order in ORDERS]
+    rows += [of("shapes", steps=0)]
+    rows += [of(steps=700, seed=seed, **order) for seed in (1, 2) for order in ORDERS]
+    rows += [of("shapes", **order) for order in ({}, {"left": 1.0}, {"order": 0.5}, {"order": 0.9})]
+    rows += [of(order=0.5, replaced=0.1, seed=seed) for seed in (0, 1, 2)]
+    rows += [of(order=0.5, left=0.5), of(order=0.9, dropout=0.2), of(left=1.0, dropout=0.2)]
+    rows += [of(order=0.5, steps=4200), of(order=0.5, steps=4200, dropout=0.2, views=64)]
+    return [*dict.fromkeys(rows)]
+
+
+def main() -> int:
+    """Exit code 1 when a row failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.order", description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", type=int, default=2, help="rows trained side by side, a thread each")
+    parser.add_argument("--minutes", type=float, default=0, help="until no more rows begin; 0: no limit")
+    parser.add_argument("--first", type=int, default=0, help="so many rows of the plan; 0: all of them")
+    parser.add_argument("--prepare", action="store_true", help="make what the first row shares, and end")
+    parser.add_argument("--plan", action="store_true", help="list the rows, and which are there")
+    parser.add_argument("--table", action="store_true", help="tabulate what there is")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "order", help="of assets and logs")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the lines and the table")
+    parser.add_argument("--row", default="", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    lines, folder = Lines(arguments.out / "order.jsonl"), arguments.folder.absolute()
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    os.environ["LATENT_GPT_STORE"] = str(folder)
+    if arguments.row:
+        tie_to_parent()
+        row = Row(**json.loads(arguments.row))
+        run(row, row.config(), folder, lines)
+        return 0
+    rows = plan()[: arguments.first or None]
+    if arguments.plan:
+        for number, row in enumerate(rows):
+            print(number, row.name, "" if lines.has(row) else "(missing)")
+        return 0
+    failed = False
+    if not arguments.table:
+        shared(rows[0], rows[0].config(), folder)  # with all cores, as every row needs it
+        if not arguments.prepare:
+            missing = [row for row in rows if not lines.has(row)]
+            until = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
+            failed = not all(beside(missing, arguments, until))
+    if lines.read():
+        write(arguments.out / "order.md", table(lines.read()))
+        print((arguments.out / "order.md").read_text())
+    return int(failed)
+
+
+def beside(rows: Sequence[Row], arguments: argparse.Namespace, until: float) -> Iterator[bool]:
+    """Run rows, each in a process with one thread, some side by side; whether each went well."""
+
+    def one(row: Row) -> bool:
+        if time.monotonic() > until:
+            print(f"left out: {row.name}", flush=True)
+            return True
+        began = time.monotonic()
+        command = [sys.executable, "-m", "benchmarks.order", "--row", json.dumps(asdict(row))]
+        command += ["--folder", str(arguments.folder), "--out", str(arguments.out)]
+        log = arguments.folder / "logs" / f"{row.name.replace(': ', ' ')}.log"
+        with log.open("a") as out:
+            code = subprocess.call(
+                command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=out, stderr=out
+            )
+        ended = f"FAILED with status {code}, see {log}" if code else "done"
+        print(f"{row.name}: {ended} after {time.monotonic() - began:.0f} s", flush=True)
+        return code == 0
+
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        yield from pool.map(one, rows)
+
+
+class Lines:
+    """The file of lines, that several processes add to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[Line]:
+        """All lines."""
+        return [json.loads(text) for text in self.path.read_text().splitlines()] if self.path.exists() else []
+
+    def has(self, row: Row, step: int = -1) -> bool:
+        """Whether the line of a row's step is there; by default of its last one."""
+        wanted = asdict(row) | {"step": row.steps if step < 0 else step}
+        return any(wanted.items() <= line.items() for line in self.read())
+
+    def add(self, line: Line) -> None:
+        """Add a line, whole or not at all."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(self.path) as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[IO[str]]:
+    """A file to add to, alone, also among processes."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+# ── a row ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def shared(row: Row, config: RunConfig, folder: Path) -> dict[Kind, Manifest]:
+    """What rows of the same data have in common, made where it is missing; of seed 0, whatever theirs."""
+    config = config.model_copy(update={"seed": 0})
+    with locked(folder / f"{row.data}-{row.replaced:g}.lock"):
+        images = steps.writer("images", config, {})
+        made: dict[Kind, Manifest] = {"images": assets.find(images.uri) or ingest(config.data, images)}
+        for kind in ("text", "judge", "tokenizer", "tokens"):
+            spec = steps.job(kind, config, "order", {name: made[name] for name in steps.STEPS[kind].needs})
+            manifest = worker.run(spec, importlib.import_module(spec.module).main, track=False)
+            assert manifest
+            made[kind] = manifest
+    return made
+
+
+def run(row: Row, config: RunConfig, folder: Path, lines: Lines) -> None:
+    """Train a row and add its lines; one that is trained already is measured alone."""
+    made = shared(row, config, folder)
+    measuring = Measuring(row, config, made)
+    assert config.transformer
+    if not row.steps:
+        grid = made["tokens"].info["grid"]
+        gpt = GPT(config.transformer, made["tokens"].info["vocabulary"], grid, measuring.text.width)
+        lines.add(measuring.line(0) | of_tokenizer(measuring.drawn(gpt.eval())))
+        return
+    began, spent = time.monotonic(), 0.0
+
+    def watch(gpt: GPT, step: int, figures: Mapping[str, float]) -> None:
+        nonlocal spent
+        if lines.has(row, step):
+            return
+        then = time.monotonic()
+        line = measuring.line(step) | {"seconds": round(then - began - spent, 1)} | dict(figures)
+        line |= measuring.figures(gpt, last=step == row.steps)
+        spent += time.monotonic() - then
+        lines.add(line | {"measuring_seconds": round(time.monotonic() - then, 1)})
+
+    inputs = {name: made[name] for name in steps.STEPS["transformer"].needs}
+    spec = steps.job("transformer", config, "order", inputs)
+    if found := assets.find(spec.output):
+        curves = json.loads(storage.read_bytes(storage.join(found.uri, HISTORY)))
+        names = {name for name in curves if name.startswith("validation/")}
+        figures = {name.removeprefix("validation/"): curves[name][-1][1] for name in names}
+        watch(load_gpt(cache.folder(found)), row.steps, figures)
+        return
+    with worker.open_job(spec, track=False, stopping=Stopping().listen()) as job:
+        transformer.train(job, config.transformer, watch)
+
+
+class Measuring:
+    """What is measured of the nets of a row."""
+
+    def __init__(self, row: Row, config: RunConfig, made: Mapping[Kind, Manifest]) -> None:
+        self.row, self.config, self.setup = row, config, SETUPS[row.data]
+        self.tokenizer: Tokenizer = load_tokenizer(cache.folder(made["tokenizer"]))
+        self.text: TextEncoder = load_text_encoder(cache.folder(made["text"]))
+        self.judge = load_judge(cache.folder(made["judge"]))
+        self.reader = load_judge(cache.folder(made["text"]))  # which saw training pictures alone
+        self.benchmark = measured_on(config, made["images"], self.setup.seen)
+        self.training = training_pictures(made["images"])
+
+    def line(self, step: int) -> Line:
+        """How the line of a step begins."""
+        return asdict(self.row) | {"step": step, "commit": commit()}
+
+    def drawn(self, gpt: GPT) -> Drawn:
+        """What a net makes of the pictures."""
+        generator = Generator(self.tokenizer, self.text, gpt, self.judge, self.config.sampling)
+        silent = Progress("order", 0, "img", enabled=False)
+        return Drawn(generator, self.judge, self.benchmark, self.training, silent)
+
+    @torch.no_grad()
+    def figures(self, gpt: GPT, last: bool) -> dict[str, float]:
+        """Of captions and combinations held out; at the last step of captions seen as well, of the tokenizer,
+        and of pictures that are half hidden."""
+        training = gpt.training
+        drawn, found = self.drawn(gpt.eval()), dict[str, float]()
+        for split in (split for split in self.benchmark.splits if last or split in HELD_OUT):
+            of = self._drawn(drawn, split)
+            if split in HELD_OUT:
+                of |= likelihood(gpt, self.text, drawn.codes[split][:LIKELY], self._captions(split)[:LIKELY])
+            if last:
+                of |= self._seen("real", drawn.real(split), split)
+                of |= self._seen("reconstructed", drawn.reconstructed[split], split)
+            if last and split in HELD_OUT:
+                of |= self._filled(drawn, split)
+            found |= {f"{split}/{name}": value for name, value in of.items()}
+        gpt.train(training)
+        return found | (of_tokenizer(drawn) if last else {})
+
+    def _captions(self, split: str) -> list[str]:
+        return self.benchmark.splits[split].captions
+
+    def _drawn(self, drawn: Drawn, split: str) -> dict[str, float]:
+        """Means over several samples of each caption."""
+        chosen, several = self.benchmark.splits[split], self.setup.samples
+        seeds = [1000 * sample + seed for sample in range(several) for seed in chosen.seeds]
+        images = drawn.draw(chosen.captions * several, seeds)
+        parts = [self._seen("", part, split) for part in images.chunk(several)]
+        found = {name: statistics.mean(part[name] for part in parts) for name in parts[0]}
+        text = self.reader.text_features(chosen.captions)
+        for part in images.chunk(several):
+            seen = look(self.reader, part)
+            right = metrics.retrieval_accuracy(seen, text, chosen.captions)
+            found["reader_retrieval"] = found.get("reader_retrieval", 0.0) + right / several
+            score = float(metrics.clip_score(seen, text).mean())
+            found["reader_clip_score"] = found.get("reader_clip_score", 0.0) + score / several
+        near = drawn.nearest_to(images).distance
+        found["near_duplicates"] = metrics.near_duplicate_share(near)
+        return found | {"pictures": len(chosen.captions)}
+
+    def _seen(self, what: str, images: Tensor, split: str) -> dict[str, float]:
+        """How a picture for each caption looks to the judge, and to the oracle where there is one."""
+        captions, suffix = self._captions(split), f"_{what}" if what else ""
+        seen, text = look(self.judge, images), self.judge.text_features(captions)
+        found = {
+            f"retrieval{suffix}": metrics.retrieval_accuracy(seen, text, captions),
+            f"clip_score{suffix}": float(metrics.clip_score(seen, text).mean()),
+        }
+        if self.benchmark.shapes:
+            right = oracle.oracle_score(images, self.benchmark.scenes(split))["all_right"]
+            found[f"all_right{suffix}"] = right
+        return found
+
+    def _filled(self, drawn: Drawn, split: str) -> dict[str, float]:
+        """Real pictures of which half is hidden and drawn again, beside what is left of them alone."""
+        gpt, chosen, codes = drawn.generator.gpt, self.benchmark.splits[split], drawn.codes[split]
+        text = self.text.encode(self.text.tokenize(chosen.captions))
+        found: dict[str, float] = {}
+        for name, hidden in halves(gpt.grid).items():
+            if name != "lower" and not self.row.left:  # raster order has what is above, and nothing else
+                continue
+            filled = fill(gpt, codes, hidden, *text, self.config.sampling, chosen.seeds)
+            images = self.tokenizer.decode(filled.view(-1, *gpt.grid))
+            found |= self._seen(f"filled_{name}", images, split)
+            place = hidden.view(gpt.grid).repeat_interleave(self.tokenizer.factor, 0)
+            place = place.repeat_interleave(self.tokenizer.factor, 1)
+            alone = drawn.reconstructed[split].masked_fill(place, 1.0)  # white
+            found |= self._seen(f"without_{name}", alone, split)
+        return found
+
+
+def of_tokenizer(drawn: Drawn) -> dict[str, float]:
+    """What is left of pictures, and what of it goes where neighbours replace some of the codes."""
+    return tokenizer_metrics(drawn) | robustness(drawn)
+
+
+def measured_on(config: RunConfig, images: Manifest, wanted: int) -> Benchmark:
+    """Pictures of each split at even distances, each with its first caption. Unlike a run's benchmark it has
+    those captions, too, that are set apart for sweeps: there are few, and nothing is chosen by them here."""
+    splits = {}
+    for number, split in enumerate(SPLITS):
+        entries = index(images, split, READ)
+        entries = [entries[place] for place in spread(len(entries), wanted)]
+        seeds = range(100_000 * number, 100_000 * number + len(entries))
+        splits[split] = Pictures(
+            pixels_of(images, entries), [entry.captions[0] for entry in entries], list(seeds)
+        )
+    moves = config.data.augment
+    return Benchmark(
+        key="",
+        splits=splits,
+        image_size=images.info["image_size"],
+        shapes=config.data.source.kind == "shapes",
+        shift=SEARCH_SHIFT if moves.shift > 0 or moves.scale > 0 else 0,
+        flip=moves.flip,
+    )
+
+
+@torch.no_grad()
+def likelihood(gpt: GPT, text: TextEncoder, codes: Tensor, captions: Sequence[str]) -> dict[str, float]:
+    """Of each picture given every caption: the share of pictures (N, T) that their own one makes likeliest,
+    and by how many nats per token it does beside the mean of the others."""
+    states, mask = text.encode(text.tokenize(captions))
+    columns = []
+    with torch.autocast("cpu", torch.bfloat16, enabled=gpt.config.training.precision == "bf16"):
+        for one in range(len(captions)):
+            told = states[one].expand(len(codes), -1, -1), mask[one].expand(len(codes), -1)
+            columns.append(metrics.token_nll(gpt.forward(codes, *told), codes))
+    nll = torch.stack(columns, dim=1)  # (N, N): picture, caption
+    own = nll.diagonal()
+    best = nll.argmin(1).tolist()
+    right = [captions[found] == captions[asked] for asked, found in enumerate(best)]
+    others = (nll.sum(1) - own) / (len(captions) - 1)
+    return {
+        "likelihood_retrieval": sum(right) / len(right),
+        "likelihood_gain": float((others - own).mean()),
+    }
+
+
+# ── a half that is hidden ───────────────────────────────────────────────────────────────────────────────
+
+
+def halves(grid: tuple[int, int]) -> dict[str, Tensor]:
+    """Halves of a grid that may be hidden: bool (T,), True where it is."""
+    row, column = torch.arange(grid[0])[:, None].expand(grid), torch.arange(grid[1]).expand(grid)
+    low, right = (row >= grid[0] // 2).flatten(), (column >= grid[1] // 2).flatten()
+    mixed = torch.randperm(len(low), generator=torch.Generator().manual_seed(0)) < len(low) // 2
+    return {"lower": low, "upper": ~low, "left": ~right, "right": right, "scattered": mixed}
+
+
+@torch.no_grad()
+def fill(
+    gpt: GPT,
+    codes: Tensor,
+    hidden: Tensor,
+    text: Tensor,
+    text_mask: Tensor,
+    config: SamplingConfig,
+    seeds: Sequence[int],
+) -> Tensor:
+    """Codes (B, T) with those that are hidden, bool (T,), drawn again given all others, in raster order.
+
+    What is seen comes first in the order, which a net has to have learned for that: one of raster order has
+    for the lower half alone. No keys are cached, as the transformer takes an order for a whole sequence only.
+    """
+    order = torch.cat([(~hidden).nonzero()[:, 0], hidden.nonzero()[:, 0]])
+    sequence = codes[:, order]  # a copy
+    B, T = sequence.shape
+    drop = torch.arange(2 * B) >= B
+    context = gpt.read(torch.cat([text, text]), torch.cat([text_mask, text_mask]), drop)
+    start, seed = codes.new_full((B, 1), gpt.vocabulary), torch.tensor(list(seeds))
+    scales, keys = guidance(config, T), noise_keys(gpt.vocabulary)
+    for at in range(int((~hidden).sum()), T):
+        inputs = torch.cat([start, sequence[:, :at]], dim=1)
+        logits = gpt.decode(torch.cat([inputs, inputs]), context, order[: at + 1])[:, -1].float()
+        with_text, without = logits.chunk(2)
+        sequence[:, at] = draw(torch.lerp(without, with_text, scales[at]), config, seed, at, keys)
+    return torch.empty_like(sequence).scatter(1, order.expand(B, -1), sequence)
+
+
+# ── the table ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _held_out(line: Line, figure: str) -> float:
+    """A figure over captions and combinations held out together."""
+    sizes = [line[f"{split}/pictures"] for split in HELD_OUT]
+    values = [line[f"{split}/{figure}"] for split in HELD_OUT]
+    return sum(size * value for size, value in zip(sizes, values, strict=True)) / sum(sizes)
+
+
+TARGETS: dict[str, Callable[[Line], float]] = {
+    "retrieval, captions": lambda line: line["validation/retrieval"],
+    "retrieval, all held out": lambda line: _held_out(line, "retrieval"),
+    "CLIP score, all held out": lambda line: _held_out(line, "clip_score"),
+}
+CANDIDATES: dict[str, Callable[[Line], float]] = {  # of a validation: more is meant to be better
+    "- NLL": lambda line: -line["nll"],
+    "- NLL, fitted": lambda line: -line["nll_fitted"],
+    "- temperature": lambda line: -line["temperature"],
+    "text gain": lambda line: line["text_gain"],
+    "text gain / temperature": lambda line: line["text_gain"] / line["temperature"],
+    "text gain / NLL": lambda line: line["text_gain"] / line["nll"],
+    "NLL without text - NLL": lambda line: line["nll_unconditional"] - line["nll"],
+    "likelihood gain, all captions": lambda line: line["validation/likelihood_gain"],
+    "retrieval by likelihood": lambda line: line["validation/likelihood_retrieval"],
+    "CLIP score by the reader": lambda line: line["validation/reader_clip_score"],
+    "retrieval by the reader": lambda line: line["validation/reader_retrieval"],
+}
+COLUMNS: dict[str, tuple[str, float]] = {  # of a row: figure, and what it is shown times
+    "seen": ("train/retrieval", 100),
+    "held out": ("validation/retrieval", 100),
+    "combinations": ("composition/retrieval", 100),
+    "all right": ("composition/all_right", 100),
+    "CLIP held out": ("validation/clip_score", 1),
+    "NLL": ("nll", 1),
+    "others' captions": ("nll_shuffled", 1),
+    "fitted": ("nll_fitted", 1),
+    "temperature": ("temperature", 1),
+    "by likelihood": ("validation/likelihood_retrieval", 100),
+    "copies seen": ("train/near_duplicates", 100),
+    "copies held out": ("validation/near_duplicates", 100),
+    "filled lower": ("validation/retrieval_filled_lower", 100),
+    "PSNR lost": ("robustness_psnr", 1),
+    "seconds": ("seconds", 1),
+}
+
+
+def spearman(one: Sequence[float], other: Sequence[float]) -> float:
+    """Rank correlation, ties at their mean rank; NaN where nothing varies."""
+
+    def ranks(values: Sequence[float]) -> np.ndarray:
+        _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts - 1) / 2)[which]
+
+    a, b = ranks(one), ranks(other)
+    if a.std() == 0 or b.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def table(lines: Sequence[Line]) -> str:
+    """Rows with mean ± standard deviation over their seeds, and the correlations, for people."""
+    settings = [one.name for one in fields(Row) if one.name not in ("seed", "data")]
+    text = []
+    for data in dict.fromkeys(line["data"] for line in lines):
+        of = [line for line in lines if line["data"] == data]
+        trained = [line for line in of if line["steps"]]
+        text += [f"## {data}", "", *_rows(trained, settings), ""]
+        alone = [line for line in of if not line["steps"]]
+        for line in alone:
+            psnr, lost = line["validation/psnr"], line["robustness_psnr"]
+            told = f"{psnr:.2f} dB, less {lost:.2f} where 5 % are replaced"
+            text.append(f"- Tokenizer trained with {line['replaced']:g} of its codes replaced: {told}")
+        if len(trained) > 2:
+            text += ["", *_correlations(trained), ""]
+        real = next((line for line in trained if "train/retrieval_real" in line), None)
+        if real:
+            ceilings = {split: real[f"{split}/retrieval_real"] for split in SPLITS}
+            told = ", ".join(f"{split} {share:.1%}" for split, share in ceilings.items())
+            text += [f"Real pictures: {told}; CLIP score {real['validation/clip_score_real']:.1f}.", ""]
+    return "\n".join(text) + "\n"
+
+
+def _rows(lines: Sequence[Line], settings: Sequence[str]) -> list[str]:
+    last = [line for line in lines if line["step"] == line["steps"]]
+    shown = {title: of for title, of in COLUMNS.items() if any(of[0] in line for line in last)}
+    head = [*settings, "seeds", *shown]
+    text = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for key in dict.fromkeys(tuple(line[name] for name in settings) for line in last):
+        same = [line for line in last if tuple(line[name] for name in settings) == key]
+        cells = [f"{value:g}" for value in key] + [str(len(same))]
+        for figure, times in shown.values():
+            values = [times * line[figure] for line in same if figure in line]
+            spread = f" ± {statistics.stdev(values):.3g}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.3g}{spread}" if values else "")
+        text.append("| " + " | ".join(cells) + " |")
+    return text
+
+
+def _correlations(lines: Sequence[Line]) -> list[str]:
+    """Spearman's, over all lines and over those of last steps."""
+    last = [line for line in lines if line["step"] == line["steps"]]
+    head = [f"{target} ({len(some)})" for target in TARGETS for some in (lines, last)]
+    text = ["Rank correlation with what is drawn, over all steps that were measured, and over last ones:", ""]
+    text += ["| figure | " + " | ".join(head) + " |", "|" + "---|" * (len(head) + 1)]
+    for name, figure in CANDIDATES.items():
+        found = [spearman([*map(figure, some)], [*map(target, some)])
+                 for target in TARGETS.values() for some in (lines, last)]  # fmt: skip
+        text.append(f"| {name} | " + " | ".join(f"{value:+.2f}" for value in found) + " |")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
