@@ -145,8 +145,8 @@ MUTANTS = [
     Mutant(
         "key: a transformer depends on the seed",
         "model/steps.py",
-        '{"transformer": _plain(config.transformer), "seed": config.seed}',
-        '{"transformer": _plain(config.transformer)}',
+        '"seed": config.seed,\n        **({"steps"',
+        '**({"steps"',
         f"{SETTINGS}[0-seed]",
     ),
     Mutant(
