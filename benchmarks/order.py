@@ -48,9 +48,10 @@ from model.evaluation.benchmark import (
     training_pictures,
 )
 from model.evaluation.measure import robustness, tokenizer_metrics
+from model.evaluation.sheets import sheet
 from model.inference.generate import Generator
 from model.nets import metrics
-from model.nets.clip import TextEncoder, load_judge, load_text_encoder
+from model.nets.clip import Judge, TextEncoder, load_judge, load_text_encoder
 from model.nets.gpt import GPT, load_gpt
 from model.nets.sampler import draw, guidance, noise_keys
 from model.nets.tokenizers import Tokenizer, load_tokenizer
@@ -65,6 +66,7 @@ from model.training import transformer
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 LOOKS = 3  # times that a net is measured, the last time at its end
+SHOWN = 12  # captions of a split on a sheet of samples
 LIKELY = 64  # pictures of a split of which each caption's likelihood is asked
 Line = dict[str, Any]  # a row's settings, the step, and figures
 
@@ -121,6 +123,11 @@ class Row:
         always = ("order", "steps", "seed")
         told = {name: value for name, value in asdict(self).items() if value != plain[name] or name in always}
         return f"{self.data}: {', '.join(f'{name} {value:g}' for name, value in told.items())}"
+
+    @property
+    def file(self) -> str:
+        """The same as what files of it are called."""
+        return self.name.replace(": ", "-").replace(", ", "-").replace(" ", "=")
 
     def config(self) -> RunConfig:
         """The preset with these settings."""
@@ -218,7 +225,7 @@ def beside(rows: Sequence[Row], arguments: argparse.Namespace, until: float) -> 
         began = time.monotonic()
         command = [sys.executable, "-m", "benchmarks.order", "--row", json.dumps(asdict(row))]
         command += ["--folder", str(arguments.folder), "--out", str(arguments.out)]
-        log = arguments.folder / "logs" / f"{row.name.replace(': ', ' ')}.log"
+        log = arguments.folder / "logs" / f"{row.file}.log"
         with log.open("a") as out:
             code = subprocess.call(
                 command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=out, stderr=out
@@ -282,7 +289,7 @@ def shared(row: Row, config: RunConfig, folder: Path) -> dict[Kind, Manifest]:
 def run(row: Row, config: RunConfig, folder: Path, lines: Lines) -> None:
     """Train a row and add its lines; one that is trained already is measured alone."""
     made = shared(row, config, folder)
-    measuring = Measuring(row, config, made)
+    measuring = Measuring(row, config, made, folder)
     assert config.transformer
     if not row.steps:
         grid = made["tokens"].info["grid"]
@@ -297,7 +304,7 @@ def run(row: Row, config: RunConfig, folder: Path, lines: Lines) -> None:
             return
         then = time.monotonic()
         line = measuring.line(step) | {"seconds": round(then - began - spent, 1)} | dict(figures)
-        line |= measuring.figures(gpt, last=step == row.steps)
+        line |= measuring.figures(gpt, figures["temperature"] if step == row.steps else None)
         spent += time.monotonic() - then
         lines.add(line | {"measuring_seconds": round(time.monotonic() - then, 1)})
 
@@ -316,8 +323,8 @@ def run(row: Row, config: RunConfig, folder: Path, lines: Lines) -> None:
 class Measuring:
     """What is measured of the nets of a row."""
 
-    def __init__(self, row: Row, config: RunConfig, made: Mapping[Kind, Manifest]) -> None:
-        self.row, self.config, self.setup = row, config, SETUPS[row.data]
+    def __init__(self, row: Row, config: RunConfig, made: Mapping[Kind, Manifest], folder: Path) -> None:
+        self.row, self.config, self.folder, self.setup = row, config, folder, SETUPS[row.data]
         self.tokenizer: Tokenizer = load_tokenizer(cache.folder(made["tokenizer"]))
         self.text: TextEncoder = load_text_encoder(cache.folder(made["text"]))
         self.judge = load_judge(cache.folder(made["judge"]))
@@ -336,57 +343,68 @@ class Measuring:
         return Drawn(generator, self.judge, self.benchmark, self.training, silent)
 
     @torch.no_grad()
-    def figures(self, gpt: GPT, last: bool) -> dict[str, float]:
+    def figures(self, gpt: GPT, last: float | None) -> dict[str, float]:
         """Of captions and combinations held out; at the last step of captions seen as well, of the tokenizer,
-        and of pictures that are half hidden."""
-        training = gpt.training
+        of pictures that are half hidden, and of those drawn by a net that is as sure as it should be: then
+        `last` is the temperature that fits its likelihoods."""
+        training, sampling = gpt.training, self.config.sampling
         drawn, found = self.drawn(gpt.eval()), dict[str, float]()
         for split in (split for split in self.benchmark.splits if last or split in HELD_OUT):
-            of = self._drawn(drawn, split)
+            images = self._draw(drawn, split, sampling)
+            of = self._drawn(drawn, split, images)
             if split in HELD_OUT:
                 of |= likelihood(gpt, self.text, drawn.codes[split][:LIKELY], self._captions(split)[:LIKELY])
             if last:
-                of |= self._seen("real", drawn.real(split), split)
-                of |= self._seen("reconstructed", drawn.reconstructed[split], split)
+                of |= self._seen("real", drawn.real(split)[None], split)
+                of |= self._seen("reconstructed", drawn.reconstructed[split][None], split)
+                self._show(drawn, split, images)
             if last and split in HELD_OUT:
+                fitted = sampling.model_copy(update={"temperature": last * sampling.temperature})
+                of |= self._seen("fitted", self._draw(drawn, split, fitted), split)
                 of |= self._filled(drawn, split)
             found |= {f"{split}/{name}": value for name, value in of.items()}
+        found |= of_tokenizer(drawn) if last else {}
         gpt.train(training)
-        return found | (of_tokenizer(drawn) if last else {})
+        return found
 
     def _captions(self, split: str) -> list[str]:
         return self.benchmark.splits[split].captions
 
-    def _drawn(self, drawn: Drawn, split: str) -> dict[str, float]:
-        """Means over several samples of each caption."""
+    def _draw(self, drawn: Drawn, split: str, sampling: SamplingConfig) -> Tensor:
+        """Several samples of each caption: (samples, N, 3, H, W)."""
         chosen, several = self.benchmark.splits[split], self.setup.samples
         seeds = [1000 * sample + seed for sample in range(several) for seed in chosen.seeds]
-        images = drawn.draw(chosen.captions * several, seeds)
-        parts = [self._seen("", part, split) for part in images.chunk(several)]
-        found = {name: statistics.mean(part[name] for part in parts) for name in parts[0]}
-        text = self.reader.text_features(chosen.captions)
-        for part in images.chunk(several):
-            seen = look(self.reader, part)
-            right = metrics.retrieval_accuracy(seen, text, chosen.captions)
-            found["reader_retrieval"] = found.get("reader_retrieval", 0.0) + right / several
-            score = float(metrics.clip_score(seen, text).mean())
-            found["reader_clip_score"] = found.get("reader_clip_score", 0.0) + score / several
-        near = drawn.nearest_to(images).distance
-        found["near_duplicates"] = metrics.near_duplicate_share(near)
-        return found | {"pictures": len(chosen.captions)}
+        images = drawn.generator.draw(chosen.captions * several, seeds, sampling)
+        return images.unflatten(0, (several, -1))
+
+    def _drawn(self, drawn: Drawn, split: str, images: Tensor) -> dict[str, float]:
+        """What the judge and the reader see in samples, and how many are copies."""
+        found = self._seen("", images, split)
+        found |= seen_by(self.reader, images, self._captions(split), "reader_")
+        near = drawn.nearest_to(images.flatten(0, 1)).distance
+        return found | {
+            "near_duplicates": metrics.near_duplicate_share(near),
+            "pictures": len(self._captions(split)),
+        }
+
+    def _show(self, drawn: Drawn, split: str, images: Tensor) -> None:
+        """Leave a sheet to look at: of some captions what the tokenizer leaves of the real picture, and
+        samples."""
+        some = spread(images.shape[1], SHOWN)
+        rows = torch.cat([drawn.reconstructed[split][None], images])[:, some].transpose(0, 1)
+        path = self.folder / "sheets" / f"{self.row.file}-{split}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(sheet(rows, [self._captions(split)[place] for place in some]))
 
     def _seen(self, what: str, images: Tensor, split: str) -> dict[str, float]:
-        """How a picture for each caption looks to the judge, and to the oracle where there is one."""
-        captions, suffix = self._captions(split), f"_{what}" if what else ""
-        seen, text = look(self.judge, images), self.judge.text_features(captions)
-        found = {
-            f"retrieval{suffix}": metrics.retrieval_accuracy(seen, text, captions),
-            f"clip_score{suffix}": float(metrics.clip_score(seen, text).mean()),
-        }
+        """What the judge, and the oracle where there is one, sees in pictures (samples, N, 3, H, W) of each
+        caption: means over the samples."""
+        suffix = f"_{what}" if what else ""
+        found = seen_by(self.judge, images, self._captions(split))
         if self.benchmark.shapes:
-            right = oracle.oracle_score(images, self.benchmark.scenes(split))["all_right"]
-            found[f"all_right{suffix}"] = right
-        return found
+            scenes = self.benchmark.scenes(split) * len(images)
+            found["all_right"] = oracle.oracle_score(images.flatten(0, 1), scenes)["all_right"]
+        return {f"{name}{suffix}": value for name, value in found.items()}
 
     def _filled(self, drawn: Drawn, split: str) -> dict[str, float]:
         """Real pictures of which half is hidden and drawn again, beside what is left of them alone."""
@@ -398,11 +416,11 @@ class Measuring:
                 continue
             filled = fill(gpt, codes, hidden, *text, self.config.sampling, chosen.seeds)
             images = self.tokenizer.decode(filled.view(-1, *gpt.grid))
-            found |= self._seen(f"filled_{name}", images, split)
+            found |= self._seen(f"filled_{name}", images[None], split)
             place = hidden.view(gpt.grid).repeat_interleave(self.tokenizer.factor, 0)
             place = place.repeat_interleave(self.tokenizer.factor, 1)
             alone = drawn.reconstructed[split].masked_fill(place, 1.0)  # white
-            found |= self._seen(f"without_{name}", alone, split)
+            found |= self._seen(f"without_{name}", alone[None], split)
         return found
 
 
@@ -431,6 +449,15 @@ def measured_on(config: RunConfig, images: Manifest, wanted: int) -> Benchmark:
         shift=SEARCH_SHIFT if moves.shift > 0 or moves.scale > 0 else 0,
         flip=moves.flip,
     )
+
+
+def seen_by(judge: Judge, images: Tensor, captions: Sequence[str], who: str = "") -> dict[str, float]:
+    """Retrieval accuracy and CLIP score of pictures (samples, N, 3, H, W): means over the samples."""
+    text = judge.text_features(captions)
+    features = [look(judge, part) for part in images]
+    right = [metrics.retrieval_accuracy(one, text, captions) for one in features]
+    scores = [float(metrics.clip_score(one, text).mean()) for one in features]
+    return {f"{who}retrieval": statistics.mean(right), f"{who}clip_score": statistics.mean(scores)}
 
 
 @torch.no_grad()
@@ -528,6 +555,8 @@ COLUMNS: dict[str, tuple[str, float]] = {  # of a row: figure, and what it is sh
     "held out": ("validation/retrieval", 100),
     "combinations": ("composition/retrieval", 100),
     "all right": ("composition/all_right", 100),
+    "held out, calibrated": ("validation/retrieval_fitted", 100),
+    "combinations, calibrated": ("composition/retrieval_fitted", 100),
     "CLIP held out": ("validation/clip_score", 1),
     "NLL": ("nll", 1),
     "others' captions": ("nll_shuffled", 1),

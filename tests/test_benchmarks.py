@@ -472,6 +472,7 @@ def test_a_row_is_measured_on_its_way_and_tabulated(tmp_path: Path, store: str) 
         *("train/retrieval_real", "validation/all_right_filled_scattered"),
         *("validation/psnr", "robustness_psnr"),
     }  # fmt: skip
+    assert len(list(tmp_path.glob("sheets/*.png"))) == 3
     lines.path.write_text(json.dumps(first) + "\n")  # as if the last line had not been written
     order.run(row, config, tmp_path, lines)
     timed = ("seconds", "measuring_seconds")
