@@ -319,7 +319,14 @@ def _hardware(book: _Book) -> _Hardware:
     if not isinstance(kind, str) or kind not in HARDWARE:
         raise UserError(f"jobs.gpu '{kind}' is unknown; choose one of {', '.join(HARDWARE)}")
     devices = workers * processes
-    return _Hardware(kind, devices, HARDWARE[kind]["bf16"] * UTILISATION * (devices if gpus else workers))
+    times = devices if gpus else workers * _cores(book) / 2
+    return _Hardware(kind, devices, HARDWARE[kind]["bf16"] * UTILISATION * times)
+
+
+def _cores(book: _Book) -> float:
+    """Cores of each worker: those that somebody asks for, or two."""
+    said = re.fullmatch(r"(\d+(?:\.\d+)?)(m?)", str(book.get("jobs.cpu_limit") or book.get("jobs.cpu") or 2))
+    return float(said[1]) / (1000 if said[2] else 1) if said else 2.0  # whoever validates the config names it
 
 
 GENERIC = {

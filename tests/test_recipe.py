@@ -60,6 +60,10 @@ def test_more_minutes_or_hardware_make_larger_nets_and_no_smaller_ones() -> None
     by_minutes = [weights(derived(recipe={"minutes": minutes})) for minutes in (5, 25, 120, 1000)]
     assert by_minutes == sorted(by_minutes)
     assert by_minutes[0] < by_minutes[-1]
+    cores = {
+        cpu: weights(derived(jobs={"cpu": cpu}, recipe={"minutes": 25})) for cpu in ("2", "64", "64000m")
+    }
+    assert by_minutes[1] == cores["2"] < cores["64"] == cores["64000m"]
     gpus = {"gpus_per_worker": 1, "processes_per_worker": 1}
     assert weights(derived(jobs=gpus, recipe={"minutes": 25})) > by_minutes[1]
     eight = {"gpus_per_worker": 8, "processes_per_worker": 8, "workers": 2}
