@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid  # type: ignore[import-untyped]
 
-from model.config import SamplingConfig, TransformerConfig
+from model.config import SamplingConfig, TrainingConfig, TransformerConfig
 from model.data.images import to_image
 from model.data.token_shards import TokenReader
 from model.errors import UserError
@@ -117,7 +117,7 @@ def train(job: Job, config: TransformerConfig, watch: Watch | None = None) -> Ma
             codes = batch.codes.to(device, non_blocking=True)  # (B, T)
             states, mask = text.encode(batch.ids)  # (B, S, W), (B, S)
             drop = torch.rand(len(codes), device=device) < config.condition_dropout  # (B,)
-            codes, order = _reorder(codes, _mixed(config, step, training.steps))
+            codes, order = _reorder(codes, _mixed(config, step, training))
             with (
                 synced(model, last=micro + 1 == training.accumulate),
                 torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"),
@@ -248,13 +248,16 @@ def _reorder(codes: Tensor, share: float) -> tuple[Tensor, Tensor | None]:
     return codes.gather(1, order), order
 
 
-def _mixed(config: TransformerConfig, step: int, steps: int) -> float:
-    """Share of the pictures in random order at a step of so many.
+def _mixed(config: TransformerConfig, step: int, training: TrainingConfig) -> float:
+    """Share of the pictures in random order at a step.
 
-    RAR (arXiv:2411.00776): at first all of them, annealed to none, or to those that are to be left.
+    RAR (arXiv:2411.00776): at first all of them, annealed to none, or to those that are to be left. During
+    warm-up it is all of them, whatever the number of steps, which a clock may fit then.
     """
-    over = config.random_order * steps
-    return max(config.random_order_left, 1 - step / over if step < over else 0.0)
+    warmup, over = training.warmup_steps, config.random_order * training.steps
+    if not over or step >= max(over, warmup):
+        return config.random_order_left
+    return max(config.random_order_left, 1 - max(0, step - warmup) / max(1, over - warmup))
 
 
 @torch.no_grad()
