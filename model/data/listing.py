@@ -38,5 +38,5 @@ def _below(folder: str) -> list[str]:
     def closed(error: OSError) -> None:
         raise UserError(f"{error.filename}: {error.strerror}") from None
 
-    tree = os.walk(folder, onerror=closed) if os.path.isdir(folder) else ()
+    tree = storage.walk(folder, closed) if os.path.isdir(folder) else ()
     return [os.path.relpath(os.path.join(path, name), folder) for path, _, names in tree for name in names]

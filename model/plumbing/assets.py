@@ -16,14 +16,15 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
 from model.config import config_hash
-from model.errors import UserError
+from model.errors import UserError, reason
 from model.plumbing import speech, storage
 
 SCHEMA_VERSION = 2
 NAME = "manifest.json"
+LARGEST = 1 << 24  # bytes of it: some 100,000 files
 PICTURES = "pictures"  # folder of an asset with what is only looked at, and is in no manifest:
 RECONSTRUCTIONS = "reconstructions.png"  # by a tokenizer
 REPORT = "report-"  # begins the names of an evaluation's reports with a verdict, which are in no manifest
@@ -191,7 +192,7 @@ def load(uri: str) -> Manifest:
     """
     where = storage.join(uri, NAME)
     try:
-        data = storage.read_bytes(where)
+        data = storage.read_bytes(where, LARGEST)
     except storage.NotFound:
         raise storage.NotFound(
             f"{uri} is not a complete asset: it has no {NAME}; run the step that makes it"
@@ -201,9 +202,10 @@ def load(uri: str) -> Manifest:
         schema = int(values["schema_version"])
         if schema == SCHEMA_VERSION:
             manifest = Manifest.model_validate(values)
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
-        what = " ".join(str(error).split())[:200]
-        raise UserError(f"{where} is damaged ({what}); delete {uri}, so that it is made again") from None
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise UserError(
+            f"{where} is damaged ({reason(error)}); delete {uri}, so that it is made again"
+        ) from None
     if schema != SCHEMA_VERSION:
         way = (
             "an earlier latent-gpt made it; run the pipeline again, which makes it anew in another place"

@@ -202,7 +202,7 @@ def _note(home: Path) -> dict[str, Any]:
 def _listed(folder: Path) -> str:
     """A hash over names, sizes and times of change of all files below a folder."""
     digest = hashlib.sha256()
-    for path, folders, names in os.walk(folder):
+    for path, folders, names in storage.walk(folder):
         folders.sort()
         below = os.path.relpath(path, folder)
         for name in sorted(names):
@@ -221,6 +221,11 @@ def _in_place(manifest: Manifest, file: File) -> Path:
     if not _is_right(found, file):
         if not found.exists():
             raise storage.Damaged(f"{found} is missing; delete {manifest.uri}, so that it is made again")
+        if (size := found.stat().st_size) != file.size:
+            raise storage.Damaged(
+                f"{found} has {size} bytes, its manifest says {file.size}; delete {manifest.uri}, so that"
+                " it is made again"
+            )
         raise storage.checksum_error(str(found), storage.file_sha256(found), file.sha256)
     return found
 

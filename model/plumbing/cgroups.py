@@ -5,6 +5,7 @@ A machine without them, or a group without a limit, has none: that is no error h
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -32,6 +33,12 @@ def memory_limit() -> int | None:
     """Bytes that the group may have; None: no limit."""
     texts = [*_texts("memory", "memory.max"), *_texts("memory", "memory.limit_in_bytes")]
     return min((int(text) for text in texts if text != "max" and int(text) < NO_LIMIT), default=None)
+
+
+def memory() -> int:
+    """Bytes that this process can ever have: the machine's, or what the group may have of them."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(machine, memory_limit() or machine)
 
 
 def out_of_memory_kills() -> int:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from model.config import RunConfig, config_hash, parse_config, without_retired
-from model.errors import UserError
+from model.errors import UserError, reason
 from model.plumbing import assets, cache, environment, leases, storage
 from model.plumbing.assets import File, Input, Kind, Manifest
 from model.plumbing.jobs import TrackingIds
@@ -593,14 +593,17 @@ def resolve(ref: str) -> Path:
     """
     if ref.startswith("models:/"):
         return _resolve_version(ref)
+    if storage.is_s3(ref):
+        return cache.folder(_manifest(ref))
     path = Path(ref).expanduser()
-    if not storage.is_s3(ref) and not path.is_dir():
-        raise storage.NotFound(
-            f"model {ref} does not exist; give models:/NAME@{CHAMPION}, an s3:// URI or a folder"
-        )
-    if not storage.is_s3(ref) and not any((path / note).exists() for note in (assets.NAME, CHECKSUMS)):
-        return path
-    return cache.folder(_manifest(ref if storage.is_s3(ref) else str(path)))
+    with storage.explained(ref):
+        if not path.is_dir():
+            raise storage.NotFound(
+                f"model {ref} does not exist; give models:/NAME@{CHAMPION}, an s3:// URI or a folder"
+            )
+        if not any((path / note).exists() for note in (assets.NAME, CHECKSUMS)):
+            return path
+    return cache.folder(_manifest(str(path)))
 
 
 # ── below ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -613,7 +616,7 @@ def _manifest(uri: str, sizes: dict[str, int] | None = None) -> Manifest:
     except storage.NotFound:
         pass
     try:
-        sums: dict[str, str] = json.loads(storage.read_bytes(storage.join(uri, CHECKSUMS)))
+        sums: dict[str, str] = json.loads(storage.read_bytes(storage.join(uri, CHECKSUMS), assets.LARGEST))
         if not isinstance(sums, dict):
             raise ValueError("no table of sums")
         sizes = storage.list_sizes(uri) if sizes is None else sizes
@@ -622,9 +625,10 @@ def _manifest(uri: str, sizes: dict[str, int] | None = None) -> Manifest:
         return Manifest(kind="model", key=key, settings={}, inputs={}, files=tuple(files)).at(uri)
     except storage.NotFound:
         raise storage.NotFound(f"{uri} is no model: it has neither {assets.NAME} nor {CHECKSUMS}") from None
-    except ValueError as error:
-        what = " ".join(str(error).split())[:200]
-        raise storage.Damaged(f"{uri}/{CHECKSUMS} is damaged ({what}); fetch the model again") from None
+    except (ValueError, RecursionError) as error:
+        raise storage.Damaged(
+            f"{uri}/{CHECKSUMS} is damaged ({reason(error)}); fetch the model again"
+        ) from None
 
 
 def _resolve_version(ref: str) -> Path:

@@ -25,7 +25,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -48,6 +48,7 @@ TEMPORARY = ".partial-"  # prefix of local files that are not complete yet; neve
 ATTEMPTS = 11  # of a request, the first included; boto3 spreads them over some 20 s if all are refused
 AT_ONCE = 1000  # objects that S3 lists and deletes in one request, at most
 IN_MEMORY = 256 * MIB  # bytes that are read whole, at most
+MOST_HOLES = 1024 * MIB  # bytes of a file that may be missing on the disk: some copy zeros as nothing
 BUSY = ("SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "Throttling")
 SLOWEST = 8 << 10  # bytes per second of a connection; who is slower is given up
 
@@ -105,21 +106,30 @@ def split(uri: str) -> tuple[str, str]:
 # ── whole objects ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def read_bytes(uri: str) -> bytes:
+def read_bytes(uri: str, most: int = IN_MEMORY) -> bytes:
     """Everything stored at `uri`, which fits into memory; from S3, checked against its MD5.
+
+    Args:
+        uri: S3 or local.
+        most: bytes; more are not read.
 
     Raises:
         NotFound: nothing is there.
         Damaged: other bytes came than were stored, twice.
-        UserError: no access, no connection, or too large.
+        UserError: no access, no connection, no regular file, or too large.
     """
+
+    def check(size: int) -> None:
+        if size > most:
+            raise UserError(f"{uri} has {size} bytes; {most} are read into memory at most")
+
     if not is_s3(uri):
-        with explained(uri), open(uri, "rb") as file:
+        with explained(uri), open_local(uri) as file:
+            check(os.fstat(file.fileno()).st_size)
             return file.read()
     for _ in range(2):  # what was damaged on its way comes whole the next time
         with _S3Stream(uri) as stream:
-            if stream.end > IN_MEMORY:
-                raise UserError(f"{uri} has {stream.end} bytes; {IN_MEMORY} are read into memory at most")
+            check(stream.end)
             data = stream.readall()
         if stream.md5 in ("", hashlib.md5(data, usedforsecurity=False).hexdigest()):
             return data
@@ -168,7 +178,7 @@ def download_file(uri: str, path: str | Path, sha256: str | None = None) -> None
         if is_s3(uri):
             _download(uri, partial)
         else:
-            with explained(uri), open(uri, "rb") as source:
+            with explained(uri), open_local(uri) as source:
                 shutil.copyfileobj(source, partial, 4 * MIB)
         if sha256 is not None:
             partial.seek(0)
@@ -206,7 +216,7 @@ def open_read(uri: str) -> BinaryIO:
     if is_s3(uri):
         return io.BufferedReader(_S3Stream(uri), READ_AHEAD)
     with explained(uri):
-        return open(uri, "rb")
+        return open_local(uri)
 
 
 def exists(uri: str) -> bool:
@@ -246,10 +256,48 @@ def list_sizes(uri: str) -> dict[str, int]:
                 for item in page.get("Contents", []):
                     found[item["Key"].removeprefix(prefix)] = item["Size"]
     else:
-        for path in Path(uri).rglob("*"):
-            if path.is_file() and not path.name.startswith(TEMPORARY):
-                found[path.relative_to(uri).as_posix()] = path.stat().st_size
+        for folder, _, names in walk(uri):
+            for path in (Path(folder, name) for name in names if not name.startswith(TEMPORARY)):
+                if path.is_file():
+                    found[path.relative_to(uri).as_posix()] = path.stat().st_size
     return dict(sorted(found.items()))
+
+
+def walk(
+    folder: str | Path, closed: Callable[[OSError], object] = lambda error: None
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As `os.walk`, which calls itself for each level of folders, of which strangers make thousands.
+
+    Args:
+        folder: to begin in.
+        closed: is told of folders that cannot be read.
+
+    Yields:
+        Path of each folder before those in it; names of folders in it, of which those that are left in the
+        list are entered, in its order; names of all else.
+    """
+    waiting = [os.fspath(folder)]
+    while waiting:
+        here = waiting.pop()
+        folders: list[str] = []
+        others: list[str] = []
+        try:
+            with os.scandir(here) as entries:
+                for entry in entries:
+                    (folders if _is_folder(entry) else others).append(entry.name)
+        except OSError as error:
+            closed(error)
+            continue
+        yield here, folders, others
+        below = (os.path.join(here, name) for name in reversed(folders))
+        waiting += [path for path in below if not os.path.islink(path)]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 @dataclass(frozen=True)
@@ -409,9 +457,47 @@ def check_store(root: str) -> None:
 
 
 def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a local file, as hex digits."""
-    with open(path, "rb") as stream:
+    """SHA-256 of a local file, as hex digits. Raises as `open_local` and `check_solid`."""
+    with open_local(path) as stream:
+        check_solid(stream, path)
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def open_local(path: str | Path) -> io.BufferedReader:
+    """A local file, open for reading; who opened a pipe would wait for its writer, and a device has no end.
+
+    Raises:
+        OSError: as `open`.
+        UserError: it is no regular file.
+    """
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise UserError(f"{path} is not a regular file")
+    return file
+
+
+def check_solid(file: BinaryIO, path: str | Path) -> None:
+    """Refuse a local file that is mostly hole: it costs its maker nothing, and who reads it all of its size.
+
+    Raises:
+        UserError: more than half of it, and a GiB, are not on the disk.
+    """
+    size = os.fstat(file.fileno()).st_size
+    if size <= MOST_HOLES:
+        return
+    held = at = 0
+    try:
+        while at < size:
+            begins = os.lseek(file.fileno(), at, os.SEEK_DATA)
+            at = os.lseek(file.fileno(), begins, os.SEEK_HOLE)
+            held += at - begins
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # this file system does not tell; otherwise all that follows is hole
+            held = size
+    os.lseek(file.fileno(), 0, os.SEEK_SET)
+    if size - held > max(MOST_HOLES, held):
+        raise UserError(f"{path} announces {size} bytes, and {held} are on the disk; fetch it again")
 
 
 def fingerprint(uri: str, suffixes: tuple[str, ...]) -> str:
@@ -759,6 +845,8 @@ def _file_error(uri: str, error: OSError) -> Exception:
         return UserError(f"{uri}: {error.strerror}; a file is needed here")
     if isinstance(error, PermissionError):
         return UserError(f"{uri}: permission denied; give this user access, or choose another place")
+    if error.errno in (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO):  # ENXIO: a socket
+        return UserError(f"{uri} cannot be read: {error.strerror}")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(f"{uri}: no space left on the disk; free some, or choose another place")
     return error

@@ -131,11 +131,23 @@ def test_a_missing_or_cut_file_is_named(root: str) -> None:
         assets.find(made.uri)
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"{}", b'{"schema_version": 2}'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"", b"{", b"[]", b"{}", b'{"schema_version": 2}', b'{"schema_version": 1e999}', b"[" * 10**5,
+    ],
+)  # fmt: skip
 def test_a_damaged_manifest_is_named(store: str, damage: bytes) -> None:
     made = write()
     storage.write_bytes(storage.join(made.uri, assets.NAME), damage)
     with pytest.raises(UserError, match=r"manifest.json is damaged .*delete .* so that it is made again"):
+        assets.load(made.uri)
+
+
+def test_a_manifest_without_end_is_not_read(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = write()
+    monkeypatch.setattr(assets, "LARGEST", 100)
+    with pytest.raises(UserError, match=r"manifest.json has \d+ bytes; 100 are read into memory at most"):
         assets.load(made.uri)
 
 

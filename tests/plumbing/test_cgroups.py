@@ -56,6 +56,20 @@ QUOTAS = [
 ]  # fmt: skip
 
 
+def test_memory_is_the_machines_or_what_the_group_may_have_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("none", "some", "more"):
+        (tmp_path / name).mkdir()
+    tree(tmp_path / "none", monkeypatch, "0::/\n", {"memory.max": "max"})
+    machine = cgroups.memory()
+    assert machine > 1 << 28
+    tree(tmp_path / "some", monkeypatch, "0::/\n", {"memory.max": "1000000"})
+    assert cgroups.memory() == 1_000_000
+    tree(tmp_path / "more", monkeypatch, "0::/\n", {"memory.max": f"{machine + 1}"})
+    assert cgroups.memory() == machine
+
+
 @pytest.mark.parametrize(("membership", "files", "quota"), QUOTAS)
 def test_a_quota_is_the_smallest_of_the_groups_around(
     tmp_path: Path,

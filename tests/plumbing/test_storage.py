@@ -12,6 +12,8 @@ import threading
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from botocore.exceptions import ClientError
 
@@ -265,6 +267,58 @@ def test_a_folder_in_the_place_of_a_file(store: str) -> None:
         storage.read_bytes(storage.join(store, "a"))
 
 
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (str(tmp_path / "pipe"), "/dev/zero"):
+        for read in (storage.read_bytes, storage.open_read, storage.file_sha256):
+            with pytest.raises(UserError, match=f"^{path} is not a regular file"):
+                read(path)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match=r"loop cannot be read: Too many levels of symbolic links"):
+        storage.read_bytes(str(tmp_path / "loop"))
+
+
+def test_what_is_too_large_for_the_memory_is_not_read(root: str) -> None:
+    uri = storage.join(root, "a")
+    storage.write_bytes(uri, bytes(11))
+    assert storage.read_bytes(uri, 11) == bytes(11)
+    with pytest.raises(UserError, match=rf"^{uri} has 11 bytes; 10 are read into memory at most"):
+        storage.read_bytes(uri, 10)
+
+
+def test_a_file_that_is_mostly_hole_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(1 << 20))
+    right = storage.file_sha256(path)
+    os.truncate(path, 1 << 42)
+    with pytest.raises(UserError, match=rf"announces {1 << 42} bytes, and 1048576 are on the disk"):
+        storage.file_sha256(path)
+    os.truncate(path, 1 << 20)
+    assert storage.file_sha256(path) == right
+
+
+def test_folders_within_folders_are_walked_however_deep_in_the_order_of_who_asks(tmp_path: Path) -> None:
+    here = tmp_path
+    for number in range(3):
+        (tmp_path / f"{number}").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    for _ in range(300):
+        here /= "deeper"
+        os.mkdir(here)
+    (here / "file").touch()
+    found = []
+    for path, folders, names in storage.walk(tmp_path):
+        folders[:] = sorted(folders, reverse=True)
+        found.append((os.path.relpath(path, tmp_path), names))
+    assert [path for path, _ in found if "/" not in path] == [".", "deeper", "2", "1", "0"]
+    assert found[0][1] == ["loop"]
+    assert found[300] == ("/".join(["deeper"] * 300), ["file"])
+    told: list[OSError] = []
+    assert list(storage.walk(tmp_path / "none", told.append)) == []
+    assert [error.filename for error in told] == [str(tmp_path / "none")]
+
+
 @pytest.mark.parametrize(
     ("status", "code", "again"),
     [(500, "InternalError", True), (503, "SlowDown", True), (429, "Throttling", True), (400, "Bad", False)],
@@ -365,6 +419,11 @@ def test_a_certificate_of_an_own_authority_needs_its_file(
             storage.check_store(services["LATENT_GPT_STORE"])
         monkeypatch.setenv("AWS_CA_BUNDLE", str(authority))
         storage.check_store(services["LATENT_GPT_STORE"])
+        uri = storage.join(services["LATENT_GPT_STORE"], "a.parquet")
+        pq.write_table(pa.table({"a": [1, 2]}), tmp_path / "a.parquet")
+        storage.upload_file(tmp_path / "a.parquet", uri)
+        with storage.open_read(uri) as file:
+            assert pq.read_table(file).num_rows == 2
 
 
 @pytest.mark.slow

@@ -100,7 +100,7 @@ class LocalTree:
 
     def folders(self) -> Iterator[Folder]:
         closed: list[OSError] = []
-        for path, subfolders, names in os.walk(self.place, onerror=closed.append):
+        for path, subfolders, names in storage.walk(self.place, closed.append):
             folder = "" if path == self.place else os.path.relpath(path, self.place)
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             links = [name for name in subfolders if os.path.islink(os.path.join(path, name))]
