@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 try:
-    from model.errors import UserError
+    from model.errors import UserError, one_line
 except ImportError:  # PYTHONPATH leads to somebody else's
     import model
 
@@ -83,7 +83,7 @@ def main() -> None:
     except UserError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
         if debug:

@@ -18,10 +18,10 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
-from model.config import HEAD_WIDTH, PretrainedCLIPConfig, TrainedCLIPConfig
+from model.config import HEAD_WIDTH, Context, Layers, PretrainedCLIPConfig, TrainedCLIPConfig
 from model.errors import UserError
 from model.nets.folder import fit, load
 
@@ -98,8 +98,7 @@ class Judge:
     ) -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
-        size = preprocess["size"]
-        self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        self.size = _square(preprocess["size"])
         self._mean = torch.tensor(preprocess["mean"], device=self.device).view(3, 1, 1)
         self._std = torch.tensor(preprocess["std"], device=self.device).view(3, 1, 1)
 
@@ -222,10 +221,36 @@ def pretrained_architecture(name: str) -> dict[str, Any]:
     return values
 
 
+Side = Annotated[int, Field(gt=0, le=4096)]  # pixels
+
+
+class VisionTower(BaseModel, extra="allow"):
+    """What open_clip is told of a tower for pictures."""
+
+    image_size: Side | tuple[Side, Side] = 224
+    layers: Layers | tuple[Layers, Layers, Layers, Layers] = 12
+    pos_embed_type: Literal["learnable"] = "learnable"  # the others are computed at a size of their own
+
+
+class TextTower(BaseModel, extra="allow"):
+    """What open_clip is told of a tower for texts."""
+
+    context_length: Context = 77
+    vocab_size: Literal[49408] = 49408  # ids are CLIP's
+    layers: Layers = 12
+
+
+class Architecture(BaseModel, extra="allow"):
+    """What open_clip is told of a CLIP; what is not named here it judges itself."""
+
+    vision_cfg: VisionTower
+    text_cfg: TextTower
+
+
 class Preprocess(BaseModel):
     """How pictures in [0, 1] become what a vision tower sees."""
 
-    size: Annotated[int, Field(gt=0, le=4096)] | list[Annotated[int, Field(gt=0, le=4096)]]
+    size: Side | tuple[Side, Side]
     mean: Annotated[list[float], Field(min_length=3, max_length=3)]
     std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
 
@@ -233,9 +258,20 @@ class Preprocess(BaseModel):
 class Description(BaseModel):
     """What a CLIP's `config.json` has to say; other entries are for people."""
 
-    architecture: dict[str, Any]
+    architecture: Architecture
     preprocess: Preprocess
     precision: Literal["fp32", "bf16"] = "fp32"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Description:
+        seen, made = self.architecture.vision_cfg.image_size, self.preprocess.size
+        if _square(seen) != _square(made):
+            raise ValueError(f"preprocess.size is {made} and the tower sees pictures of {seen} pixels")
+        return self
+
+
+def _square(side: int | tuple[int, int]) -> tuple[int, int]:
+    return (side, side) if isinstance(side, int) else side
 
 
 def build_clip(description: dict[str, Any]) -> CLIPModel:
@@ -259,7 +295,7 @@ def load_judge(folder: str | Path, device: str | torch.device = "cpu") -> Judge:
 
 
 def _build_described(said: dict[str, Any]) -> CLIPModel:
-    return build_clip(Description.model_validate(said).model_dump())
+    return build_clip(Description.model_validate(said).model_dump(exclude_unset=True))
 
 
 def import_pretrained(config: PretrainedCLIPConfig) -> tuple[CLIPModel, dict[str, Any]]:
