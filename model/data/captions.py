@@ -19,6 +19,7 @@ FILE_FIELDS = ("file_name", "file", "image")
 CAPTION_FIELDS = ("caption", "text", "captions")
 LONGEST_CAPTION = 1000  # characters; text encoders read some 300
 LONGEST_SHOWN = 500  # characters of a name or reason
+MOST_CAPTIONS = 10_000  # of a picture
 LARGEST_TEXT = 8 << 20  # bytes of a picture's captions, or of a list's line; they are not read when larger
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -74,6 +75,9 @@ def as_list(value: Any) -> list[Any]:
 
 def damage(captions: Iterable[Any]) -> str:
     """Why captions cannot be trusted to read as they were meant; "" where they can."""
+    captions = list(captions)
+    if len(captions) > MOST_CAPTIONS:
+        return f"{len(captions):,} captions, more than the {MOST_CAPTIONS:,} that are read"
     for caption in captions:
         if not isinstance(caption, str):
             continue

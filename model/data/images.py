@@ -39,6 +39,8 @@ TURNS: dict[Any, Callable[[np.ndarray], np.ndarray]] = {  # that make pictures o
     8: lambda pixels: np.rot90(pixels),
 }
 THUMBNAIL = 64  # longer side of a small picture for people, pixels
+MOST_READS = 1 << 18  # of a picture's file by its parser; of the largest that are read some 100,000
+MOST_SCANS = 64  # of a JPEG and what is embedded in it; each goes over all pixels, and programs write ten
 BAND = 1 << 22  # pixels converted at a time: of a large picture, no second copy in another mode is held
 
 # Drawing programs store whole workflows as text; 64 MiB of it, Pillow's own limit for all, is no damage.
@@ -48,6 +50,18 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 class BadImage(Exception):
     """A picture that cannot be used; its message is the reason, for the quarantine list."""
+
+
+class _Bytes(io.BytesIO):
+    """A picture's bytes, for which a parser may ask so many times: some lead it on and on, part by part."""
+
+    asked = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.asked += 1
+        if self.asked > MOST_READS:
+            raise ValueError("it has parts without end")
+        return super().read(size)
 
 
 # ── bytes to pixels ─────────────────────────────────────────────────────────────────────────────────────
@@ -62,7 +76,7 @@ def decode(data: bytes, config: DataConfig) -> np.ndarray:
     if not data:
         raise BadImage("empty file")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = _opened(data)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise BadImage(str(error)) from None
     except Image.UnidentifiedImageError:
@@ -85,6 +99,13 @@ def decode(data: bytes, config: DataConfig) -> np.ndarray:
             raise BadImage(f"truncated or corrupt: {_first_line(error)}") from None
     del image  # large, and done with
     return _resize(turn(pixels) if turn else pixels, config)
+
+
+def _opened(data: bytes) -> Image.Image:
+    """A picture of a stranger, of which the header is read. Raises ValueError, and whatever Pillow does."""
+    if is_jpeg(data) and data.count(b"\xff\xda") > MOST_SCANS:
+        raise ValueError(f"more than {MOST_SCANS} scans")
+    return Image.open(_Bytes(data), formats=FORMATS)
 
 
 def _turn(image: Image.Image) -> Callable[[np.ndarray], np.ndarray] | None:
@@ -167,7 +188,7 @@ def thumbnail(data: bytes, config: DataConfig) -> bytes:
     if is_jpeg(data):
         data += b"\xff\xd9"  # an end: what precedes the break can be seen then
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with _opened(data) as image:
             if image.width * image.height > config.max_pixels:  # a progressive JPEG is held whole
                 return b""
             if image.format == "JPEG":

@@ -10,6 +10,7 @@ import pytest
 
 from model.data.captions import (
     LARGEST_TEXT,
+    MOST_CAPTIONS,
     clean_captions,
     damage,
     decode,
@@ -75,6 +76,11 @@ def test_json_nested_a_million_deep_is_refused_as_json():
     for text in ("[" * 10**6, '{"a":' * 10**6, "[" * 10**6 + "]" * 10**6):
         with pytest.raises(ValueError, match="nested too deeply"):
             parse(text)
+
+
+def test_more_captions_than_a_picture_has_are_damage():
+    assert damage(["x"] * MOST_CAPTIONS) == ""
+    assert damage(["x"] * (MOST_CAPTIONS + 1)) == "10,001 captions, more than the 10,000 that are read"
 
 
 def test_fields_are_found_in_any_case():

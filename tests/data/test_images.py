@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from model.config import Augment, DataConfig, OpenMojiSource
+from model.data import images
 from model.data.images import (
     BadImage,
     augment,
@@ -22,6 +23,7 @@ from model.data.images import (
     draw_views,
     encode,
     is_jpeg,
+    thumbnail,
     to_pixels,
     to_tensor,
     warp,
@@ -195,6 +197,24 @@ def test_decompression_bomb_is_refused_from_its_header(bombs_raise):
         warnings.simplefilter("error" if bombs_raise else "ignore", Image.DecompressionBombWarning)
         with pytest.raises(BadImage, match="pixels"):
             decode(data, config())
+
+
+def test_parts_and_scans_without_end_are_not_gone_through(monkeypatch):
+    monkeypatch.setattr(images, "MOST_READS", 1000)
+    monkeypatch.setattr(images, "MOST_SCANS", 15)
+    red = plain("RGB", "red")
+    for kind in ("PNG", "JPEG", "WEBP"):
+        decode(save(red, kind), config())
+    png, jpeg = save(red), save(red, "JPEG")
+    text = b"\0\0\0\3tEXta\0b" + struct.pack(">I", zlib.crc32(b"tEXta\0b"))
+    for data in (png[:33] + text * 1000 + png[33:], jpeg[:2] + b"\xff\xfe\0\2" * 1000 + jpeg[2:]):
+        with pytest.raises(BadImage, match="it has parts without end"):
+            decode(data, config())
+        assert thumbnail(data, config()) == b""
+    scans = jpeg + b"\xff\xda" * 15
+    with pytest.raises(BadImage, match="more than 15 scans"):
+        decode(scans, config())
+    assert thumbnail(scans, config()) == b""
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])

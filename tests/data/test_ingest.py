@@ -557,6 +557,9 @@ def test_missing_and_misnamed_tars(store, here):
     (here / "000.tar").unlink()
     with pytest.raises(UserError, match=r"no tar shard at .*name them, e\.g\. "):
         ingest(DataConfig(source=WebDatasetSource(urls=str(here))))
+    for braces in ("{0..9999999}", "{-9..9999999}", f"{{0..{'9' * 99}}}", "{a..z}" * 5, "{a,b}" * 21):
+        with pytest.raises(UserError, match=r"stands for more than 1,048,576 shards"):
+            ingest(DataConfig(source=WebDatasetSource(urls=f"{here}/{braces}.tar")))
 
 
 # ── parquet ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -29,6 +29,7 @@ from model.data.captions import (
     CAPTION_FIELDS,
     FILE_FIELDS,
     LARGEST_TEXT,
+    MOST_CAPTIONS,
     as_list,
     decode,
     lookup,
@@ -56,7 +57,6 @@ LARGEST_UNFOLDED = 1 << 32  # bytes of a row group's values that a dictionary st
 MOST_VALUES = 1 << 25  # of a column in a row group; lists of captions have more than there are rows
 DICTIONARY = (2, 8)  # encodings of pages that hold numbers of entries
 LONGEST_HEADER = 1 << 16  # bytes of a page's header
-MOST_CAPTIONS = 10_000  # of a picture
 LONGEST_PATH = 4096  # bytes
 IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 PATH_NAMES = ("image_path", "path", "file_path", "filepath", "filename")

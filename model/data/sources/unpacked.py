@@ -28,6 +28,7 @@ from model.plumbing import cache, speech
 from model.plumbing.cache import Fill, Room
 
 MOST_FILES = 1 << 22  # files and folders: two million pictures with their captions
+MOST_LEVELS = 100  # of folders within folders
 MOST_TIMES = 100  # its size that an archive may unpack to,
 FREELY = 1 << 30  # beyond these bytes
 SPARE = 1 << 30  # bytes of the disk that stay free
@@ -72,6 +73,11 @@ class Writer:
             raise UserError(
                 f"{self.where} has a file '{shown(name)}', which lies outside of it; make it anew, from"
                 " within its folder"
+            )
+        if len(parts) > MOST_LEVELS:
+            raise UserError(
+                f"{self.where} has a file '{shown(name)}', which lies {len(parts)} folders deep;"
+                f" {MOST_LEVELS} are made"
             )
         return None if any(part.startswith(".") for part in parts) else self.folder.joinpath(*parts)
 

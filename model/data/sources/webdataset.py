@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import re
 import tarfile
 import tempfile
 import time
@@ -29,7 +30,7 @@ from webdataset.shardlists import expand_urls
 
 from model.config import WebDatasetSource
 from model.data import listing, tars
-from model.data.captions import LARGEST_TEXT, as_list, clean_captions, decode, lines, lookup, parse
+from model.data.captions import LARGEST_TEXT, as_list, clean_captions, decode, lines, lookup, parse, shown
 from model.data.sources import (
     LARGEST_PICTURE,
     OTHER_SUFFIXES,
@@ -49,6 +50,7 @@ from model.plumbing import storage
 SIDE_BY_SIDE = 16  # shards looked at together
 LOOKED_AT = 4  # shards that a look opens
 LARGEST_UNPACKED = 1 << 30  # bytes of a member of a compressed shard: to pass over it, it has to be unpacked
+MOST_SHARDS = 1 << 20
 MOST_WAITING = 1 << 17  # samples that are not complete
 MOST_TEXT = 1 << 26  # characters of their captions
 MOST_SPOOLED = 1 << 33  # bytes of their pictures, on disk
@@ -173,9 +175,25 @@ def _samples(uri: str) -> int:
         return 0  # another program's shards, or none of our business: pictures are judged without it
 
 
+def _expands_to(urls: str) -> int:
+    """How many names its braces stand for, at most."""
+    count = 1
+    for inside in re.findall(r"\{([^{}]*)\}", urls):
+        if bounds := re.fullmatch(r"(-?\d+)\.\.(-?\d+)(?:\.\..*)?", inside):
+            digits = max(map(len, bounds.groups()))
+            count *= abs(int(bounds[2]) - int(bounds[1])) + 1 if digits < 18 else MOST_SHARDS + 1
+        elif bounds := re.fullmatch(r"(.)\.\.(.)(?:\.\..*)?", inside):
+            count *= abs(ord(bounds[2]) - ord(bounds[1])) + 1
+        else:
+            count *= inside.count(",") + 1
+    return count
+
+
 def _uris(config: WebDatasetSource) -> list[str]:
     """Shards in the order of the range, those of a folder or glob by their names."""
     uris: list[str] = []
+    if _expands_to(config.urls) > MOST_SHARDS:
+        raise UserError(f"data.source.urls: {shown(config.urls)} stands for more than {MOST_SHARDS:,} shards")
     for url in expand_urls(config.urls):
         uri = os.path.expanduser(url)
         if uri.endswith(tars.SUFFIXES) and "*" not in uri:
