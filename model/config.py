@@ -24,17 +24,20 @@ PRESETS = Path(__file__).parent / "presets"
 AUTO, WITHOUT_DATA = "auto", "openmoji-tiny"  # the preset of one's own pictures, and of who has none
 UNIONS = ("data.source", "tokenizer", "clip")  # sections of several kinds
 LARGEST_PRESET = 2**20  # bytes
+DEEPEST = 16  # dots of an override
 VQVAE_EXPERIMENT = "vqvae-training"  # of phase 2, also where phase 3 trains its VQ-VAE first
 
 # Settings of earlier releases, which models that were stored then still carry. None decides what is drawn.
 RETIRED = {"estimator", "speculate", "z_loss"}
 
+Seed = Annotated[int, Field(ge=0, lt=2**62)]
 Byte = Annotated[int, Field(ge=0, le=255)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0, le=10**9)]
 Few = Annotated[int, Field(gt=0, le=256)]  # heads, views, samples
 Layers = Annotated[int, Field(gt=0, le=256)]  # a net is built of them before anything else is known of it
 Codes = Annotated[int, Field(gt=0, le=2**20)]
+Context = Annotated[int, Field(ge=3, le=4096)]  # tokens of a text, its start and its end among them
 Width = Annotated[int, Field(gt=0, le=16_384)]  # channels, sides, lengths
 QUANTITY = r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?"
 Quantity = Annotated[str, Field(pattern=f"^{QUANTITY}$", coerce_numbers_to_str=True)]  # of Kubernetes
@@ -66,7 +69,7 @@ class ShapesSource(Section):
 
     kind: Literal["shapes"] = "shapes"
     count: Positive = 20_000  # pictures drawn
-    seed: int = 0
+    seed: Seed = 0
     shapes_per_image: Literal[1, 2] = 2
     hold_out_compositions: bool = True  # keep some pairs of coloured shapes out of training
 
@@ -266,7 +269,7 @@ class TrainedCLIPConfig(Section):
     text_width: Width = 128
     text_layers: Layers = 4
     text_heads: Few = 4
-    context_length: Width = 32  # caption tokens
+    context_length: Context = 32  # caption tokens
     vision_width: Width = 128
     vision_layers: Layers = 4
     patch_size: Width = 8  # pixels
@@ -359,7 +362,7 @@ class SweepConfig(Section):
 class EvaluationConfig(Section):
     """What evaluate measures and shows; seeds and prompts are pinned so that models can be compared."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**62)] = 1234  # of the first picture; the next ones count on
+    seed: Seed = 1234  # of the first picture; the next ones count on
     prompts: list[str] = []  # prompts of the grid; empty takes captions spread over the training set
     samples_per_prompt: Few = 4
     pictures: Positive = 256  # captions of each split that are measured on
@@ -442,7 +445,7 @@ class GateConfig(Section):
     metric: Literal["auto", "retrieval", "oracle", "clip_score"] = "auto"  # auto: oracle if any, or retrieval
     margin: Annotated[float, Field(gt=0)] = 0.05  # least mean difference, share of prompts (or CLIP score)
     confidence: Annotated[float, Field(ge=0.5, le=0.999)] = 0.95  # of the two-sided bootstrap interval
-    seed: Annotated[int, Field(ge=0, lt=2**62)] = 0  # of the bootstrap
+    seed: Seed = 0  # of the bootstrap
     above_chance: bool = True  # the first version ever must be better than a blind judge would find it
     # In margins, over prompts held out, where these are too few and captions seen decide as well.
     less_held_out: Annotated[float, Field(ge=0)] = 1.0
@@ -499,7 +502,7 @@ class RunConfig(Section):
     # model, one per task: what is compared has the same one; empty is latent-gpt-<name>
     # Of MLflow, for all that the run logs; empty is that of its phase.
     experiment_name: Annotated[str, Field(exclude_if=lambda name: not name)] = ""
-    seed: int = 0
+    seed: Seed = 0
     data: DataConfig
     clip: CLIP
     tokenizer: Tokenizer
@@ -656,6 +659,8 @@ def _override(values: dict[str, Any], override: str, before: Sequence[str] = ())
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise UserError(f"override '{override}' must read section.field=value")
+    if path.count(".") > DEEPEST:
+        raise UserError(f"override '{_short(override)}': nested too deep; a config has a handful of levels")
     value, what = _yaml(text, f"override '{_short(override)}'"), f"override '{override}'"
     section, _, field = path.rpartition(".")
     if field == "kind" and section in UNIONS and _at(values, f"{section}.kind") != value:

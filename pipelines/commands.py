@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from model.errors import UserError
+from model.errors import UserError, reason
 
 AUTO = "auto"  # the preset of who names none: see `model.config.load_config`
 
@@ -56,11 +56,19 @@ def run(
 
 
 def _dialled(overrides: list[str] | None, minutes: float, effort: float) -> tuple[str, ...]:
-    """Overrides, with the dial before them."""
+    """Overrides, with the dial before them. Raises UserError: it is out of range."""
+    from pydantic import ValidationError
+
+    from model.config import RecipeConfig
+
     if minutes and effort:
         raise UserError("--minutes and --effort both say how long a run takes; give one of them")
     dial = {"recipe.minutes": minutes} if minutes else {"recipe.effort": effort, "recipe.minutes": 0.0}
     said = dial.items() if minutes or effort else ()
+    try:
+        RecipeConfig.model_validate({name.removeprefix("recipe."): value for name, value in said})
+    except ValidationError as error:
+        raise UserError(f"--{reason(error)}") from None
     return (*(f"{name}={value:g}" for name, value in said), *(overrides or ()))
 
 

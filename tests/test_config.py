@@ -122,7 +122,6 @@ POSITIVE = [
     "clip.text_width",
     "clip.text_layers",
     "clip.text_heads",
-    "clip.context_length",
     "clip.vision_width",
     "clip.vision_layers",
     "clip.patch_size",
@@ -162,6 +161,8 @@ NOT_NEGATIVE = [
     "sampling.temperature",
     "sampling.top_k",
     "sampling.cfg_scale",
+    "seed",
+    "data.source.seed",
     "evaluation.seed",
     "gate.seed",
     "gate.less_held_out",
@@ -177,7 +178,7 @@ NOT_NEGATIVE = [
 QUANTITIES = ["jobs.cpu", "jobs.cpu_limit", "jobs.memory", "jobs.shared_memory"]
 # Of another preset.
 RECIPE = [f"recipe.{name}" for name in ("effort", "minutes", "version", "after", "until")]
-OWN_TESTS = ["gate.confidence", "jobs.orphan_minutes", "model_name", *RECIPE]
+OWN_TESTS = ["clip.context_length", "gate.confidence", "jobs.orphan_minutes", "model_name", *RECIPE]
 SHARES = [
     "data.max_bad_share",
     "data.validation_share",
@@ -274,6 +275,11 @@ def test_an_orphan_is_not_called_one_before_a_lease_can_be_late_twice() -> None:
         refused("jobs.orphan_minutes=1.5")
         == "jobs.orphan_minutes: Input should be greater than or equal to 2"
     )
+
+
+def test_a_text_has_room_for_its_start_its_end_and_something_between() -> None:
+    for value, bound in ((2, "greater than or equal to 3"), (5000, "less than or equal to 4096")):
+        assert refused(f"clip.context_length={value}") == f"clip.context_length: Input should be {bound}"
 
 
 def test_an_interval_holds_half_at_least_and_never_all() -> None:
@@ -453,6 +459,11 @@ def test_an_override_makes_the_section_that_the_preset_leaves_out() -> None:
             f"seed={'9' * 5000}",
             f"override 'seed={'9' * 52}...': '{'9' * 57}...' is not valid YAML",
             id="a number of 5000 digits",
+        ),
+        pytest.param(
+            f"{'a.' * 10**5}b=1",
+            f"override '{'a.' * 28}a...': nested too deep; a config has a handful of levels",
+            id="a hundred thousand sections",
         ),
         pytest.param(
             f"seed={'[' * 10**5}",
