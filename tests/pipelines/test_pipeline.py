@@ -133,6 +133,7 @@ def test_generate_draws_from_the_champion(first: First, state: Path, tmp_path: P
     prompt = "a red circle"
     done = latent_gpt("generate", prompt, "--out", str(tmp_path / "a.png"), "--seed", "7", state=state)
     assert done.returncode == 0, done.stderr
+    assert "draws with latent-gpt-smoke, version 1" in done.stdout
     many = latent_gpt(
         "generate", prompt, "--out", str(tmp_path / "b.png"), "--seed", "6", "--num-images", "2", state=state
     )

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from model.plumbing.tracking import check_server, mlflow_client
 from pipelines.embedded import services as module
 from pipelines.embedded.servers import S3Server, _weed
 from pipelines.embedded.services import services as start
+from pipelines.embedded.tracking_server import DATABASE, PARTIAL
 from tests import ROOT
 
 pytestmark = pytest.mark.slow
@@ -183,6 +185,20 @@ def test_a_killed_run_leaves_nothing(state: Path, client: Callable[[], subproces
     assert eventually(lambda: processes(state) == {})
     with start(state):  # and does not block the next one
         assert storage.read_bytes("s3://latent-gpt/kept") == b"across runs"
+
+
+def test_a_very_first_start_that_is_killed_is_no_end(tmp_path: Path) -> None:
+    code = "import sys; from pipelines.embedded.services import services\nwith services(sys.argv[1]): pass"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT) as first:
+        assert eventually((tmp_path / "mlflow" / PARTIAL).exists, 120), "MLflow's database is half made"
+        for pid in (first.pid, *processes(tmp_path)):
+            with suppress(ProcessLookupError):  # it went with one of the others
+                os.kill(pid, signal.SIGKILL)
+    assert eventually(lambda: processes(tmp_path) == {})
+    assert not (tmp_path / "mlflow" / DATABASE).exists()
+    with start(tmp_path):
+        storage.write_bytes("s3://latent-gpt/kept", b"here")
+        check_server()
 
 
 def test_a_killed_keeper_takes_its_server_along(
