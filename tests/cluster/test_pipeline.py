@@ -22,6 +22,7 @@ import requests
 import yaml
 from kfp import compiler, dsl
 
+from benchmarks.pictures import collection
 from components.launch import pytorchjob
 from model.plumbing import assets, storage
 from tests.cluster.cluster import ROOT, Cluster, until
@@ -398,6 +399,38 @@ def test_sets_are_those_of_a_laptop(here: Installation, store: None) -> None:
             assert mine.sha256 == other.sha256, there
             compared.append(mine.kind)
     assert {"images", "tokenizer", "text", "judge", "tokens", "transformer", "evaluation"} <= set(compared)
+
+
+def test_a_folder_in_s3_is_all_that_a_run_needs(here: Installation, store: None, tmp_path: Path) -> None:
+    """People's own pictures and their minutes: sizes from a look and from a job that times the hardware."""
+    collection(tmp_path, 60)
+    where = f"s3://latent-gpt/own/{tmp_path.parent.name}/birds"  # pictures that nobody has trained on yet
+    for path in tmp_path.rglob("*.*"):
+        storage.write_bytes(f"{where}/{path.relative_to(tmp_path)}", path.read_bytes())
+    minutes = 8
+    asked = {
+        "data": where,
+        "overrides": f"recipe.minutes={minutes}\nmodel_name=birds-{random.randrange(10**6)}",
+    }
+    began = time.monotonic()
+    answer = here.kfp.start("birds", here.kfp.version(PIPELINE), preset="auto", **asked)
+    assert answer.status_code == 200, answer.text
+    run = answer.json()["run_id"]
+    jobs: set[str] = set()
+
+    def over() -> bool:
+        jobs.update(one["metadata"]["name"] for one in here.get("pytorchjobs"))
+        return here.kfp.state(run) in ENDED
+
+    until(over, 120 * minutes, f"the end of {run}", every=2)
+    took = (time.monotonic() - began) / 60
+    assert here.kfp.state(run) == "SUCCEEDED"
+    print(f"── 60 pictures in S3, {minutes} minutes asked for on KFP: {took:.1f}; jobs {sorted(jobs)}")
+    assert any(name.startswith("speed-") for name in jobs), "the hardware was not timed by a job"
+    found = here.fetched(run)
+    pages = [data for name, data in found.items() if "prepare" in name and b"about twice the root" in data]
+    assert len(pages) == 1, f"no page says why which size was chosen: {sorted(found)}"
+    (LEFT / "birds.html").write_bytes(pages[0])
 
 
 def test_from_the_page_to_a_registered_model_with_pictures(here: Installation, store: None) -> None:
