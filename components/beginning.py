@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from components import page, recipe
 from components.parameters import resolve
 from components.preflight import preflight
+from components.retraining import MARK_TAG, mark
 from components.step import end_given_up_runs
 from model.config import RunConfig
 from model.data.sources import remembered
@@ -51,5 +52,6 @@ def begin(job: str, **asked: Any) -> Begun:
     name = f"{config.name}-{job}"
     with carried("prepare", name):
         shown = config.model_dump(mode="json")
-        opened = address(open_pipeline_run(config.experiment, name, shown, kfp_tags(job)))
+        tags = {MARK_TAG: mark(config), **kfp_tags(job)}
+        opened = address(open_pipeline_run(config.experiment, name, shown, tags))
     return Begun(config, name, opened, page.checks(resolved, name, found, opened))

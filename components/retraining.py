@@ -9,6 +9,7 @@ from these, as all others may still hold what was deleted since.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -17,16 +18,19 @@ import yaml
 from components.parameters import TEXT_TO_IMAGE, resolve
 from components.recipe import resolved
 from model import steps
-from model.config import AssetRef, Origin, RunConfig
+from model.config import AssetRef, Origin, RunConfig, config_hash
 from model.data.sources import remembered
 from model.errors import Unavailable, UserError
-from model.plumbing import registry, speech, storage
+from model.plumbing import provenance, registry, speech, storage, tracking
 from model.plumbing.assets import Input, Kind
 
 Versions = dict[int, dict[str, str]]  # of a registered model: number to tags
 # Of the transformer: settings by which its weights are of another shape, or mean something else.
 SHAPE = ("arch", "depth", "width", "heads", "mlp", "positions", "qk_norm")
 NEW, NOTHING = "new", "nothing"  # what the step "Anything new?" returns
+MARK_TAG = "latent_gpt.learns"  # of a pipeline's run in MLflow: see `mark`
+FAILURES = 3  # in a row, after which the same is not begun once more for a while
+PAUSE = 12 * 3600.0  # seconds of that, and twice as long after each further one
 
 
 class News(NamedTuple):
@@ -89,7 +93,35 @@ def look(model: str, start: str, asked: Mapping[str, str | int]) -> News:
     if former and champion is not None:
         found, why = _origin(config, former, name, champion, versions)
         config, said = config.model_copy(update={"origin": found}), [*said, *why]
+    if left := _left(config):
+        return News(False, [f"{left}; {verdict}", *said], config, name)
     return News(True, [verdict, *said], config, name)
+
+
+def mark(config: RunConfig) -> str:
+    """What tells whether two runs are to learn the same, from the same start. Raises as `steps.settings`."""
+    recipe = config.recipe and config.recipe.model_copy(update={"until": 0.0})  # which each run says anew
+    parts = steps.parts(config.model_copy(update={"recipe": recipe}))
+    return config_hash({"parts": parts, **config.model_dump(mode="json", include={"retrain", "origin"})})
+
+
+def _left(config: RunConfig) -> str:
+    """Why a run is not begun for now: runs like it failed, one after the other; "" where it is.
+
+    A failure that repeats itself would else take the hardware at each tick. It is tried again all the same,
+    ever more seldom: what failed may have been the cluster.
+    """
+    failed = tracking.failed_runs(config.experiment, {MARK_TAG: mark(config), **provenance.tags()})
+    if len(failed) < FAILURES:
+        return ""
+    ended, reason = failed[0]
+    rest = ended + PAUSE * 2.0 ** (len(failed) - FAILURES) - time.time()
+    if rest <= 0:
+        return ""
+    return (
+        f"left for {speech.duration(rest)}, unless pictures, settings (as --start scratch), champion or image"
+        f" become others: {len(failed)} runs of the same failed in a row, the last as {reason}"
+    )
 
 
 def _none_in_use(name: str, versions: Versions, champion: int | None) -> str:

@@ -19,7 +19,11 @@ AUTO = "auto"  # the preset of who names none: see `model.config.load_config`
 
 Preset = Annotated[str, typer.Option(help="Name of a shipped preset, or a .yaml file.")]
 Data = Annotated[
-    str, typer.Option(help="Your captioned pictures: a folder, tar shards or parquet; s3:// too.")
+    str,
+    typer.Option(
+        help="Your captioned pictures: a folder, tar shards, parquet, an archive of these, s3:// too; a data"
+        " set of the hub."
+    ),
 ]
 Minutes = Annotated[
     float, typer.Option(min=0, help="The whole run takes so long, within a fifth; 0: as --effort says.")

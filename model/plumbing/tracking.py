@@ -527,6 +527,33 @@ def reopen_pipeline_run(run: str) -> None:
             _go_on(client, found)
 
 
+def failed_runs(experiment: str, tags: Mapping[str, str]) -> list[tuple[float, str]]:
+    """The last runs of a pipeline that have these tags, as far back as they failed; the newest comes first.
+
+    Those that were told to end say nothing, and are passed over.
+
+    Returns:
+        Of each, when it ended in seconds since 1970, and why.
+
+    Raises:
+        UserError: MLflow cannot be reached.
+    """
+    client = mlflow_client()
+    wanted = {STEP_TAG: PIPELINE, **tags}
+    query = " and ".join(f"tags.`{name}` = '{_quoted(value)}'" for name, value in wanted.items())
+    found: list[tuple[float, str]] = []
+    with explained():
+        known = client.get_experiment_by_name(experiment)
+        ids = [known.experiment_id] if known else []
+        order = ["attributes.start_time DESC"]
+        for one in client.search_runs(ids, query, order_by=order, max_results=AT_ONCE) if ids else ():
+            if one.info.status == "FAILED":
+                found.append((one.info.end_time / 1000, one.data.tags.get(FAILURE_TAG, "nobody knows")))
+            elif one.info.status != "KILLED":
+                break
+    return found
+
+
 def deleted_runs() -> dict[str, str]:
     """The runs that are marked as deleted, and where their artifacts are.
 

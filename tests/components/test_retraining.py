@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from components import page
-from components.retraining import News, look
+from components import page, retraining
+from components.beginning import begin
+from components.parameters import TEXT_TO_IMAGE
+from components.retraining import MARK_TAG, News, look, mark
 from model import steps
 from model.config import RunConfig, load_config
 from model.data.ingest import ingest
 from model.errors import UserError
-from model.plumbing import registry, storage
+from model.plumbing import environment, registry, storage
 from model.plumbing.assets import AssetWriter, Kind, Manifest
 from model.plumbing.jobs import TrackingIds
-from model.plumbing.tracking import mlflow_client
+from model.plumbing.tracking import FAILURE_TAG, finish_pipeline_run, mlflow_client, open_pipeline_run
 from tests.data.test_ingest import picture, write
 
 pytestmark = pytest.mark.slow
@@ -118,6 +121,44 @@ def test_a_run_that_would_make_the_same_is_none(name: str, version: Version, sou
     seen = asked(name)
     assert (seen.new, seen.said) == (False, [f"nothing new since version 2 of {name} (not champion)"])
     assert "nothing new" in page.news(seen)
+
+
+def test_what_failed_three_times_in_a_row_is_left_for_a_while(
+    name: str, version: Version, source: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version(load_config("smoke", [f"model_name={name}"]), 1)
+    source.append("fifty pictures")
+
+    seen = asked(name)
+    begun = begin("job", pipeline=TEXT_TO_IMAGE, preset="", config=settings(seen))
+    finish_pipeline_run(begun.name, "FAILED", {FAILURE_TAG: "no memory"})
+
+    def fails(status: str = "FAILED") -> None:
+        assert asked(name).new
+        run = uuid.uuid4().hex
+        open_pipeline_run(seen.config.experiment, run, {}, {MARK_TAG: mark(seen.config)})
+        finish_pipeline_run(run, status, {FAILURE_TAG: "a loss of NaN"})
+
+    for status in ("FAILED", "KILLED", "FAILED"):
+        fails(status)
+    left = asked(name)
+    assert not left.new
+    assert left.said[0].startswith("left for 11h59m, unless pictures, settings")
+    assert "3 runs of the same failed in a row, the last as a loss of NaN; new since" in left.said[0]
+    assert asked(name, "scratch").new, "another start may end otherwise"
+    monkeypatch.setenv(environment.IMAGE.name, "registry/latent-gpt@sha256:mended")
+    assert asked(name).new
+    monkeypatch.delenv(environment.IMAGE.name)
+    monkeypatch.setattr(retraining, "PAUSE", 0.0)
+    fails()
+    monkeypatch.setattr(retraining, "PAUSE", 3600.0)
+    assert asked(name).said[0].startswith("left for 1h59m")
+    source.append("sixty pictures")
+    assert asked(name).new
+
+
+def settings(seen: News) -> str:
+    return yaml.safe_dump(seen.config.model_dump(mode="json"))
 
 
 def test_a_source_that_is_as_an_older_version_had_it_is_nothing_new_and_the_next_grows_from_those(
