@@ -337,6 +337,48 @@ def listing(uri: str) -> dict[str, Stored]:
     return dict(sorted(found.items()))
 
 
+def unfinished(uri: str) -> dict[tuple[str, str], Stored]:
+    """What was begun to be written below the folder `uri`, and lies there though nothing lists it.
+
+    On S3 uploads in parts, whose age is since they began; here partial files.
+
+    Returns:
+        By name, relative to the folder, and by S3's id of the upload ("" here).
+    """
+    found: dict[tuple[str, str], Stored] = {}
+    if not is_s3(uri):
+        for path in Path(uri).rglob(f"{TEMPORARY}*"):
+            with contextlib.suppress(FileNotFoundError):  # it was finished just now
+                status = path.stat()
+                age = max(0.0, time.time() - status.st_mtime)
+                found[path.relative_to(uri).as_posix(), ""] = Stored(status.st_size, age)
+        return found
+    bucket, key = split(uri)
+    prefix = f"{key}/" if key else ""
+    uploads = client().get_paginator("list_multipart_uploads")
+    parts_of = client().get_paginator("list_parts")
+    with explained(uri):
+        for page in uploads.paginate(Bucket=bucket, Prefix=prefix):
+            now = _date(uri, page["ResponseMetadata"]["HTTPHeaders"])
+            for one in page.get("Uploads", []):
+                parts = parts_of.paginate(Bucket=bucket, Key=one["Key"], UploadId=one["UploadId"])
+                with contextlib.suppress(NotFound), explained(uri):  # it was finished just now
+                    size = sum(part["Size"] for some in parts for part in some.get("Parts", []))
+                    age = max(0.0, (now - one["Initiated"]).total_seconds())
+                    found[one["Key"].removeprefix(prefix), one["UploadId"]] = Stored(size, age)
+    return found
+
+
+def give_up(uri: str, name: str, upload: str) -> None:
+    """Let go of what was begun to be written, as `unfinished` names it; what is gone already is no error."""
+    if not upload:
+        delete_all(uri, [name])
+        return
+    bucket, key = split(join(uri, name))
+    with contextlib.suppress(NotFound), explained(uri):
+        client().abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload)
+
+
 def marks(uri: str) -> Iterator[tuple[str, int, str]]:
     """Name, relative to the folder `uri` in S3, size and ETag of everything below it, in S3's order.
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from model.errors import UserError
-from model.plumbing import leases, storage, uses
+from model.plumbing import leases, speech, storage, uses
 from model.plumbing.assets import NAME, SCHEMA_VERSION, START, Kind, Manifest
 from model.plumbing.garbage import Asset, Garbage, Id, Registered, garbage
 from model.plumbing.storage import Stored
@@ -49,9 +49,13 @@ class Found:
     garbage: Garbage
     uses: list[str]  # that have run out
     locks: list[str]  # likewise
+    unfinished: Mapping[tuple[str, str], Stored]  # writes to places of assets, by name in the store and id
 
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """By kind how many assets go, or what is left of them, and bytes; "scratch" is of those that stay."""
+        """By kind how many assets go, or what is left of them, and bytes; "scratch" is of those that stay.
+
+        "unfinished" are writes that were killed.
+        """
         found: dict[str, tuple[int, int]] = {}
         parts = [(one.partition("/")[0], one, names) for one, names in self.garbage.assets.items()]
         parts += [("scratch", one, names) for one, names in self.garbage.scratch.items()]
@@ -59,6 +63,8 @@ class Found:
             count, size = found.get(kind, (0, 0))
             freed = sum(self.assets[one].objects[name].size for name in names)
             found[kind] = count + 1, size + freed
+        if self.unfinished:
+            found["unfinished"] = len(self.unfinished), sum(one.size for one in self.unfinished.values())
         return found
 
 
@@ -98,6 +104,7 @@ def look(needed: Callable[[], Iterable[Needed]], spared: float) -> Found:
             if work.partition("/")[0] in get_args(Kind) and work not in used and lock.age >= spared
             for name in lock.names
         ],
+        _unfinished(used, spared),
     )
 
 
@@ -119,6 +126,9 @@ def sweep(found: Found, still_ours: Callable[[], None]) -> None:
                 if start == 0 and names[0] == NAME:
                     storage.delete(storage.join(root, one, NAME))
                 storage.delete_all(storage.join(root, one), names[start : start + storage.AT_ONCE])
+    for name, upload in found.unfinished:
+        still_ours()
+        storage.give_up(root, name, upload)
     still_ours()
     uses.forget(found.uses)
     storage.delete_all(storage.join(root, leases.LOCKS), found.locks)
@@ -137,6 +147,20 @@ def _objects() -> dict[Id, dict[str, Stored]]:
         for path, one in storage.listing(storage.join(storage.store_root(), kind)).items():
             if match := ID.fullmatch(f"{kind}/{path}"):
                 found.setdefault(match[1], {})[match[2]] = one
+    return found
+
+
+def _unfinished(used: Collection[Id], spared: float) -> dict[tuple[str, str], Stored]:
+    """Writes to assets that nobody uses and that were begun long ago: whoever did was killed."""
+    found: dict[tuple[str, str], Stored] = {}
+    try:
+        for kind in get_args(Kind):
+            for (path, upload), one in storage.unfinished(storage.join(storage.store_root(), kind)).items():
+                match = ID.fullmatch(f"{kind}/{path}")
+                if match and match[1] not in used and one.age >= spared:
+                    found[f"{kind}/{path}", upload] = one
+    except UserError as error:  # a right of its own, which not everybody has, and not every store can
+        speech.warn("gc", f"unfinished uploads stay, as they cannot be listed: {error}")
     return found
 
 

@@ -198,6 +198,33 @@ def test_a_job_under_way_keeps_what_it_reads_and_its_checkpoints(
     assert there(root) == set()
 
 
+def test_writes_that_were_killed_are_given_up_but_for_those_of_who_lives(root: str) -> None:
+    images, other = made("images", 0), made("images", 1)
+
+    def begun(asset: Manifest) -> tuple[str, str]:
+        """What a kill in the middle of a file leaves."""
+        name = f"images/{asset.key}/0.tar"
+        if not storage.is_s3(root):
+            Path(root, "images", asset.key, f"{storage.TEMPORARY}x").write_bytes(b"p" * 100)
+            return f"images/{asset.key}/{storage.TEMPORARY}x", ""
+        bucket, key = storage.split(storage.join(root, name))
+        upload = storage.client().create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
+        storage.client().upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=1, Body=b"p" * 100)
+        return name, upload
+
+    killed, under_way = begun(images), begun(other)
+    assert not swept(needed(images, other), spared=3600).unfinished
+    with leases.carried("images", "smoke-1"):
+        uses.use("images", "smoke-1", other.uri)
+        found = swept(needed(images, other))
+    assert found.unfinished.keys() == {killed}
+    assert found.sizes()["unfinished"] == (1, 100)
+    assert storage.unfinished(storage.join(root, "images")).keys() == {
+        (under_way[0].removeprefix("images/"), under_way[1])
+    }
+    assert assets.find(images.uri), "what is whole stays"
+
+
 def test_a_store_that_a_later_release_uses_is_left_alone(root: str) -> None:
     images = made("images", 0)
     values = json.loads(images.text) | {"schema_version": assets.SCHEMA_VERSION + 1}
