@@ -66,7 +66,6 @@ class Row:
     figures: dict[str, float] = field(default_factory=dict)
     all_right: float | None = None  # of held-out combinations of shapes, by the oracle
     verdict: str = ""
-    report: str = ""
     note: str = ""  # how a run that failed ended
     others: float = 0.0  # cores that others kept busy before
     measured: str = ""
@@ -219,15 +218,19 @@ def read(folder: Path, row: Row) -> Registered:
     registered = Registered.model_validate_json(output)
     ours = {name: pair[0] for name, pair in registered.verdict.columns.items()}
     row.figures = {name: round(float(ours[name]), 4) for name in FIGURES if ours.get(name) is not None}
-    row.sizes = sizes(config)
+    outputs = json.loads(left("transformer", "executor_output.json").read_text())["artifacts"]
+    row.sizes = sizes(config, outputs["transformer"]["artifacts"][0]["metadata"].get("steps"))
     row.verdict = registered.verdict.outcome
-    report = folder / "report.html"
-    row.report = str(report.relative_to(ROOT) if report.is_relative_to(ROOT) else report)
     return registered
 
 
-def sizes(config: RunConfig) -> str:
-    """What was chosen, in few words."""
+def sizes(config: RunConfig, steps: int | None) -> str:
+    """What was chosen, in few words.
+
+    Args:
+        config: of the run.
+        steps: of the transformer, where they were fitted to the time.
+    """
     side, said = config.data.image_size, [f"{config.data.image_size} px"]
     if isinstance(config.tokenizer, VQVAEConfig):
         tokenizer = config.tokenizer
@@ -235,7 +238,7 @@ def sizes(config: RunConfig) -> str:
         said.append(f"{grid} x {grid} of {tokenizer.codebook_size} codes, {tokenizer.training.steps:,} steps")
     if config.transformer:
         gpt = config.transformer
-        said.append(f"transformer {gpt.depth} x {gpt.width}, {gpt.training.steps:,} steps")
+        said.append(f"transformer {gpt.depth} x {gpt.width}, {steps or gpt.training.steps:,} steps")
     return "; ".join(said)
 
 
@@ -286,7 +289,7 @@ class Table:
     def markdown(self) -> str:
         """The table for people."""
         head = ["Pictures", "used", "Minutes asked", "taken", "Ratio", "Chosen", "PSNR", "Codes used"]
-        head += ["Retrieval, seen", "held out", "Near-duplicates, seen", "held out", "Report"]
+        head += ["Retrieval, seen", "held out", "Near-duplicates, seen", "held out"]
         lines = [
             f"{os.cpu_count()} cores; minutes from the command to its end, installation not counted.",
             "",
@@ -310,7 +313,7 @@ class Table:
         cells = [count, f"{row.taken:,} of {row.usable:,}", f"{row.asked:g}" if row.asked else ""]
         if row.note:
             note = row.note.replace("|", "\\|").replace("\n", " ")
-            return [*cells, f"{row.minutes:g}", "", note, *[""] * 7]
+            return [*cells, f"{row.minutes:g}", "", note, *[""] * 6]
         ratio = row.minutes / row.asked if row.asked else 0.0
         within = "" if abs(ratio - 1) <= WITHIN else " **(beyond)**"
         cells += [f"{row.minutes:g}{busy}", f"{ratio:.2f}{within}" if ratio else "", row.sizes]
@@ -320,7 +323,7 @@ class Table:
             found = _share(figures, f"{split}/retrieval")
             cells.append(f"{found} (chance {_share(figures, f'{split}/retrieval_chance')})" if found else "")
         cells += [_share(figures, f"{split}/near_duplicates") for split in ("train", "validation")]
-        return [*cells, row.report]
+        return cells
 
 
 def _share(figures: Mapping[str, Any], name: str) -> str:

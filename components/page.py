@@ -62,6 +62,7 @@ HEADLINE: dict[Kind, tuple[str, ...]] = {
         "validation_nll_unconditional",
         "validation_nll_shuffled",
         "parameters",
+        "steps",  # that were fitted to the time
     ),
     "evaluation": (
         *("validation/retrieval", "validation/clip_score", "validation/psnr", "validation/bits_per_token"),
