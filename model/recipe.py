@@ -345,15 +345,18 @@ GENERIC = {
 
 
 def _named_after(source: Any) -> str:
-    """What pictures are called by where they are: the last part of it that says more than that it is data."""
+    """What pictures are called by where they are: by the last part that says more than that it is data, and
+    is nobody's home."""
     if not isinstance(source, dict):
         return "unnamed"
     where = next((source[name] for name in ("path", "urls", "repo") if isinstance(source.get(name), str)), "")
     parts = [
         re.sub(r"\{.*|\*.*|(\.(zip|tar|tgz|gz|bz2|xz|parquet))+$", "", part) for part in where.split("/")
     ]
-    names = [re.sub("[^a-z0-9._-]+", "-", part.lower()).strip("-._") for part in parts]
-    said = [name for name in names if name and name not in GENERIC and not name.endswith(":")]
+    names = [re.sub("[^a-z0-9._-]+", "-", part.lower()).strip("-._") for part in parts if part[-1:] != ":"]
+    home = 2 if names[1:2] in (["home"], ["users"]) else 1 if names[1:2] == ["root"] else 0
+    there = [name for name in names[1 + home if home else 0 :] if name]
+    said = [name for name in there if name not in GENERIC] or there
     return said[-1][:60] if said else str(source.get("kind", "unnamed"))
 
 
@@ -709,6 +712,8 @@ def _training(book: _Book, net: str, steps: int, why: str) -> None:
     """Steps of a training, and what goes with them."""
     path = f"{net}.training"
     steps = _number(book.pick(f"{path}.steps", steps, why))
+    if not 0 < steps < math.inf:
+        steps = 1  # whoever validates the config names it
     warmup = max(1, min(max(200, steps // 50), steps // 15))
     book.pick(f"{path}.warmup_steps", warmup, "200, or a fiftieth of many steps, or a fifteenth of few")
     evaluations = max(1, math.ceil(steps / (3 if steps < 3000 else 4)))
@@ -716,7 +721,7 @@ def _training(book: _Book, net: str, steps: int, why: str) -> None:
     book.pick(f"{path}.eval_every", evaluations, "three or four times")
     book.pick(f"{path}.checkpoint_every", evaluations, "as often as it is looked at")
     if net != "clip":
-        decay = next(decay for least, decay in EMA if steps >= least or not least)
+        decay = next(decay for least, decay in EMA if steps >= least)
         book.pick(f"{path}.ema", decay, f"for {steps} steps")
 
 
@@ -724,7 +729,7 @@ def _overhead(
     book: _Book, survey: Survey, speeds: Speeds, hardware: _Hardware, trained: list[str]
 ) -> list[Part]:
     """What a run takes beside training."""
-    cores = 2 if not hardware.gpu else 8
+    cores = 8 if hardware.gpu else _cores(book)
     transformer = not book.is_null("transformer")
     parts = [
         Part("start", OF_START * speeds.start + speeds.spent),

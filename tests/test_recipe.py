@@ -219,7 +219,7 @@ def test_views_of_each_picture_are_encoded_in_time() -> None:
     assert found.minutes == pytest.approx(60, rel=0.1)
 
 
-@pytest.mark.parametrize("steps", [0, -5, "many", None])
+@pytest.mark.parametrize("steps", [0, -5, "many", None, ".nan", ".inf", "[1]"])
 def test_steps_that_are_none_are_refused_by_name(steps: Any) -> None:
     with pytest.raises(UserError, match=r"transformer\.training\.steps"):
         load_config("auto", [f"transformer.training.steps={'null' if steps is None else steps}"], FOLDER)
@@ -259,7 +259,11 @@ def test_until_the_pictures_are_seen_a_config_has_its_form_and_says_that_nothing
         ({"kind": "webdataset", "urls": "s3://bucket/birds/{00000..00099}.tar"}, "latent-gpt-birds"),
         ({"kind": "parquet", "path": "s3://birds/data/*.parquet"}, "latent-gpt-birds"),
         ({"kind": "folder", "path": "/Vögel"}, "latent-gpt-v-gel"),
-        ({"kind": "folder", "path": "/data"}, "latent-gpt-folder"),
+        ({"kind": "folder", "path": "/data"}, "latent-gpt-data"),
+        ({"kind": "folder", "path": "/home/me/pictures"}, "latent-gpt-pictures"),
+        ({"kind": "folder", "path": "/Users/me"}, "latent-gpt-folder"),
+        ({"kind": "folder", "path": "/root/birds/img"}, "latent-gpt-birds"),
+        ({"kind": "folder", "path": "s3://bucket/home/me/birds"}, "latent-gpt-birds"),
     ],
 )
 def test_a_model_is_named_after_its_pictures(source: dict[str, Any], name: str) -> None:
