@@ -402,32 +402,35 @@ def test_sets_are_those_of_a_laptop(here: Installation, store: None) -> None:
 
 
 def test_a_folder_in_s3_is_all_that_a_run_needs(here: Installation, store: None, tmp_path: Path) -> None:
-    """People's own pictures and their minutes: sizes from a look and from a job that times the hardware."""
+    """Sizes are from a look and, where there are minutes, from a job that times the hardware."""
     collection(tmp_path, 60)
-    where = f"s3://latent-gpt/own/{tmp_path.parent.name}/birds"  # pictures that nobody has trained on yet
+    where = f"s3://latent-gpt/own/{random.randrange(10**6)}/birds"  # pictures that nobody has looked at yet
     for path in tmp_path.rglob("*.*"):
         storage.write_bytes(f"{where}/{path.relative_to(tmp_path)}", path.read_bytes())
-    minutes = 8
-    asked = {
-        "data": where,
-        "overrides": f"recipe.minutes={minutes}\nmodel_name=birds-{random.randrange(10**6)}",
-    }
-    began = time.monotonic()
-    answer = here.kfp.start("birds", here.kfp.version(PIPELINE), preset="auto", **asked)
-    assert answer.status_code == 200, answer.text
-    run = answer.json()["run_id"]
+    named = f"model_name=birds-{random.randrange(10**6)}"
     jobs: set[str] = set()
 
-    def over() -> bool:
-        jobs.update(one["metadata"]["name"] for one in here.get("pytorchjobs"))
-        return here.kfp.state(run) in ENDED
+    def run(dial: str) -> str:
+        asked = {"preset": "auto", "data": where, "overrides": f"{dial}\n{named}"}
+        answer = here.kfp.start(dial, here.kfp.version(PIPELINE), **asked)
+        assert answer.status_code == 200, answer.text
+        begun: str = answer.json()["run_id"]
 
-    until(over, 120 * minutes, f"the end of {run}", every=2)
-    took = (time.monotonic() - began) / 60
-    assert here.kfp.state(run) == "SUCCEEDED"
-    print(f"── 60 pictures in S3, {minutes} minutes asked for on KFP: {took:.1f}; jobs {sorted(jobs)}")
+        def over() -> bool:
+            jobs.update(one["metadata"]["name"] for one in here.get("pytorchjobs"))
+            return here.kfp.state(begun) in ENDED
+
+        until(over, 1200, f"the end of {begun}", every=2)
+        return begun
+
+    short = run("recipe.minutes=1")
+    assert here.kfp.state(short) == "FAILED"
+    said = here.cli("status", short, well=False)
+    assert "recipe.minutes: 1 minutes are too few" in said, "in the step's own words"
     assert any(name.startswith("speed-") for name in jobs), "the hardware was not timed by a job"
-    found = here.fetched(run)
+    whole = run("recipe.effort=0.05")
+    assert here.kfp.state(whole) == "SUCCEEDED", whole
+    found = here.fetched(whole)
     pages = [data for name, data in found.items() if "prepare" in name and b"about twice the root" in data]
     assert len(pages) == 1, f"no page says why which size was chosen: {sorted(found)}"
     (LEFT / "birds.html").write_bytes(pages[0])
