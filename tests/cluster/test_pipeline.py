@@ -425,7 +425,7 @@ def test_a_folder_in_s3_is_all_that_a_run_needs(here: Installation, store: None,
 
     short = run("recipe.minutes=1")
     assert here.kfp.state(short) == "FAILED"
-    said = here.cli("status", short, well=False)
+    said = here.cli("status", short)
     assert "recipe.minutes: 1 minutes are too few" in said, "in the step's own words"
     assert any(name.startswith("speed-") for name in jobs), "the hardware was not timed by a job"
     whole = run("recipe.effort=0.05")
