@@ -10,6 +10,7 @@ No nets are imported: a step finds out that there is nothing to do before anythi
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -112,8 +113,13 @@ def _speed(config: RunConfig) -> Settings:
     jobs = config.jobs.model_dump(mode="json", include=hardware)
     here = environment.LAUNCHER.get() == environment.LAUNCHER.default
     machine = processor() if here else config.jobs.node_selector
-    torch = metadata.version("torch")
-    return nets | {"image_size": config.data.image_size, "jobs": jobs, "machine": machine, "torch": torch}
+    return nets | {
+        "image_size": config.data.image_size,
+        "jobs": jobs,
+        "machine": machine,
+        "torch": metadata.version("torch"),
+        "day": datetime.datetime.now(datetime.UTC).date().isoformat(),  # it may have been a busy one
+    }
 
 
 def _recipe(config: RunConfig) -> Settings:

@@ -408,10 +408,13 @@ def test_a_folder_in_s3_is_all_that_a_run_needs(here: Installation, store: None,
     for path in tmp_path.rglob("*.*"):
         storage.write_bytes(f"{where}/{path.relative_to(tmp_path)}", path.read_bytes())
     named = f"model_name=birds-{random.randrange(10**6)}"
+    batch = (
+        f"clip.training.batch_size={random.randrange(16, 64, 2)}"  # of which nobody knows how long it takes
+    )
     jobs: set[str] = set()
 
     def run(dial: str) -> str:
-        asked = {"preset": "auto", "data": where, "overrides": f"{dial}\n{named}"}
+        asked = {"preset": "auto", "data": where, "overrides": f"{dial}\n{named}\n{batch}"}
         answer = here.kfp.start(dial, here.kfp.version(PIPELINE), **asked)
         assert answer.status_code == 200, answer.text
         begun: str = answer.json()["run_id"]
