@@ -6,6 +6,7 @@ A function is its command: its parameters are the options, its docstring is the 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,13 +27,11 @@ Data = Annotated[
     ),
 ]
 Minutes = Annotated[
-    float, typer.Option(min=0, help="The whole run takes so long, within a fifth; 0: as --effort says.")
+    float, typer.Option(help="The whole run takes so long, within a fifth; 0: as --effort says.")
 ]
 Effort = Annotated[
     float,
-    typer.Option(
-        min=0, help="Times what is usual for so many pictures, for a preset with a recipe; 0: as it says."
-    ),
+    typer.Option(help="Times what is usual for so many pictures, for a preset with a recipe; 0: as it says."),
 ]
 Registered = Annotated[str, typer.Option(help="Name of a registered model; left out, the last one.")]
 Overrides = Annotated[
@@ -151,7 +150,8 @@ def generate(
         left_out = not model
         if left_out:
             model = f"models:/{registry.last_registered(shared)}@{registry.CHAMPION}"
-        called = Path(model).resolve().name  # of a folder, or in S3: no more of a path goes into a picture
+        # Of a folder, or in S3: no more of a path goes into a picture
+        called = os.path.basename(os.path.realpath(model))
         if model.startswith("models:/"):
             name, number = registry.named(model)
             model, called = f"models:/{name}/{number}", f"{name} version {number}"
