@@ -172,10 +172,11 @@ class TokenReader:
     def ordered(self, limit: int = 0) -> Iterator[TokenBatch]:
         """The plain view of each picture with its first caption, once, in the asset's order.
 
-        A shard's last batch may be short. Of each batch this rank gets every `world`-th picture; `limit` is
-        the pictures of all ranks (0: all of them).
+        A shard's last batch may be short. Of each batch this rank gets consecutive pictures, so that the
+        parts of all ranks are the same ones whatever their number, as long as a rank's share is; the last
+        batch may leave nothing to some. `limit` is the pictures of all ranks (0: all of them).
         """
-        left = limit or self.count
+        left, share = limit or self.count, self.batch_size // self.world
         for name in self.names:
             shard = self._shard(name)
             rows = np.arange(min(left, len(shard.codes)))
@@ -183,8 +184,8 @@ class TokenReader:
             captions = Captions.of([shard]).choose(rows, np.zeros(len(rows)), self.context_length)
             whole = Stretch(shard.codes[: len(rows), 0], *captions)
             for first in range(0, len(rows), self.batch_size):
-                mine = slice(first + self.rank, min(first + self.batch_size, len(rows)), self.world)
-                yield self._batch(whole, mine)
+                mine = first + self.rank * share
+                yield self._batch(whole, slice(mine, mine + share))
 
     def _stretches(self, start: int, downloads: ThreadPoolExecutor) -> Iterator[Stretch]:
         """Whole batches of this rank, some `STRETCH` pictures at a time.

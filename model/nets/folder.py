@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -131,10 +132,12 @@ def _laid_out(
     build: Callable[[dict[str, Any]], Net], description: dict[str, Any], folder: Path, most: int
 ) -> Net:
     """A net without memory, as long as it has no more than so many parameters: some nest without end."""
-    registered = 0
+    registered, here = 0, threading.get_ident()
 
     def count(*_: object) -> None:
         nonlocal registered
+        if threading.get_ident() != here:  # the hook is torch's for all threads
+            return
         registered += 1
         if registered > most:
             raise ValueError(f"this net has more parameters than its weights, which are in {WEIGHTS}")

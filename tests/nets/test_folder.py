@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -235,3 +236,8 @@ def test_weights_of_holes_or_beyond_the_memory_are_not_read(
     with path.open("r+b") as file:
         file.truncate(4 << 30)
     assert refused("judge", folders["judge"]).startswith("/model.safetensors announces 4294967296 bytes, and")
+
+
+def test_nets_opened_at_once_are_counted_each_by_itself(folders: dict[str, Path]) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(load_gpt, [folders["transformer"]] * 64))
