@@ -54,6 +54,7 @@ OF_PRESET := $${PRESET:+--preset "$$PRESET"}
 OF_DATA := $${DATA:+--data "$$DATA"}
 OF_DIAL := $${MINUTES:+--minutes "$$MINUTES"} $${EFFORT:+--effort "$$EFFORT"}
 BIN := .venv/bin
+AT_ONCE := -n logical --maxprocesses 4 --dist loadfile  # a file of tests is one process's
 UV := $(BIN)/uv
 SYNC := $(UV) pip sync --python $(BIN)/python --require-hashes --compile-bytecode --quiet
 COMPILE := $(UV) pip compile --universal --python-version 3.11 --generate-hashes --quiet \
@@ -130,11 +131,11 @@ cluster-addons: ## KFP, the training operator and Kueue into the cluster of KUBE
 ##@ Develop
 
 test: lint ## Lint, types, and every test: the fast ones, then those with real services and training
-	@$(BIN)/pytest -m "not slow and not cluster"
-	@$(BIN)/pytest -m "slow and not cluster"
+	@$(BIN)/pytest $(AT_ONCE) -m "not slow and not cluster"
+	@$(BIN)/pytest $(AT_ONCE) -m "slow and not cluster"
 
 test-fast: .venv/dev.stamp ## The tests without services and training, in two minutes
-	@$(BIN)/pytest -m "not slow and not cluster"
+	@$(BIN)/pytest $(AT_ONCE) -m "not slow and not cluster"
 
 test-cluster: .venv/dev.stamp ## The tests on a real cluster (README "On a cluster"; PART="manifests preflight jobs pipeline schedule")
 	@$(BIN)/pytest -m cluster $(PART:%=tests/cluster/test_%.py) $(ARGS)

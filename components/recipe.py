@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from model.data.survey import Look
 
 
-STEPS = "transformer.training.steps"
+FITTED = "transformer.training.steps"
 
 
 class Resolved(NamedTuple):
@@ -115,7 +115,7 @@ def _of(config: RunConfig, derived: Derived) -> Resolved:
 
 def _timed(choices: Iterable[Choice]) -> bool:
     """Whether nobody says how many steps the transformer takes."""
-    return not any(one.given and one.field == STEPS for one in choices)
+    return not any(one.given and one.field == FITTED for one in choices)
 
 
 def lines(found: Resolved) -> list[str]:
@@ -202,7 +202,7 @@ def _fitted(config: RunConfig, chosen: Set[str]) -> Resolved:
 
     values = config.model_dump(mode="json")
     if config.recipe.fitted == recipe.fitted(values):
-        return Resolved(config, timed=config.recipe.until > 0 and not given(STEPS))
+        return Resolved(config, timed=config.recipe.until > 0 and not given(FITTED))
 
     def refitted() -> Resolved:
         look = _look(config)
