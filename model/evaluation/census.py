@@ -33,6 +33,7 @@ from torch import Tensor
 
 from model.data.image_shards import TarEntry, pixels_of, shard_index, stored
 from model.data.ingest import QUARANTINE, QUARANTINED, kind_of
+from model.data.names import CAMERA
 from model.data.packing import SPLITS
 from model.evaluation.benchmark import HELD_OUT, reduced, spread
 from model.nets.clip import token_counts
@@ -56,10 +57,6 @@ THUMBNAIL = 64  # side of a picture on the page, pixels; larger ones are made sm
 SPACELESS = {"Cjk", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar"}
 NAMES = {"Cjk": "Han", "Fullwidth": "Latin"}  # of scripts, where Unicode's names of letters begin otherwise
 WORD = re.compile(r"[a-z0-9]+(?:'[a-z0-9]+)*")  # in ASCII
-CAMERA = {  # words of file names that say nothing of a picture
-    "dsc", "dscn", "file", "image", "img", "jpeg", "jpg", "photo", "pic", "picture", "png", "pxl",
-    "screenshot", "untitled",
-}  # fmt: skip
 
 
 class _Part(BaseModel):

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from model.config import OpenMojiSource, ShapesSource
-from model.data.names import words
+from model.data.names import folder_words, words
 from model.data.sources import fingerprint, iterate, openmoji, recognise, shapes
 from model.errors import UserError
 from model.plumbing import storage
@@ -198,8 +198,14 @@ def test_data_is_recognised_by_its_name(uri, values):
         (["x.parquet", "y.jpg"], {"kind": "parquet"}),
         (["x.parquet", "y.jpg", "y.caption"], {"kind": "folder"}),
         (["metadata.parquet", "y.jpg"], {"kind": "folder"}),
-        (["red-apple_03.png", "IMG_1234.jpg", "blue pear.webp"], {"kind": "folder", "captions": "names"}),
+        (
+            ["red-apple_03.png", "IMG_1234.jpg", "blue pear.webp", "plum.png"],
+            {"kind": "folder", "captions": "names"},
+        ),
+        (["fruit/apple.png", "fruit/pear.png", "fruit/IMG_1.png"], {"kind": "folder", "captions": "names"}),
+        (["fruit/apple_1.png", "fruit/apple_2.png"], {"kind": "folder", "captions": "names"}),
         (["train/red apple/1.png", "train/pear/IMG_2.png"], {"kind": "folder", "captions": "folders"}),
+        (["nevus/ISIC_1.png", "melanoma/ISIC_2.png"], {"kind": "folder", "captions": "folders"}),
     ],
 )
 @pytest.mark.parametrize("where", ["here", pytest.param("s3", marks=pytest.mark.slow)])
@@ -225,6 +231,12 @@ def test_a_folder_is_recognised_by_what_it_holds(files, values, where, request, 
         ("cafe\u0301", "café"),
         ("红苹果_1", "红苹果"),
         ("photo of a cat copy", "photo of a cat"),
+        ("00a8ffca-0c6b-40d9-8d9a-dc8f9a1d5eac___RS_Late.B 5083", "RS Late B"),
+        ("beach_20240101_5f3a9c0d sunset", "beach sunset"),
+        ("Fabaceae leaf", "Fabaceae leaf"),
+        ("DJI_0001", ""),
+        ("MVIMG_20200101_120000", ""),
+        ("received_1234567890", ""),
         ("IMG_1234", ""),
         ("IMG-20240101-WA0001", ""),
         ("Screenshot 2024-01-01 at 10.11.12", ""),
@@ -242,6 +254,14 @@ def test_what_a_name_says(name, said):
 
 
 @pytest.mark.parametrize(
+    ("path", "said"),
+    [("fruit/red apple/10", "red apple"), ("10_sks dog", "sks dog"), ("3 cats", "3 cats"), ("10", "")],
+)
+def test_what_a_path_of_folders_says(path, said):
+    assert folder_words(path) == said
+
+
+@pytest.mark.parametrize(
     ("uri", "said"),
     [
         ("{}/nowhere", "data: there is no folder {}/nowhere here; data is that, tar shards"),
@@ -254,9 +274,11 @@ def test_what_a_name_says(name, said):
         ("{}/svg", "data: no picture in {}/svg is of a format that is read (1 .svg); make them JPEG, PNG or"),
         (
             "{}/camera",
-            "data: no picture in {}/camera has a caption (2 .jpg, 1 .txt, 1 .csv), and names of files and"
-            " folders are no words; sub/labels.csv cannot be read as captions by this name; write what",
+            "data: no picture in {}/camera has a caption (2 .jpg, 1 .txt, 1 .csv), and fewer than 75% of"
+            " them have names, or folders, that are words; sub/labels.csv cannot be read as captions by this"
+            " name; write what",
         ),
+        ("{}/most", "data: no picture in {}/most has a caption (3 .png), and fewer than 75% of them"),
         ("{}/tars", "data: {}/tars is a folder of archives (1 .tar); name one of them, or unpack them into"),
         ("https://huggingface.co/them/model", "names no data set of the hub as a whole; give owner/name"),
         ("https://huggingface.co/datasets/them/flowers/blob/main/x.zip", "names no data set of the hub as a"),
@@ -274,7 +296,8 @@ def test_what_is_no_data_is_refused(uri, said, tmp_path):
         "svg/red apple.svg",
     )
     camera = ("camera/IMG_1.jpg", "camera/IMG_1.txt", "camera/sub/2.jpg", "camera/sub/labels.csv")
-    for name in (*empty, *camera):
+    most = ("most/red apple.png", "most/pear.png", "most/IMG_1.png")
+    for name in (*empty, *camera, *most):
         storage.write_bytes(f"{tmp_path}/{name}", b"")
     with pytest.raises(UserError, match=re.escape(said.format(tmp_path, tmp_path))):
         recognise(uri.format(tmp_path))

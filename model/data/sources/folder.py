@@ -40,7 +40,7 @@ from model.data.captions import (
     parse,
     shown,
 )
-from model.data.names import words
+from model.data.names import folder_words, words
 from model.data.sources import (
     LARGEST_PICTURE,
     OTHER_SUFFIXES,
@@ -60,6 +60,8 @@ from model.errors import UserError
 SIDECARS = (".txt", ".caption", ".json")
 FIRST = 3  # pictures that a look always sees
 MOST_EMPTY = 100  # files without a caption, after which no more are sought
+CAPTIONED = 0.75  # of pictures, by names that are to be captions: no more may be bad in `presets/auto.yaml`
+TOLD_APART = 10_000  # captions by which names of files and of folders are weighed
 AHEAD = 4  # pictures under way for each reader
 AHEAD_BYTES = 1 << 28  # of them
 NAMES = {"names": "the names of files", "folders": "the names of folders"}  # that are captions
@@ -142,9 +144,11 @@ def best_captions(tree: Tree) -> str:
     """Where captions of a folder are to come from, a value of `FolderSource.captions`; "" if there are none.
 
     Names count where no file says anything: those of most pictures, or of their folders, have to be words.
+    Of both the ones that tell more apart: in `nevus/ISIC_0024306.jpg` the file's begins as all others do.
     """
-    pictures = looked = 0
+    pictures = looked = named = 0
     said: Counter[str] = Counter()
+    different: dict[str, set[str]] = {"names": set(), "folders": set()}
     for folder in tree.folders():
         if _list_of(folder.names):
             return "files"
@@ -153,11 +157,20 @@ def best_captions(tree: Tree) -> str:
                 looked += 1
                 if _says(tree, one.sidecar):
                     return "files"
-        here = [name for name in folder.names if suffix(name) in SUFFIXES]
-        pictures += len(here)
-        said["names"] += sum(bool(words(stem(name))) for name in here)
-        said["folders"] += len(here) * bool(_folder_name(folder.path))
-    return next((where for where in ("names", "folders") if said[where] * 2 > pictures), "")
+        above = folder_words(folder.path)
+        for name in folder.names:
+            if suffix(name) in SUFFIXES:
+                own = words(stem(name))
+                pictures += 1
+                named += bool(own)
+                for where, caption in (("names", own or above), ("folders", above)):
+                    said[where] += bool(caption)
+                    if caption and len(different[where]) < TOLD_APART:
+                        different[where].add(caption)
+    enough = [where for where in different if 0 < CAPTIONED * pictures <= said[where]]
+    if named * 2 <= pictures and "names" in enough:
+        enough.remove("names")
+    return max(enough, key=lambda where: len(different[where]), default="")
 
 
 def _tree(config: FolderSource) -> Tree:
@@ -244,13 +257,8 @@ def _said_by_names(folder: str, name: str, captions: str) -> list[Any]:
     """The caption that a picture's name is, or its folder's."""
     if captions == "files":
         return []
-    said = (captions == "names" and words(stem(name))) or _folder_name(folder)
+    said = (captions == "names" and words(stem(name))) or folder_words(folder)
     return [said] if said else []
-
-
-def _folder_name(path: str) -> str:
-    """What the innermost folder whose name is words says."""
-    return next(filter(None, map(words, reversed(path.split("/")))), "")
 
 
 # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────

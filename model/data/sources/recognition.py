@@ -23,7 +23,7 @@ from model.data.sources import (
     hub,
     suffix,
 )
-from model.data.sources.folder import LISTS, best_captions
+from model.data.sources.folder import CAPTIONED, LISTS, best_captions
 from model.data.sources.tree import Tree, Unreadable, joined, open_tree
 from model.errors import UserError
 from model.plumbing import storage
@@ -137,8 +137,8 @@ def _why_not(seen: Seen) -> str:
     if seen.has(*SUFFIXES):
         tables = f"; {', '.join(seen.tables)} cannot be read as captions by this name" if seen.tables else ""
         return (
-            f"no picture in {seen.uri} has a caption ({seen}), and names of files and folders are no words"
-            f"{tables}; {HOW_TO_CAPTION}"
+            f"no picture in {seen.uri} has a caption ({seen}), and fewer than {CAPTIONED:.0%} of them have"
+            f" names, or folders, that are words{tables}; {HOW_TO_CAPTION}"
         )
     if seen.has(*OTHER_SUFFIXES):
         return f"no picture in {seen.uri} is of a format that is read ({seen}); make them JPEG, PNG or WEBP"
