@@ -134,9 +134,18 @@ def test_each_kind_of_data_is_recognised_looked_at_and_made_into_images(root, fi
     assert made.info["quarantined"] == 0
 
 
-def test_tar_shards_are_recognised_looked_at_and_made_into_images(root, here):
+@pytest.mark.parametrize(
+    ("ending", "write_one"),
+    [
+        (".txt", str.encode),
+        (".json", lambda text: json.dumps({"text": text}).encode()),
+        (".json", lambda text: json.dumps({"Caption": text, "captions": None, "text": "other"}).encode()),
+        (".json", lambda text: json.dumps({"captions": [text]}).encode()),
+    ],
+)
+def test_tar_shards_are_recognised_looked_at_and_made_into_images(ending, write_one, root, here):
     for number in range(2):
-        members = {f"{number}.png": picture(number), f"{number}.txt": TOLD[number].encode()}
+        members = {f"{number}.png": picture(number), f"{number}{ending}": write_one(TOLD[number])}
         put(root, {f"{number}.tar": shard(members, here)})
     values = recognise(f"{root}/{{0..1}}.tar")
     found = look(of(values), 16)

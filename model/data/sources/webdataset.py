@@ -1,8 +1,9 @@
 """Tar shards as img2dataset writes them, local or in S3, read as streams.
 
 A sample is the files that share a name up to its last dot: a picture, the first if there are more, and its
-captions in `.txt` or under `captions` or `caption` in `.json`. A text that the JSON holds too is one caption;
-of any other, each line is one. `000.seg.png` is a part of the sample `000`, unless it has its own captions.
+captions in `.txt` or under `captions`, `caption` or `text` in `.json`. A text that the JSON holds too is one
+caption; of any other, each line is one. `000.seg.png` is a part of the sample `000`, unless it has its own
+captions.
 
 Files of a sample need not be neighbours: what is incomplete waits until the shard ends, its picture on disk.
 Samples before the place where a shard breaks off are used; the break is quarantined under the shard's name.
@@ -294,7 +295,7 @@ class _Sample:
             except ValueError as error:
                 self.problem = f"its .json is not valid JSON: {error}"
                 return
-            for name in ("captions", "caption"):
+            for name in ("captions", "caption", "text"):
                 found = lookup(notes, [name]) if isinstance(notes, dict) else None
                 if found and found[1]:
                     self.notes += as_list(found[1])
