@@ -118,7 +118,7 @@ def test_pictures_are_read_from_the_folder_of_the_file_and_from_nowhere_else(
         str(outside),
         "none.png",
         "",
-        "s3://other/a.png",
+        "https://example.org/a.png",
     ]
     if where == "here":
         (here / "pics").mkdir()
@@ -133,6 +133,7 @@ def test_pictures_are_read_from_the_folder_of_the_file_and_from_nowhere_else(
     assert [record.image for record in found] == [ONE, TWO] + [b""] * (len(names) - 2)
     assert all(record.problem for record in found[2:])
     assert "its picture lies outside the folder" in found[2].problem
+    assert "its picture is an address" in found[6].problem
 
 
 def test_a_picture_that_changed_is_news(here):

@@ -240,6 +240,32 @@ def test_a_table_with_tabs_may_have_commas_and_quotes(here):
     assert "more fields than the header" in records(here)["2.png"]
 
 
+def test_names_of_a_list_may_be_absolute_or_have_backslashes_and_are_no_addresses(here, tmp_path):
+    write(here, {f"in/{name}.png": picture(number) for number, name in enumerate(("a", "b", "c", "d\\e"))})
+    (tmp_path / "link").symlink_to(here)
+    names = [
+        "a.png",
+        f"{here}/in/b.png",
+        f"{tmp_path}/link/in/c.png",
+        "d\\e.png",
+        "..\\in\\a.png",
+        "no\\a.png",
+    ]
+    names += [f"{here}/../up.png", "https://example.org/a.png"]
+    entries = [json.dumps({"file_name": name, "text": "a"}) for name in names]
+    write(here, {"in/metadata.jsonl": "\n".join(entries)})
+    assert records(tmp_path / "link") == {
+        "in/a.png": ["a"],
+        "in/b.png": ["a"],
+        "in/c.png": ["a"],
+        "in/d\\e.png": ["a"],
+        "in/../in/a.png": ["a"],
+        "in/no\\a.png": "cannot be read: No such file or directory",
+        "../up.png": "lies outside the folder",
+        "https://example.org/a.png": "is an address, and pictures are not downloaded",
+    }
+
+
 # ── a folder in S3 ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -287,10 +313,18 @@ def test_of_a_folder_in_s3_what_is_as_it_was_is_not_read(services, monkeypatch):
 @pytest.mark.slow
 def test_odd_objects_of_a_folder_in_s3_are_named_one_by_one(services, monkeypatch):
     root = f"{services['LATENT_GPT_STORE']}/data"
-    names = ["../0.png", "/0.png", "gone.png", "a/../0.png", "cafe\u0301.png"]
+    names = [
+        "../0.png",
+        "/0.png",
+        "gone.png",
+        "a/../0.png",
+        "cafe\u0301.png",
+        f"{root}/2.png",
+        "s3://b/2.png",
+    ]
     entries = [json.dumps({"file_name": name, "text": "a"}) for name in names]
     put(root, {"metadata.jsonl": "\n".join(entries).encode(), "0.png": picture(0), "café.png": picture(1)})
-    put(root, {".hidden/1.png": picture(2)})
+    put(root, {".hidden/1.png": picture(2), "2.png": picture(3)})
     found = {one.key: one.problem for one in sources.iterate(FolderSource(path=root), 16)}
     assert found == {
         "../0.png": "lies outside the folder",
@@ -298,6 +332,8 @@ def test_odd_objects_of_a_folder_in_s3_are_named_one_by_one(services, monkeypatc
         "gone.png": "cannot be read: it is not there",
         "a/../0.png": "",
         "cafe\u0301.png": "",
+        "2.png": "",
+        "s3://b/2.png": "is an address, and pictures are not downloaded",
     }
     monkeypatch.setattr(folder, "LARGEST_PICTURE", 10)
     problems = {one.problem for one in sources.iterate(FolderSource(path=root), 16)}

@@ -54,7 +54,7 @@ from model.data.sources import (
     suffix,
     too_large,
 )
-from model.data.sources.tree import Folder, Tree, Unreadable, joined, nfc, open_tree, within
+from model.data.sources.tree import Folder, Tree, Unreadable, joined, meant, nfc, open_tree, within
 from model.errors import UserError
 
 SIDECARS = (".txt", ".caption", ".json")
@@ -348,7 +348,11 @@ def _entries(tree: Tree, path: str) -> Iterator[Record]:
                     too_much = too_large(size, LARGEST_TEXT) if size > LARGEST_TEXT else ""
                     problem = problem or trouble or (too_much and f"captions: {too_much}")
                     captions += [] if problem else more
-                yield Record(posixpath.join(folder, picture), b"", captions, problem=problem)
+                try:
+                    picture = meant(tree, folder, picture)
+                except Unreadable as error:
+                    problem = problem or str(error)
+                yield Record(picture, b"", captions, problem=problem)
     except (Unreadable, ValueError) as error:
         raise UserError(f"{where}: {error}") from None
 

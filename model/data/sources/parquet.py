@@ -46,7 +46,7 @@ from model.data.sources import (
     suffix,
     too_large,
 )
-from model.data.sources.tree import Tree, Unreadable, joined, open_tree
+from model.data.sources.tree import Tree, Unreadable, joined, meant, open_tree
 from model.errors import UserError
 from model.plumbing import speech, storage
 
@@ -404,7 +404,7 @@ def _reader(uri: str) -> Callable[[str], bytes]:
         return open_tree(place)
 
     def read(name: str) -> bytes:
-        return tree().read(name.removeprefix(f"{place}/"), LARGEST_PICTURE)
+        return tree().read(meant(tree(), "", name), LARGEST_PICTURE)
 
     return read
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 import stat
 import unicodedata
 from collections import Counter
@@ -18,6 +19,8 @@ from typing import NamedTuple, Protocol, cast
 from model.data.sources import Record, once, too_large
 from model.errors import UserError
 from model.plumbing import storage
+
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 class Unreadable(Exception):
@@ -36,6 +39,7 @@ class Tree(Protocol):
     """What sources ask of a place that holds files; names are relative to it, with slashes."""
 
     place: str  # where it is, absolute
+    places: tuple[str, ...]  # that, and where a person said that it is: absolute names of files begin so
     readers: int  # reads side by side that pay
 
     def folders(self) -> Iterator[Folder]:
@@ -71,6 +75,33 @@ def joined(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
+def meant(tree: Tree, folder: str, name: str) -> str:
+    """The name, relative to the tree, of what a list in one of its folders names.
+
+    Programs that export lists write absolute paths, and some of them backslashes.
+
+    Raises:
+        Unreadable: it is an address.
+    """
+    place = next((place for place in tree.places if name != place and within(place, name)), "")
+    if place:
+        name = name[len(place) :].lstrip("/")
+    elif ADDRESS.match(name):
+        raise Unreadable("is an address, and pictures are not downloaded")
+    else:
+        name = posixpath.join(folder, name)
+    slashed = name.replace("\\", "/")
+    return slashed if slashed != name and not _has(tree, name) and _has(tree, slashed) else name
+
+
+def _has(tree: Tree, name: str) -> bool:
+    try:
+        tree.state(name)
+    except Unreadable:
+        return False
+    return True
+
+
 def within(folder: str, path: str) -> bool:
     """Whether a path is a folder, or below it."""
     return not folder or path == folder or path.startswith(f"{folder.rstrip('/')}/")
@@ -91,6 +122,7 @@ class LocalTree:
 
     def __init__(self, path: str) -> None:
         self.place = os.path.realpath(os.path.expanduser(path))
+        self.places: tuple[str, ...] = (self.place, os.path.abspath(os.path.expanduser(path)))
         try:
             os.scandir(self.place).close()
         except PermissionError:
@@ -182,6 +214,7 @@ class S3Tree:
 
     def __init__(self, uri: str) -> None:
         self.place = uri.rstrip("/")
+        self.places: tuple[str, ...] = (self.place,)
         self._files: dict[str, tuple[int, str]] = {}  # in S3's order
         self._apart: list[Record] = []
         for name, size, mark in storage.marks(uri):
