@@ -192,7 +192,7 @@ def _advice(source: Source, found: _Found) -> list[str]:
     taken = getattr(source, "captions", "files")
     if taken != "files":
         unread = ", ".join(f"{found.others[kind]} {kind}" for kind in TABLES if found.others[kind])
-        other = f" (not read as captions by their names: {unread})" if unread else ""
+        other = f" (not read as captions: {unread})" if unread else ""
         advice.append(f"captions are {NAMES[taken]}{other}; better ones: {HOW_TO_CAPTION}")
     for reason, count in found.reasons.most_common(EXAMPLES):
         advice.append(f"cannot be used: {count} of {found.looked} looked at, {reason} ({found.bad[reason]})")

@@ -110,6 +110,9 @@ def test_a_tar_is_a_shard_where_its_members_look_like_one(here):
     assert sources.recognise(str(bare)) == {"kind": "archive", "path": str(bare)}
     packed_shard = packed("gz")(here / "d.tar.gz", files())
     assert sources.recognise(str(packed_shard)) == {"kind": "webdataset", "urls": str(packed_shard)}
+    (here / "e").mkdir()
+    packed_shard.rename(here / "e/d.tar.gz")
+    assert sources.recognise(str(here / "e")) == {"kind": "webdataset", "urls": str(here / "e")}
 
 
 @pytest.mark.slow

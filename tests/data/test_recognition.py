@@ -173,13 +173,12 @@ def test_an_archive_of_each_kind_of_data_is_recognised_looked_at_and_made_into_i
 
 def test_what_captions_come_from_is_said_with_how_to_give_better_ones(here):
     write(here, {"red-apple_03.png": picture(1), "IMG_1234.png": picture(2), "blue pear.png": picture(3)})
-    write(here, {"plum.png": picture(4), "labels.csv": "a,b"})
+    write(here, {"plum.png": picture(4), "labels.csv": "a,b", "captions.txt": "a,b"})
     found = look(of(recognise(str(here))), 16)
     assert found.kind == "a folder with captions in the names of files"
     said = "\n".join(found.lines())
     assert (
-        "captions are the names of files (not read as captions by their names: 1 .csv); better ones: write"
-        in said
+        "captions are the names of files (not read as captions: 1 .csv, 1 .txt); better ones: write" in said
     )
     assert "cannot be used: 1 of 4 looked at, no caption (IMG_1234.png)" in said
 

@@ -274,12 +274,18 @@ def test_what_a_path_of_folders_says(path, said):
         ("{}/svg", "data: no picture in {}/svg is of a format that is read (1 .svg); make them JPEG, PNG or"),
         (
             "{}/camera",
-            "data: no picture in {}/camera has a caption (2 .jpg, 1 .txt, 1 .csv), and fewer than 75% of"
-            " them have names, or folders, that are words; sub/labels.csv cannot be read as captions by this"
-            " name; write what",
+            "data: no picture in {}/camera has a caption (101 .jpg, 2 .txt, 1 .json, 1 .csv), and fewer"
+            " than 75% of them have names, or folders, that are words; lists of captions are called"
+            " metadata.jsonl, captions.csv, captions.tsv, metadata.csv, metadata.parquet, and not"
+            " captions.txt, 2017/captions.json, 2017/labels.csv; write what",
         ),
         ("{}/most", "data: no picture in {}/most has a caption (3 .png), and fewer than 75% of them"),
-        ("{}/tars", "data: {}/tars is a folder of archives (1 .tar); name one of them, or unpack them into"),
+        (
+            "{}/tars",
+            "data: {}/tars is a folder of archives (1 .tar, 1 .tar.gz), and of no shards, as no picture in"
+            " the first tar has a .txt or .json of its name; name one of them, or unpack them",
+        ),
+        ("{}/zips", "data: {}/zips is a folder of archives (1 .zip); name one of them, or unpack them into"),
         ("https://huggingface.co/them/model", "names no data set of the hub as a whole; give owner/name"),
         ("https://huggingface.co/datasets/them/flowers/blob/main/x.zip", "names no data set of the hub as a"),
         ("https://example.org/x", "data: https://example.org/x: only s3://bucket/key and local paths"),
@@ -290,12 +296,16 @@ def test_what_is_no_data_is_refused(uri, said, tmp_path):
     empty = (
         "empty/.hidden.png",
         "tars/0.tar",
+        "tars/1.tar.gz",
+        "zips/0.zip",
         "films/1.mp4",
         "films/2.mp4",
         "films/LICENSE",
         "svg/red apple.svg",
     )
-    camera = ("camera/IMG_1.jpg", "camera/IMG_1.txt", "camera/sub/2.jpg", "camera/sub/labels.csv")
+    camera = ["camera/IMG_1.jpg", "camera/IMG_1.txt", "camera/captions.txt"]
+    camera += ["camera/2017/labels.csv", "camera/2017/captions.json"]
+    camera += [f"camera/2017/{number}.jpg" for number in range(100)]
     most = ("most/red apple.png", "most/pear.png", "most/IMG_1.png")
     for name in (*empty, *camera, *most):
         storage.write_bytes(f"{tmp_path}/{name}", b"")

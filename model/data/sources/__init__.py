@@ -43,7 +43,7 @@ KNOWN = (
     "tar shards (s3://bucket/{000..999}.tar), parquet files, a zip or tar of any of these, a data set of the"
     " hub (owner/name), `openmoji` or `shapes`"
 )
-TABLES = (".csv", ".tsv", ".jsonl", ".json")  # that captions may be in
+TABLES = (".csv", ".tsv", ".jsonl", ".json", ".txt")  # that captions of many pictures may be in
 HOW_TO_CAPTION = "write what cat.jpg shows into cat.txt beside it, or into captions.csv (file_name, caption)"
 KINDS = 50  # of other files that are told apart
 NAMES = {  # of kinds of sources, for people

@@ -28,7 +28,16 @@ import yaml
 from model.config import ArchiveSource, HubSource, ParquetSource, Source, WebDatasetSource
 from model.data import tars
 from model.data.captions import decode, shown
-from model.data.sources import OTHER_SUFFIXES, SUFFIXES, Known, Record, marked, nothing_known, suffix
+from model.data.sources import (
+    OTHER_SUFFIXES,
+    SUFFIXES,
+    TABLES,
+    Known,
+    Record,
+    marked,
+    nothing_known,
+    suffix,
+)
 from model.data.sources.folder import LISTS
 from model.data.sources.unpacked import SPARE, Inner, Writer, inner
 from model.errors import UserError
@@ -41,7 +50,7 @@ CONVERTED = "refs/convert/parquet"  # the branch of what the hub converted
 CARD = "README.md"
 LARGEST_CARD = 1 << 18  # bytes
 MOST_GLOBS = 100  # of a card
-TEXTS = (".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv")  # that may say what pictures show
+TEXTS = (*TABLES, ".caption")  # that may say what pictures show
 SPLIT = re.compile(
     r"(?:^|[/._-])(?:(?P<train>train(?:ing)?)|valid(?:ation)?|val|dev|test(?:ing)?|eval(?:uation)?)(?:[/._-]|\d|$)",
     re.IGNORECASE,

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
+from model.data import tars
 from model.data.sources import (
     DRAWN,
     HOW_TO_CAPTION,
@@ -23,7 +24,7 @@ from model.data.sources import (
     hub,
     suffix,
 )
-from model.data.sources.folder import CAPTIONED, LISTS, best_captions
+from model.data.sources.folder import CAPTIONED, LISTS, best_captions, stem
 from model.data.sources.tree import Tree, Unreadable, joined, open_tree
 from model.errors import UserError
 from model.plumbing import storage
@@ -43,12 +44,8 @@ class Seen:
         self.uri = uri
         self.tree = tree
         self.kinds: Counter[str] = Counter()  # of files
-        self.tables: list[str] = []  # that are no lists of captions
         for folder in tree.folders():
-            self.kinds.update(suffix(name) or "without suffix" for name in folder.names)
-            for name in folder.names if len(folder.names) < 100 else ():
-                if suffix(name) in TABLES and name.lower() not in LISTS and len(self.tables) < SHOWN:
-                    self.tables.append(joined(folder.path, name))
+            self.kinds.update(map(_kind, folder.names))
 
     def has(self, *kinds: str) -> bool:
         """Whether there is a file of one of these kinds."""
@@ -59,10 +56,33 @@ class Seen:
         """Where captions of its pictures would come from; "" for nowhere."""
         return best_captions(self.tree) if self.has(*SUFFIXES, *OTHER_SUFFIXES) else ""
 
+    def tables(self) -> list[str]:
+        """Some files that captions may be in, neither beside a picture nor lists that are read."""
+        found: list[str] = []
+        for folder in self.tree.folders():
+            pictures = [name for name in folder.names if suffix(name) in SUFFIXES + OTHER_SUFFIXES]
+            beside = {*pictures, *map(stem, pictures)}
+            found += (
+                joined(folder.path, name)
+                for name in folder.names
+                if suffix(name) in TABLES and name.lower() not in LISTS and stem(name) not in beside
+            )
+            if len(found) >= SHOWN:
+                break
+        return found[:SHOWN]
+
     def __str__(self) -> str:
         said = [f"{count} {kind}" for kind, count in self.kinds.most_common(SHOWN)]
         more = self.kinds.total() - sum(count for _, count in self.kinds.most_common(SHOWN))
         return ", ".join([*said, *([f"{more} others"] if more else [])]) or "it is empty"
+
+
+def _kind(name: str) -> str:
+    """The suffix of a file, of a packed tar both."""
+    lower = name.lower()
+    if lower.endswith(tars.SUFFIXES):
+        return next(kind for kind in tars.SUFFIXES if lower.endswith(kind))
+    return suffix(name) or "without suffix"
 
 
 def _captioned(seen: Seen) -> Values | None:
@@ -74,8 +94,8 @@ def _parquet(seen: Seen) -> Values | None:
 
 
 def _shards(seen: Seen) -> Values | None:
-    for folder in seen.tree.folders() if seen.has(".tar") else ():
-        if name := next((name for name in folder.names if suffix(name) == ".tar"), ""):
+    for folder in seen.tree.folders() if seen.has(*tars.SUFFIXES) else ():
+        if name := next((name for name in folder.names if _kind(name) in tars.SUFFIXES), ""):
             try:
                 with seen.tree.open(joined(folder.path, name)) as stream:
                     return {"kind": "webdataset", "urls": seen.uri} if archive.is_shard(stream) else None
@@ -87,8 +107,10 @@ def _shards(seen: Seen) -> Values | None:
 def _archives(seen: Seen) -> Values | None:
     if not seen.has(*archive.SUFFIXES_READ):
         return None
+    no_shards = ", and of no shards, as no picture in the first tar has a .txt or .json of its name"
     raise UserError(
-        f"data: {seen.uri} is a folder of archives ({seen}); name one of them, or unpack them into one folder"
+        f"data: {seen.uri} is a folder of archives ({seen}){no_shards if seen.has(*tars.SUFFIXES) else ''};"
+        " name one of them, or unpack them into one folder"
     )
 
 
@@ -135,10 +157,11 @@ def recognise(uri: str, look: bool = True) -> Values | None:
 def _why_not(seen: Seen) -> str:
     """Why nothing of a folder can be used, and what would do."""
     if seen.has(*SUFFIXES):
-        tables = f"; {', '.join(seen.tables)} cannot be read as captions by this name" if seen.tables else ""
+        tables = ", ".join(seen.tables())
+        unread = f"; lists of captions are called {', '.join(LISTS)}, and not {tables}" if tables else ""
         return (
             f"no picture in {seen.uri} has a caption ({seen}), and fewer than {CAPTIONED:.0%} of them have"
-            f" names, or folders, that are words{tables}; {HOW_TO_CAPTION}"
+            f" names, or folders, that are words{unread}; {HOW_TO_CAPTION}"
         )
     if seen.has(*OTHER_SUFFIXES):
         return f"no picture in {seen.uri} is of a format that is read ({seen}); make them JPEG, PNG or WEBP"
