@@ -20,6 +20,7 @@ from PIL import Image
 from model.config import DataConfig, Source
 from model.data import sources
 from model.data.captions import clean_captions, damage, shown
+from model.data.ingest import kind_of
 from model.data.sources import DRAWN, HOW_TO_CAPTION, TABLES, Record
 from model.data.sources.folder import NAMES
 from model.errors import UserError
@@ -30,6 +31,20 @@ MOST = 300  # pictures that are opened
 SECONDS = 10.0  # in which more are opened, from the first on
 EXAMPLES = 3  # pictures that are shown
 OF = {"archive": "an archive of ", "hub": "a data set of the hub, "}  # what sources lie in
+LISTED = "files within this folder, which a list names relative to its own"
+OPENS = "JPEG, PNG or WEBP files that open elsewhere, too"
+WOULD_DO = {  # by words of a reason; the others say it themselves
+    "no caption": HOW_TO_CAPTION,
+    "below min_side": "larger pictures, or a smaller data.min_side",
+    "exceed max_pixels": "smaller pictures, or a larger data.max_pixels",
+    "No such file": LISTED,
+    "it is not there": LISTED,
+    "outside the folder": LISTED,
+    "empty file": OPENS,
+    "not one of": OPENS,
+    "broken header": OPENS,
+    "truncated or corrupt": OPENS,
+}
 LONGEST_LINE = 100  # characters of a name or caption that is shown
 
 
@@ -78,8 +93,8 @@ class _Found:
     transparent: int = 0
     captions: list[list[str]] = field(default_factory=list)
     seconds: float = 0.0
-    reasons: Counter[str] = field(default_factory=Counter)  # of those that cannot be used
-    bad: dict[str, str] = field(default_factory=dict)  # the first of each
+    reasons: Counter[str] = field(default_factory=Counter)  # of those that cannot be used, by their kind
+    bad: dict[str, str] = field(default_factory=dict)  # the first of each: its reason and its name
     others: Counter[str] = field(default_factory=Counter)  # files that are no pictures
     examples: list[Example] = field(default_factory=list)
 
@@ -129,8 +144,8 @@ def _open(record: Record, config: DataConfig, found: _Found) -> None:
     except BadImage as error:
         problem = str(error)
     if problem:
-        found.reasons[shown(problem)] += 1
-        found.bad.setdefault(shown(problem), shown(record.key))
+        found.reasons[kind_of(problem)] += 1
+        found.bad.setdefault(kind_of(problem), f"{shown(problem)} ({shown(record.key)})")
         return
     found.seconds += time.thread_time() - began
     with Image.open(io.BytesIO(record.image)) as image:
@@ -194,8 +209,8 @@ def _advice(source: Source, found: _Found) -> list[str]:
         unread = ", ".join(f"{found.others[kind]} {kind}" for kind in TABLES if found.others[kind])
         other = f" (not read as captions: {unread})" if unread else ""
         advice.append(f"captions are {NAMES[taken]}{other}; better ones: {HOW_TO_CAPTION}")
-    for reason, count in found.reasons.most_common(EXAMPLES):
-        advice.append(f"cannot be used: {count} of {found.looked} looked at, {reason} ({found.bad[reason]})")
+    for kind, count in found.reasons.most_common(EXAMPLES):
+        advice.append(f"cannot be used: {count} of {found.looked} looked at, {found.bad[kind]}")
     return advice
 
 
@@ -207,15 +222,15 @@ def _nothing(source: Source, found: _Found) -> str:
     if not found.reasons:
         there = ", ".join(f"{count} {kind}" for kind, count in found.others.most_common(5)) or "nothing"
         return f"data: {what} holds no pictures ({there}); data is a folder of them, {sources.KNOWN}"
-    reason, count = found.reasons.most_common(1)[0]
-    why = f"{count} x {reason} ({found.bad[reason]})"
-    would_do = (
-        HOW_TO_CAPTION if reason == "no caption" else "JPEG, PNG or WEBP files that open elsewhere, too"
-    )
-    return (
-        f"data: none of the {found.looked} pictures of {what} that were looked at can be used: {why};"
-        f" what would do: {would_do}"
-    )
+    why = _worst(found)
+    return f"data: none of the {found.looked} pictures of {what} that were looked at can be used: {why}"
+
+
+def _worst(found: _Found) -> str:
+    """Why most of those that cannot be used cannot, and what would do."""
+    kind, count = found.reasons.most_common(1)[0]
+    would_do = next((advice for words, advice in WOULD_DO.items() if words in kind), "")
+    return f"{count} x {found.bad[kind]}" + (f"; what would do: {would_do}" if would_do else "")
 
 
 def _short(text: str) -> str:

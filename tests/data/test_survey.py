@@ -178,7 +178,19 @@ def test_a_look_ends_when_its_time_is_over_but_looks_through_all_names(here, mon
         ),
         (
             {"a.png": b"x", "a.txt": "a"},
-            "none of the 1 .* 1 x not one of JPEG, PNG, WEBP .* that open elsewhere",
+            "none of the 1 .* 1 x not one of JPEG, PNG, WEBP .* that open elsewhere, too$",
+        ),
+        (
+            {"8.jpg": jpeg(8, 8), "8.txt": "a", "9.jpg": jpeg(9, 8), "9.txt": "b"},
+            r": 2 x 8x8 pixels are below min_side 16 \(8.jpg\); .* or a smaller data.min_side$",
+        ),
+        (
+            {"images/a.png": picture(1), "metadata.csv": "file_name,text\na.png,a\nb.png,b\n"},
+            r": 2 x cannot be read: No such file or directory \(a.png\); .* names relative to its own$",
+        ),
+        (
+            {"a.png": picture(1), "a.txt": "café".encode("cp1252")},
+            r": 1 x captions are not UTF-8 \(byte 0xe9\); save them as UTF-8 \(a.png\)$",
         ),
     ],
 )
