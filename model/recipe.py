@@ -47,7 +47,7 @@ class Survey:
     bad: float  # share of those that cannot be used
     side: float  # median shorter side, pixels
     longer: float  # median of longer side / shorter side
-    lossy: float  # share of JPEG
+    lossy: float  # share of JPEG and lossy WEBP
     transparent: float  # share of pictures with transparent pixels
     captions: int  # distinct ones, as estimated for all pictures
     words: int  # distinct ones in the captions that were looked at
@@ -427,9 +427,9 @@ def _data(book: _Book, survey: Survey, hardware: _Hardware, budget: float) -> No
     book.pick(
         "data.fit",
         "pad" if drawn else "crop",
-        "mostly drawings (few JPEG): nothing is cut off"
+        "mostly drawings (few JPEG or lossy WEBP): nothing is cut off"
         if drawn
-        else "mostly photographs (JPEG): no borders",
+        else "mostly photographs (JPEG or lossy WEBP): no borders",
     )
     book.pick("data.min_side", min(16, max(4, int(survey.side) // 2)), "what is much smaller is left out")
     share = min(

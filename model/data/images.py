@@ -177,6 +177,11 @@ def is_jpeg(data: bytes) -> bool:
     return data[:3] == b"\xff\xd8\xff"
 
 
+def is_lossy(data: bytes) -> bool:
+    """Whether a picture is packed as photographs are: JPEG, or WEBP that is neither exact nor transparent."""
+    return is_jpeg(data) or (data[8:12] == b"WEBP" and b"VP8 " in data and b"ALPH" not in data)
+
+
 def dimensions(data: bytes) -> tuple[int, int]:
     """Width and height of a picture that `decode` takes, as its file says them, pixels."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:

@@ -130,7 +130,7 @@ def look(source: Source, side: int = 64) -> Look:
 
 
 def _open(record: Record, config: DataConfig, found: _Found) -> None:
-    from model.data.images import BadImage, decode, is_jpeg  # torch
+    from model.data.images import BadImage, decode, is_lossy  # torch
 
     if record.others:
         found.others.update(record.others)
@@ -153,7 +153,7 @@ def _open(record: Record, config: DataConfig, found: _Found) -> None:
         found.transparent += _transparent(image)
     found.sides.append(min(width, height))
     found.longer.append(max(width, height) / min(width, height))
-    found.lossy += is_jpeg(record.image)
+    found.lossy += is_lossy(record.image)
     found.captions.append(captions)
     if len(found.examples) < EXAMPLES:
         found.examples.append(Example(shown(record.key), record.image, captions, width, height))

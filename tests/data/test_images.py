@@ -23,6 +23,7 @@ from model.data.images import (
     draw_views,
     encode,
     is_jpeg,
+    is_lossy,
     thumbnail,
     to_pixels,
     to_tensor,
@@ -238,6 +239,23 @@ def test_flipped_bytes_never_raise_anything_else(kind):
             damaged[position] = rng.integers(0, 256)
         with contextlib.suppress(BadImage):
             assert decode(bytes(damaged), config()).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "settings", "lossy"),
+    [
+        ("JPEG", "RGB", {}, True),
+        ("PNG", "RGB", {}, False),
+        ("WEBP", "RGB", {}, True),
+        ("WEBP", "RGB", {"exif": b"Exif\0\0" + bytes(8)}, True),
+        ("WEBP", "RGB", {"lossless": True}, False),
+        ("WEBP", "RGBA", {}, False),
+    ],
+)
+def test_lossy_is_what_photographs_are_packed_as(kind, mode, settings, lossy):
+    buffer = io.BytesIO()
+    Image.new(mode, (8, 8), (200, 30, 30, 90)[: len(mode)]).save(buffer, kind, **settings)
+    assert is_lossy(buffer.getvalue()) == lossy
 
 
 def test_encode_keeps_lossless_exact_and_lossy_close():
