@@ -12,6 +12,7 @@ import pytest
 
 from model.config import DataConfig, ParquetSource
 from model.data import sources
+from model.data.sources import parquet
 from model.errors import UserError
 from model.plumbing import storage
 from tests.data.test_ingest import captions, picture, quarantine, write
@@ -134,6 +135,26 @@ def test_pictures_are_read_from_the_folder_of_the_file_and_from_nowhere_else(
     assert all(record.problem for record in found[2:])
     assert "its picture lies outside the folder" in found[2].problem
     assert "its picture is an address" in found[6].problem
+
+
+@pytest.mark.parametrize(
+    ("group", "through", "classes"),
+    [(30, 0, 8), (1, 0, 10), (300, 0, 1), (300, 1 << 28, 10), (100, 1 << 28, 10)],
+)
+def test_a_look_sees_rows_all_over_files_that_are_sorted(group, through, classes, here, monkeypatch):
+    monkeypatch.setattr(parquet, "LOOKED_THROUGH", through)
+    texts = [f"class {number // 30}" for number in range(300)]
+    pq.write_table(
+        pa.table({"image": [ONE] * 300, "caption": texts}), here / "a.parquet", row_group_size=group
+    )
+    found = parquet.sample(ParquetSource(path=str(here)), 24, 1)
+    looked = list(found.records)
+    numbers = [int(record.key.rpartition(":")[2]) for record in looked]
+    assert numbers == sorted(set(numbers))
+    assert (len(numbers), numbers[0]) == (24, 0)
+    assert len({record.captions[0] for record in looked}) == classes
+    assert (found.total, found.exact, found.kind) == (300, True, "parquet files")
+    assert len(list(parquet.sample(ParquetSource(path=str(here)), 300, 1).records)) == 300
 
 
 def test_a_picture_that_changed_is_news(here):

@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import groupby
-from typing import Any, BinaryIO
+from itertools import accumulate, chain, groupby, islice
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -38,9 +38,11 @@ from model.data.captions import (
 )
 from model.data.sources import (
     LARGEST_PICTURE,
+    NAMES,
     SUFFIXES,
     Known,
     Record,
+    Sample,
     marked,
     nothing_known,
     suffix,
@@ -72,6 +74,8 @@ CAPTION_NAMES = (
     "class",
 )
 SIDE_BY_SIDE = 16  # files looked at together
+LOOKED_AT = 8  # row groups of which a look reads some rows, at least
+LOOKED_THROUGH = 1 << 28  # bytes of these, up to which all of them is read
 
 
 def iterate(
@@ -89,17 +93,11 @@ def iterate(
             continue
         with storage.open_read(uri) as file, _opened(file, uri, config) as (table, columns):
             count = table.metadata.num_rows
-            if columns.chosen and columns.chosen not in said:
-                said.add(columns.chosen)
-                speech.say("images", columns.chosen)
+            _say(columns, said)
             if _by_path(table.metadata, columns.image):
                 mark = ""  # of files that nothing here tells the state of
-            read = _reader(uri)
-            wanted = [columns.image, columns.caption]
-            for number, row in enumerate(rows(table, file, uri, wanted, start), start):
-                captions = columns.named(row[columns.caption])
-                record = _record(f"{os.path.basename(uri)}:{number}", row[columns.image], captions, read)
-                yield replace(record, unit=uri, mark=mark, place=number)
+            for record in _records(table, file, uri, columns, start):
+                yield replace(record, unit=uri, mark=mark)
         start = max(0, start - count)
 
 
@@ -139,13 +137,61 @@ def _marks(config: ParquetSource) -> list[tuple[str, str]]:
 
 def count(config: ParquetSource) -> int:
     """Rows of all files, from their footers; a file that is not what it should be is refused here already."""
+    return sum(group.rows for group in _groups(config))
 
-    def length(uri: str) -> int:
+
+def sample(config: ParquetSource, most: int, seconds: float) -> Sample:
+    """Rows of row groups all over the files, which are often sorted: of small groups all over them, of large
+    ones the first.
+    """
+    groups = _groups(config)
+    total = sum(group.rows for group in groups)
+    wanted = min(len(groups), max(LOOKED_AT, -(-most * len(groups) // max(1, total))))
+    chosen = [groups[place * len(groups) // wanted] for place in range(wanted)]
+    each = most if total <= most else -(-most // wanted)
+
+    def records() -> Iterator[Record]:
+        said = set[str]()
+        for uri, first, count, size in chosen:
+            step = max(1, count // each) if size * wanted <= LOOKED_THROUGH else 1
+            with storage.open_read(uri) as file, _opened(file, uri, config) as (table, columns):
+                _say(columns, said)
+                yield from islice(_records(table, file, uri, columns, first, step), min(each, count))
+
+    return Sample(records(), NAMES[config.kind], total)
+
+
+class Group(NamedTuple):
+    """A row group."""
+
+    uri: str
+    first: int  # number of its first row in the file
+    rows: int
+    size: int  # bytes, unpacked
+
+
+def _groups(config: ParquetSource) -> list[Group]:
+    """Those of all files, but empty ones, in order."""
+
+    def of(uri: str) -> list[Group]:
         with storage.open_read(uri) as file, _opened(file, uri, config) as (table, _):
-            return int(table.metadata.num_rows)
+            groups = [table.metadata.row_group(number) for number in range(table.metadata.num_row_groups)]
+        firsts = accumulate((group.num_rows for group in groups), initial=0)
+        return [
+            Group(uri, first, group.num_rows, group.total_byte_size)
+            for first, group in zip(firsts, groups, strict=False)
+            if group.num_rows
+        ]
 
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-        return sum(pool.map(length, _files(config)))
+        return list(chain.from_iterable(pool.map(of, _files(config))))
+
+
+def _say(columns: Columns, said: set[str]) -> None:
+    """Which columns were chosen, where nobody set them and it was not said yet."""
+    if columns.chosen and columns.chosen not in said:
+        said.add(columns.chosen)
+        speech.say("images", columns.chosen)
 
 
 # ── files ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -369,6 +415,19 @@ def plain(scalar: pa.Scalar, most: int) -> Any:
     if buffer.size > most:
         raise ValueError(too_large(buffer.size, most))
     return decode(buffer.to_pybytes())
+
+
+def _records(
+    table: pq.ParquetFile, file: BinaryIO, uri: str, columns: Columns, start: int, step: int = 1
+) -> Iterator[Record]:
+    """What the rows of a file are from number `start` on, or every so many of them."""
+    read = _reader(uri)
+    wanted = [columns.image, columns.caption]
+    for number, row in enumerate(rows(table, file, uri, wanted, start), start):
+        if (number - start) % step == 0:
+            captions = columns.named(row[columns.caption])
+            record = _record(f"{os.path.basename(uri)}:{number}", row[columns.image], captions, read)
+            yield replace(record, place=number)
 
 
 def _record(key: str, image: pa.Scalar, caption: pa.Scalar, read: Callable[[str], bytes]) -> Record:
