@@ -146,6 +146,18 @@ LAYOUTS: dict[str, tuple[Files, list[list[str]]]] = {
         },
         told(1, 2),
     ),
+    "parquet that names pictures": (
+        {
+            "train.parquet": table(
+                file_name=["pictures/0.png", "pictures/1.png"], text=["picture 0", "picture 1"]
+            ),
+            "pictures/0.png": picture(0),
+            "pictures/1.png": picture(1),
+            "test/9.png": picture(9),
+            "README.md": b"---\nconfigs:\n- data_files: train.parquet\n---\n",
+        },
+        told(0, 1),
+    ),
     "imagefolder": (
         {
             "train/metadata.csv": LISTED,
@@ -177,6 +189,12 @@ def test_a_data_set_of_the_hub_is_recognised_and_made_into_images(content, expec
     assert found.survey.captions == len(expected)
     assert captions(ingest(data)) == expected
     assert not any("test" in path or "validation" in path for path in served.asked)  # nor is it downloaded
+
+
+def test_pictures_beside_parquet_files_that_have_their_own_are_not_downloaded(served):
+    served.put({"train.parquet": rows(0), "logo.png": picture(9)})
+    assert [record.captions for record in sources.iterate(HubSource(repo=REPO), 16)] == [["picture 0"]]
+    assert not any("logo" in path for path in served.asked)
 
 
 def test_shards_and_zips_of_a_data_set(served, store, here):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -145,7 +145,7 @@ def _inner(config: HubSource) -> Inner:
         return ParquetSource(path=root) if suffix(first) == ".parquet" else WebDatasetSource(urls=root)
 
     first = files.names[0]
-    of_files = not any(suffix(name) in (*SUFFIXES, *OTHER_SUFFIXES) for name in files.names)
+    of_files = not _pictures(files.names)
     name = marked("hub", config.repo, files.mark)
     return inner(name, where, fill, source if of_files else None)
 
@@ -213,10 +213,13 @@ def _listed(repo: str, revision: str) -> tuple[str, dict[str, int]]:
 
 
 def _chosen(config: HubSource, commit: str, names: list[str]) -> list[str]:
-    """Files of one kind, of the train split."""
+    """Files of one kind, of the train split, and pictures that Parquet files name."""
+    from model.data.sources.parquet import names_pictures  # pyarrow
+
+    everywhere = _pictures(names)
     told = _told(_said_by_card(config, commit), names) if CARD in names else []
     names = told or names
-    pictures = [name for name in names if suffix(name) in (*SUFFIXES, *OTHER_SUFFIXES)]
+    pictures = _pictures(names)
     for kind in (
         [name for name in names if suffix(name) == ".parquet" and name.rpartition("/")[2] not in LISTS],
         [name for name in names if name.endswith(tars.SUFFIXES)],
@@ -230,14 +233,26 @@ def _chosen(config: HubSource, commit: str, names: list[str]) -> list[str]:
     train = kind if told else _train(config, kind)
     if kind is pictures:
         texts = [name for name in names if suffix(name) in TEXTS or name.rpartition("/")[2] in LISTS]
-        others = {name for name in texts if (split := SPLIT.search(name)) and not split["train"]}
-        return sorted({*train, *texts} - (set() if told else others))
+        return sorted({*train, *(texts if told else _but_held_out(texts))})
+    if suffix(train[0]) == ".parquet" and everywhere:
+        path = str(_file(config, train[0], commit))
+        if names_pictures(ParquetSource(path=path), path):
+            return sorted({*train, *_but_held_out(everywhere)})
     if suffix(train[0]) == ".zip" and len(train) > 1:
         raise UserError(
             f"data.source.repo: {config.repo} is of {len(train)} zips, of which one would be read; download"
             " it, unpack them into one folder, and name that"
         )
     return train
+
+
+def _pictures(names: Iterable[str]) -> list[str]:
+    return [name for name in names if suffix(name) in (*SUFFIXES, *OTHER_SUFFIXES)]
+
+
+def _but_held_out(names: Iterable[str]) -> list[str]:
+    """Those that are of no other split than the train split, as far as they tell."""
+    return [name for name in names if not (split := SPLIT.search(name)) or split["train"]]
 
 
 def _train(config: HubSource, names: list[str]) -> list[str]:

@@ -115,8 +115,7 @@ def _named(config: ParquetSource, uris: list[str]) -> list[str]:
     """
 
     def names(uri: str) -> bool:
-        with storage.open_read(uri) as file, _opened(file, uri, config) as (table, columns):
-            return _by_path(table.metadata, columns.image)
+        return names_pictures(config, uri)
 
     lines = []
     for place, there in groupby(sorted(uris, key=os.path.dirname), key=os.path.dirname):
@@ -127,6 +126,12 @@ def _named(config: ParquetSource, uris: list[str]) -> list[str]:
         if any(suffix(name) in SUFFIXES for name in files) and any(map(names, there)):
             lines += [f"{name}\0{tree.state(name)}" for name in files if suffix(name) != ".parquet"]
     return lines
+
+
+def names_pictures(config: ParquetSource, uri: str) -> bool:
+    """Whether rows of a file name pictures that lie beside it, all or some."""
+    with storage.open_read(uri) as file, _opened(file, uri, config) as (table, columns):
+        return _by_path(table.metadata, columns.image)
 
 
 def _marks(config: ParquetSource) -> list[tuple[str, str]]:
