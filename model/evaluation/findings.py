@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from model.config import RunConfig
+from model.data.sources import TABLES
 from model.evaluation.benchmark import FEWEST, SWEEPS
 from model.evaluation.census import Census
 
@@ -226,11 +227,12 @@ def left_out(census: Census, _: int) -> Finding | None:
 
 
 def other_files(census: Census, _: int) -> Finding | None:
-    """Files that are not read."""
-    others, read = sum(census.others.values()), census.counts["read"]
+    """Files that are not read, but for texts: img2dataset writes a .json beside the .txt of each picture."""
+    kept = {kind: number for kind, number in census.others.items() if kind not in TABLES}
+    others, read = sum(kept.values()), census.counts["read"]
     if others < max(1, OTHERS * (others + read)):
         return None
-    kinds = ", ".join(f"{number:,} {kind}" for kind, number in list(census.others.items())[:3])
+    kinds = ", ".join(f"{number:,} {kind}" for kind, number in list(kept.items())[:3])
     return Finding(
         f"{others:,} files are no pictures",
         f"{others:,} files beside {read:,} pictures were not read as pictures ({kinds}). If some should be,"

@@ -77,7 +77,8 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"counts": {"quarantined": 10}}, {"counts": {"quarantined": 11}},
         "11 of 1,100 pictures (1.0 %) could not be used, most often: empty file"),
     "other files": (
-        {"others": {".pdf": 122}}, {"others": {".pdf": 120, ".svg": 3}}, "(120 .pdf, 3 .svg)"),
+        {"others": {".json": 1100, ".pdf": 122}}, {"others": {".json": 1100, ".pdf": 120, ".svg": 3}},
+        "123 files beside 1,100 pictures were not read as pictures (120 .pdf, 3 .svg)"),
     "duplicates": (
         {"counts": {"duplicates": 109}}, {"counts": {"duplicates": 110}}, "at 64 px, to the last pixel"),
     "enlarged": (
