@@ -11,7 +11,7 @@ from model.errors import UserError
 from model.evaluation.gate import prompts_needed
 from model.recipe import HARDWARE, Derived, Memory, Speeds, Survey, derive, refit
 
-SURVEY = Survey(3000, True, 300, 0.02, 300.0, 1.2, 0.0, 0.5, 2800, 900, 4.0, 0.004)
+SURVEY = Survey(3000, True, 300, 0.02, 300.0, 0.0, 2800, 4.0, 0.004)
 CPU = Speeds(
     True, 2.1, {"tokenizer": 0.022, "text": 0.05, "judge": 0.05, "transformer": 0.12}, 0.001, 0.02, spent=20
 )

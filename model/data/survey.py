@@ -13,7 +13,6 @@ import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 from PIL import Image
 
@@ -88,9 +87,7 @@ class _Found:
     """What the pictures that were opened have shown."""
 
     sides: list[int] = field(default_factory=list)  # the shorter ones, pixels
-    longer: list[float] = field(default_factory=list)  # longer side / shorter side
     lossy: int = 0
-    transparent: int = 0
     captions: list[list[str]] = field(default_factory=list)
     seconds: float = 0.0
     reasons: Counter[str] = field(default_factory=Counter)  # of those that cannot be used, by their kind
@@ -150,21 +147,11 @@ def _open(record: Record, config: DataConfig, found: _Found) -> None:
     found.seconds += time.thread_time() - began
     with Image.open(io.BytesIO(record.image)) as image:
         width, height = image.size
-        found.transparent += _transparent(image)
     found.sides.append(min(width, height))
-    found.longer.append(max(width, height) / min(width, height))
     found.lossy += is_lossy(record.image)
     found.captions.append(captions)
     if len(found.examples) < EXAMPLES:
         found.examples.append(Example(shown(record.key), record.image, captions, width, height))
-
-
-def _transparent(image: Image.Image) -> bool:
-    if not image.has_transparency_data:
-        return False
-    alpha = image if "A" in image.getbands() else image.convert("RGBA")
-    lowest: Any = alpha.getchannel("A").getextrema()[0]
-    return bool(lowest < 255)
 
 
 def _survey(source: Source, sample: sources.Sample, found: _Found) -> Survey:
@@ -172,19 +159,15 @@ def _survey(source: Source, sample: sources.Sample, found: _Found) -> Survey:
     total = max(sample.total, looked)
     pictures = max(usable, round(total * usable / looked))
     said = [caption for captions in found.captions for caption in captions]
-    words = [word for caption in said for word in caption.lower().split()]
     return Survey(
         pictures=pictures,
         counted=sample.exact and (looked == total or source.kind in DRAWN),
         looked=looked,
         bad=1 - usable / looked,
         side=statistics.median(found.sides),
-        longer=statistics.median(found.longer),
         lossy=found.lossy / usable,
-        transparent=found.transparent / usable,
         captions=_distinct(said, round(len(said) * pictures / usable)),
-        words=len({word.strip(".,;:!?\"'()") for word in words}),
-        length=len(words) / len(said),
+        length=sum(len(caption.split()) for caption in said) / len(said),
         seconds=found.seconds / usable,
     )
 
