@@ -9,13 +9,16 @@ import re
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from model.config import OpenMojiSource, ShapesSource
 from model.data.names import folder_words, words
 from model.data.sources import fingerprint, iterate, openmoji, recognise, shapes
+from model.data.sources.folder import CAPTIONED
 from model.errors import UserError
 from model.plumbing import storage
+from tests import ROOT
 from tests.instances import config
 
 
@@ -218,6 +221,11 @@ def test_a_folder_is_recognised_by_what_it_holds(files, values, where, request, 
     for name in files:
         storage.write_bytes(f"{root}/{name}", b'{"text": "a"}')
     assert recognise(root) == {"path": root, **values}
+
+
+def test_names_caption_as_many_pictures_as_an_ingest_asks_for():
+    auto = yaml.safe_load((ROOT / "model/presets/auto.yaml").read_text())
+    assert 1 - auto["data"]["max_bad_share"] == CAPTIONED
 
 
 @pytest.mark.parametrize(

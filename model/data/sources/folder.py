@@ -60,7 +60,7 @@ from model.errors import UserError
 SIDECARS = (".txt", ".caption", ".json")
 FIRST = 3  # pictures that a look always sees
 MOST_EMPTY = 100  # files without a caption, after which no more are sought
-CAPTIONED = 0.75  # of pictures, by names that are to be captions: no more may be bad in `presets/auto.yaml`
+CAPTIONED = 0.75  # of pictures, by names that count: as many as `presets/auto.yaml` takes
 TOLD_APART = 10_000  # captions by which names of files and of folders are weighed
 AHEAD = 4  # pictures under way for each reader
 AHEAD_BYTES = 1 << 28  # of them
@@ -144,7 +144,7 @@ def best_captions(tree: Tree) -> str:
     """Where captions of a folder are to come from, a value of `FolderSource.captions`; "" if there are none.
 
     Names count where no file says anything: those of most pictures, or of their folders, have to be words.
-    Of both the ones that tell more apart: in `nevus/ISIC_0024306.jpg` the file's begins as all others do.
+    Of both the ones that tell more apart: in `nevus/ISIC_0024306.jpg` the file's begins like all others.
     """
     pictures = looked = named = 0
     said: Counter[str] = Counter()
@@ -167,9 +167,9 @@ def best_captions(tree: Tree) -> str:
                     said[where] += bool(caption)
                     if caption and len(different[where]) < TOLD_APART:
                         different[where].add(caption)
+    if named * 2 <= pictures:
+        said["names"] = 0
     enough = [where for where in different if 0 < CAPTIONED * pictures <= said[where]]
-    if named * 2 <= pictures and "names" in enough:
-        enough.remove("names")
     return max(enough, key=lambda where: len(different[where]), default="")
 
 
