@@ -259,11 +259,13 @@ def test_a_name_that_is_no_utf_8_is_shown_escaped(store, here):
         (b"stra\xdfe.png", picture(5)),
         (b"stra\xdfe.txt", b"a street"),
         (b"\xe9.png", b""),
+        (b"notes.\xff\x1b", b""),
     ):
         Path(os.fsdecode(os.fsencode(here) + b"/" + name)).write_bytes(content)
     made = ingest(folder(here))
     assert ["a street"] in captions(made)
     assert list(quarantine(made)) == ["\\udce9.png"]
+    assert made.info["others"] == {".\\udcff\\x1b": 1}
 
 
 # ── tars ────────────────────────────────────────────────────────────────────────────────────────────────

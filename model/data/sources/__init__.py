@@ -30,6 +30,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from model.config import Source
+from model.data.captions import shown
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of picture files
 # Of files that are pictures where they have a caption; what is in them decides whether they can be read.
@@ -210,8 +211,8 @@ def suffix(name: str) -> str:
 
 
 def pass_over(others: Counter[str], kind: str) -> None:
-    """Count a file that is no picture; kinds without end share a name."""
-    kind = kind or "files without suffix"
+    """Count a file that is no picture, for people; kinds without end share a name."""
+    kind = shown(kind) or "files without suffix"
     others[kind if kind in others or len(others) < KINDS else "files of other kinds"] += 1
 
 
