@@ -1,7 +1,7 @@
 """Captions of strangers: one set of rules for all readers. A caption is right, or its picture is named bad.
 
 - Text is UTF-8, with or without a byte order mark, or UTF-16 with one. Nothing else is guessed: what does not
-  decode is carried as lone surrogates, which `damage` finds.
+  decode is carried as lone surrogates, which `damage` finds, as it does what other encodings leave.
 - A line ends in LF, CRLF or CR. Unicode's other separators belong to the caption, as spaces.
 - Names of fields count whatever their case; JSON has a bounded size and depth.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -22,6 +23,8 @@ LONGEST_SHOWN = 500  # characters of a name or reason
 MOST_CAPTIONS = 10_000  # of a picture
 LARGEST_TEXT = 8 << 20  # bytes of a picture's captions, or of a list's line; they are not read when larger
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+SHIFT = re.compile(r"[\x0e\x0f\x1b]")  # to another set of characters, in ISO 2022
+CONTROL = re.compile(r"[\x00-\x09\x0b\x0c\x0e-\x1f]")  # not \n and \r
 
 
 def decode(data: bytes) -> str:
@@ -88,9 +91,17 @@ def damage(captions: Iterable[Any]) -> str:
             if 0xDC80 <= code <= 0xDCFF:
                 return f"captions are not UTF-8 (byte 0x{code - 0xDC00:02x}); save them as UTF-8"
             return f"a caption holds half a character (U+{code:04X})"
-        if len(caption) > 3 and 3 * caption.count("\0") > len(caption):
-            return "captions are not UTF-8 (every other byte is 0, as in UTF-16); save them as UTF-8"
+        if SHIFT.search(caption):
+            return "captions are not UTF-8 (they shift, as in ISO-2022-JP); save them as UTF-8"
+        if _is_wide(caption.strip()):
+            return "captions are not UTF-8 (every other byte is a control, as in UTF-16); save them as UTF-8"
     return ""
+
+
+def _is_wide(caption: str) -> bool:
+    """Whether it was UTF-16 or UTF-32 without a mark: the upper byte of most alphabets is below 32."""
+    halves = caption[::2], caption[1::2]
+    return len(caption) > 3 and any(3 * len(CONTROL.findall(half)) > 2 * len(half) for half in halves)
 
 
 def clean_captions(captions: Iterable[Any]) -> list[str]:

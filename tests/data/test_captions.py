@@ -44,15 +44,24 @@ def test_utf_8_and_marked_utf_16_are_read(data):
     [
         ("Café".encode("cp1252"), r"not UTF-8 \(byte 0xe9\)"),
         ("红苹果".encode("gbk"), r"not UTF-8 \(byte 0xba\)"),
-        ("a red apple".encode("utf-16-le"), "every other byte is 0"),
-        ("a red apple".encode("utf-16-be"), "every other byte is 0"),
-        ("a red apple".encode("utf-32"), "every other byte is 0"),
+        ("a red apple".encode("utf-16-le"), "every other byte is a control"),
+        ("a red apple".encode("utf-16-be"), "every other byte is a control"),
+        ("a red apple".encode("utf-32"), "every other byte is a control"),
+        ("красное яблоко".encode("utf-16-le"), "every other byte is a control"),
+        ("تفاحة حمراء".encode("utf-16-be"), "every other byte is a control"),
+        ("लाल सेब".encode("utf-16-le"), "every other byte is a control"),
+        ("赤いりんご".encode("iso2022_jp"), "they shift, as in ISO-2022-JP"),
+        ("빨간 사과".encode("iso2022_kr"), "they shift, as in ISO-2022-JP"),
         ("a red apple".encode("utf-16")[:-1], r"not UTF-8 \(byte 0xff\)"),
         (codecs.BOM_UTF16_LE + b"\x00\xd8a\x00", r"half a character \(U\+D800\)"),
     ],
 )
 def test_any_other_encoding_is_named_and_not_guessed(data, reason):
     assert re.search(reason, damage([decode(data)]))
+
+
+def test_a_control_or_a_tab_here_and_there_is_no_damage():
+    assert damage(["a\x01b", "\x01\x02\x03", "\t\t\t\t\t\ta cat", "a\n\n\n\nb", "a cat\0\0", "a\tcat\t1"]) == ""
 
 
 def test_only_line_ends_end_a_line():
