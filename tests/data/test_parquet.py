@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from model.config import DataConfig, ParquetSource
+from model.config import DataConfig, FolderSource, ParquetSource
 from model.data import sources
 from model.data.sources import parquet
 from model.errors import UserError
@@ -85,6 +85,39 @@ def test_what_is_set_is_not_replaced_and_what_is_not_there_is_named(here):
     assert ParquetSource(path="x").model_dump() == {
         "kind": "parquet", "path": "x", "image_column": "image", "caption_column": "caption",
     }  # fmt: skip
+
+
+def test_statistics_that_cannot_be_end_no_process(here):
+    table = pa.table({"image": STRUCT, "caption": ["one", "two"], "other": ["x", "y"]})
+    pq.write_table(table, here / "a.parquet")
+    whole = (here / "a.parquet").read_bytes()
+    for column in (b"caption", b"other"):  # whose values are said to be there always
+        head = bytes([len(column)]) + column
+        assert whole.count(b"\x25\x02\x18" + head) == 1
+        (here / "a.parquet").write_bytes(whole.replace(b"\x25\x02\x18" + head, b"\x25\x00\x18" + head))
+        if column == b"other":
+            assert [record.captions for record in records(here)] == [["one"], ["two"]]
+            continue
+        with pytest.raises(UserError, match=r"a.parquet: Definition level histogram size mismatch"):
+            records(here)
+
+
+def test_names_of_columns_are_utf_8_and_those_that_are_read_are_said_once(here):
+    pq.write_table(pa.table({"image": [ONE], "caption": ["one"]}), here / "a.parquet", store_schema=False)
+    whole = (here / "a.parquet").read_bytes()
+    (here / "a.parquet").write_bytes(whole.replace(b"caption", b"capt\xefon"))
+    with pytest.raises(UserError, match=r"a.parquet: the name of a column is not UTF-8; give it another"):
+        records(here)
+    twins = [pa.array(["0.png"]), pa.array(["one"]), pa.array(["two"]), pa.array([ONE])]
+    names = ["file_name", "text", "text", "image"]
+    pq.write_table(pa.Table.from_arrays(twins, names), here / "a.parquet")
+    with pytest.raises(UserError, match=r"data.source.caption_column: .* 2 columns are called 'text'"):
+        records(here, caption_column="text")
+    assert [record.captions for record in records(here, caption_column="file_name")] == [["0.png"]]
+    (here / "a.parquet").rename(here / "metadata.parquet")
+    write(here, {"0.png": ONE})
+    with pytest.raises(UserError, match=r"metadata.parquet: 2 columns are called 'text'; rename all but one"):
+        list(sources.iterate(FolderSource(path=str(here)), 16))
 
 
 def by_path(kind: str, names: list[str]) -> pa.Table:

@@ -5,7 +5,8 @@ folder; the caption column text, a list of it, or numbers of classes whose names
 Where a file has no column of the name that is set by default, its columns are found by type and name.
 
 A few bytes of a file can stand for gigabytes. So the sizes in the headers of pages are looked at before Arrow
-unpacks them, and rows are read so few at a time that they fit the memory even if all are the largest.
+unpacks them, and rows are read so few at a time that they fit the memory even if all are the largest. Where
+these are is read here, too: pyarrow's `RowGroupMetaData.column` ends the process over wrong statistics.
 """
 
 from __future__ import annotations
@@ -52,6 +53,9 @@ from model.data.sources.tree import Tree, Unreadable, joined, meant, open_tree
 from model.errors import UserError
 from model.plumbing import speech, storage
 
+Fields = dict[int, Any]  # of a struct of Thrift, by number
+Wanted = dict[int, Any]  # the kind of each, or for structs and lists of them what is wanted of these
+
 BATCH = 64  # rows read at a time, at most
 BATCH_BYTES = 1 << 27  # of those rows, in memory
 LARGEST_PAGE = 1 << 28  # bytes, unpacked
@@ -59,6 +63,12 @@ LARGEST_UNFOLDED = 1 << 32  # bytes of a row group's values that a dictionary st
 MOST_VALUES = 1 << 25  # of a column in a row group; lists of captions have more than there are rows
 DICTIONARY = (2, 8)  # encodings of pages that hold numbers of entries
 LONGEST_HEADER = 1 << 16  # bytes of a page's header
+BYTE, I16, I32, I64, BINARY, LIST, STRUCT = 3, 4, 5, 6, 8, 9, 12  # kinds of fields
+WIDTHS = {1: 0, 2: 0, BYTE: 1, 7: 8}  # bytes of others; 1 and 2 are true and false, 7 is a double
+# The fields that are read, by number, and their kinds: https://github.com/apache/parquet-format
+FOOTER: Wanted = {4: {1: {3: {7: I64, 9: I64, 11: I64, 12: {3: I64}}}}}
+PAGE: Wanted = {2: I32, 3: I32, 5: {1: I32, 2: I32}, 7: {1: I32}, 8: {1: I32, 4: I32}}
+DAMAGE = (LookupError, ValueError, TypeError, AttributeError, RecursionError)  # what it throws at the reader
 LONGEST_PATH = 4096  # bytes
 IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 PATH_NAMES = ("image_path", "path", "file_path", "filepath", "filename")
@@ -94,7 +104,7 @@ def iterate(
         with storage.open_read(uri) as file, _opened(file, uri, config) as (table, columns):
             count = table.metadata.num_rows
             _say(columns, said)
-            if _by_path(table.metadata, columns.image):
+            if _by_path(table.metadata, file, uri, columns.image):
                 mark = ""  # of files that nothing here tells the state of
             for record in _records(table, file, uri, columns, start):
                 yield replace(record, unit=uri, mark=mark)
@@ -131,7 +141,7 @@ def _named(config: ParquetSource, uris: list[str]) -> list[str]:
 def names_pictures(config: ParquetSource, uri: str) -> bool:
     """Whether rows of a file name pictures that lie beside it, all or some."""
     with storage.open_read(uri) as file, _opened(file, uri, config) as (table, columns):
-        return _by_path(table.metadata, columns.image)
+        return _by_path(table.metadata, file, uri, columns.image)
 
 
 def _marks(config: ParquetSource) -> list[tuple[str, str]]:
@@ -234,15 +244,21 @@ def _opened(file: BinaryIO, uri: str, config: ParquetSource) -> Iterator[tuple[p
 def _explained(where: str) -> Iterator[None]:
     try:
         yield
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: the name of a column is not UTF-8; give it another") from None
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{where}: {' '.join(str(error).split())}") from None
 
 
 def _table(file: BinaryIO, metadata: pq.FileMetaData, texts: list[str]) -> pq.ParquetFile:
-    paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
     # Read as numbers into a dictionary, a value that is said a thousand times is held once.
-    shared = [path for path in paths if any(_of(path, name) for name in texts)]
+    shared = [path for path in _leaves(metadata) if any(_of(path, name) for name in texts)]
     return pq.ParquetFile(file, metadata=metadata, read_dictionary=shared, buffer_size=storage.READ_AHEAD)
+
+
+def _leaves(metadata: pq.FileMetaData) -> list[str]:
+    """Paths of what columns are made of, in the order of a row group's chunks."""
+    return [metadata.schema.column(number).path for number in range(metadata.num_columns)]
 
 
 def _of(path: str, column: str) -> bool:
@@ -288,6 +304,7 @@ def _columns(schema: pa.Schema, uri: str, config: ParquetSource) -> Columns:
             raise UserError(
                 f"data.source.{field}: {uri} has no column '{column}'; it has {', '.join(map(shown, types))}"
             )
+        _refuse_twins(schema, f"data.source.{field}: {uri}", column)
         found[field] = column
     image, caption = found.values()
     is_class = not _is_text(types[caption]) and _is(features.get(caption), "ClassLabel")
@@ -297,6 +314,12 @@ def _columns(schema: pa.Schema, uri: str, config: ParquetSource) -> Columns:
         what = "names of classes" if classes else "captions"
         chosen = f"pictures are in the column '{shown(image)}', {what} in '{shown(caption)}'"
     return Columns(image, caption, classes, chosen)
+
+
+def _refuse_twins(schema: pa.Schema, where: str, column: str) -> None:
+    """Refuse a name that several columns have: nothing says which is meant."""
+    if (count := schema.names.count(column)) > 1:
+        raise UserError(f"{where}: {count} columns are called '{shown(column)}'; rename all but one")
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:
@@ -360,21 +383,15 @@ def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def _by_path(metadata: pq.FileMetaData, image: str) -> bool:
+def _by_path(metadata: pq.FileMetaData, file: BinaryIO, where: str, image: str) -> bool:
     """Whether rows name files, all or some."""
     kind = metadata.schema.to_arrow_schema().field(image).type
     if _is_text(kind):
         return True
     if not _is_struct(kind):
         return False
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        for place in range(group.num_columns):
-            leaf = group.column(place)
-            nulls = leaf.statistics.null_count if leaf.statistics else 0
-            if leaf.path_in_schema == f"{image}.bytes" and nulls:
-                return True
-    return False
+    chunks = chain.from_iterable(_chunks(metadata, file, where))
+    return any(chunk.path == f"{image}.bytes" and chunk.nulls for chunk in chunks)
 
 
 # ── rows ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -386,14 +403,17 @@ def rows(
     """Rows from number `start` on, as the scalars of the wanted columns.
 
     Raises:
-        UserError: a page, or a column of a row group, is larger than can be read.
+        UserError: a page, or a column of a row group, is larger than can be read; two columns share a name.
     """
-    for group in range(table.metadata.num_row_groups):
+    for column in columns:
+        _refuse_twins(table.schema_arrow, where, column)
+    for group, chunks in enumerate(_chunks(table.metadata, file, where)):
         count = table.metadata.row_group(group).num_rows
         if start >= count:
             start -= count
             continue
-        batch_rows = _rows_at_once(table.metadata.row_group(group), file, where, columns)
+        read = [chunk for chunk in chunks if any(_of(chunk.path, column) for column in columns)]
+        batch_rows = _rows_at_once(read, file, where)
         for batch in table.iter_batches(batch_rows, row_groups=[group], columns=columns):
             first, start = min(start, len(batch)), max(0, start - len(batch))
             for row in zip(*(batch.column(name)[first:] for name in columns), strict=True):
@@ -482,31 +502,57 @@ def _buffer(scalar: pa.Scalar) -> pa.Buffer | None:
 # ── pages ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _rows_at_once(group: pq.RowGroupMetaData, file: BinaryIO, where: str, columns: list[str]) -> int:
-    """How many rows of a group fit the memory, from the headers of its pages."""
+class Chunk(NamedTuple):
+    """The values of a leaf in a row group."""
+
+    path: str  # of the leaf
+    at: int  # where its pages begin
+    end: int
+    nulls: int  # how many of them are none, as far as that is said
+
+
+def _chunks(metadata: pq.FileMetaData, file: BinaryIO, where: str) -> list[list[Chunk]]:
+    """The chunks of each row group, from the footer of a file that Arrow has opened."""
+    leaves = _leaves(metadata)
+    file.seek(-8, os.SEEK_END)
+    length = int.from_bytes(file.read(4), "little")
+    file.seek(-8 - length, os.SEEK_END)
+    try:
+        groups = (group[1] for group in _struct(file.read(length), FOOTER)[0][4])
+        return [[_chunk(path, one[3]) for path, one in zip(leaves, group, strict=True)] for group in groups]
+    except DAMAGE:
+        raise UserError(f"{where}: the footer is damaged") from None
+
+
+def _chunk(path: str, said: Fields) -> Chunk:
+    size, data, dictionary = said[7], said[9], said.get(11, 0)
+    at = dictionary if 0 < dictionary < data else data
+    if min(at, size) < 0:
+        raise ValueError
+    return Chunk(path, at, at + size, said.get(12, {}).get(3, 0))
+
+
+def _rows_at_once(chunks: list[Chunk], file: BinaryIO, where: str) -> int:
+    """How many rows of a group fit the memory, from the headers of the pages of these chunks."""
     largest = 1.0  # bytes of a value
-    for number in range(group.num_columns):
-        chunk = group.column(number)
-        if not any(_of(chunk.path_in_schema, column) for column in columns):
-            continue
+    for chunk in chunks:
         values, entries, unfolded = 0, 0.0, 0.0
-        at = min(o for o in (chunk.dictionary_page_offset, chunk.data_page_offset) if o)
-        end = at + chunk.total_compressed_size
-        while at < end:
+        at = chunk.at
+        while at < chunk.end:
             file.seek(at)
             try:
-                page, length = _header(file.read(LONGEST_HEADER))
+                page, length = _struct(file.read(LONGEST_HEADER), PAGE)
                 size, packed = page[2], page[3]
                 kind = next(kind for kind in (5, 7, 8) if kind in page)  # data, dictionary, data v2
                 held = page[kind][1]
                 if min(size, packed, held) < 0:
                     raise ValueError
-            except (LookupError, ValueError, TypeError, RecursionError, StopIteration):
+            except (*DAMAGE, StopIteration):
                 raise UserError(f"{where}: the header of a page is damaged") from None
             values += held
             if size > LARGEST_PAGE or values > MOST_VALUES:
                 raise UserError(
-                    f"{where}: column {chunk.path_in_schema} has a page of {size:,} bytes, {values:,} values;"
+                    f"{where}: column {chunk.path} has a page of {size:,} bytes, {values:,} values;"
                     f" at most {LARGEST_PAGE:,} and {MOST_VALUES:,} are read, write it in smaller row groups"
                 )
             if kind == 7:
@@ -515,7 +561,7 @@ def _rows_at_once(group: pq.RowGroupMetaData, file: BinaryIO, where: str, column
                 unfolded += held * entries
             if unfolded > LARGEST_UNFOLDED:
                 raise UserError(
-                    f"{where}: column {chunk.path_in_schema} stands for {unfolded:,.0f} bytes, more than the"
+                    f"{where}: column {chunk.path} stands for {unfolded:,.0f} bytes, more than the"
                     f" {LARGEST_UNFOLDED:,} that are read; write it without dictionary"
                 )
             largest = max(largest, size if kind == 7 else size / max(1, held))
@@ -523,11 +569,11 @@ def _rows_at_once(group: pq.RowGroupMetaData, file: BinaryIO, where: str, column
     return max(1, min(BATCH, int(BATCH_BYTES / largest)))
 
 
-def _header(data: bytes) -> tuple[dict[int, Any], int]:
-    """The header of a page: fields by number, and its length in bytes.
+def _struct(data: bytes, wanted: Wanted) -> tuple[Fields, int]:
+    """The wanted fields of a struct, by number, and its length in bytes.
 
-    Thrift's compact protocol, as far as headers need it:
-    https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md
+    A field that is not of the wanted kind is passed over, as by Arrow. Thrift's compact protocol, as far as
+    Parquet needs it: https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md
     """
     at = 0
 
@@ -538,35 +584,47 @@ def _header(data: bytes) -> tuple[dict[int, Any], int]:
 
     def number() -> int:
         value = shift = 0
-        while True:
+        while shift < 64:
             part = byte()
             value |= (part & 127) << shift
             shift += 7
             if part < 128:
                 return value
+        raise ValueError("no number is as long")
 
     def signed() -> int:
         value = number()
         return (value >> 1) ^ -(value & 1)
 
-    def struct() -> dict[int, Any]:
-        nonlocal at
-        fields: dict[int, Any] = {}
+    def struct(wanted: Wanted) -> Fields:
+        fields: Fields = {}
         last = 0
         while head := byte():
             last = last + (head >> 4) if head >> 4 else signed()
-            kind = head & 15
-            if kind in (1, 2):
-                fields[last] = kind == 1
-            elif kind in (4, 5, 6):
-                fields[last] = signed()
-            elif kind == 8:
-                length = number()  # moves `at` as well
-                at += length
-            elif kind == 12:
-                fields[last] = struct()
-            else:
-                raise ValueError(f"no header has a field of kind {kind}")
+            kind, want = head & 15, wanted.get(last)
+            fits = kind in (LIST, STRUCT) if isinstance(want, dict) else kind == want
+            found = value(kind, want if isinstance(want, dict) else {})
+            if fits and last in fields:
+                raise ValueError("a field comes twice")
+            if fits:
+                fields[last] = found
         return fields
 
-    return struct(), at
+    def value(kind: int, wanted: Wanted) -> Any:
+        nonlocal at
+        if kind in (I16, I32, I64):
+            return signed()
+        if kind == STRUCT:
+            return struct(wanted)
+        if kind == LIST:
+            head = byte()
+            count = number() if head >> 4 == 15 else head >> 4
+            kind = max(head & 15, BYTE)  # in a list true and false are bytes
+            return [value(kind, wanted) for _ in range(count)]
+        if kind not in WIDTHS and kind != BINARY:
+            raise ValueError(f"no field is of kind {kind}")
+        width = number() if kind == BINARY else WIDTHS[kind]  # moves `at` as well
+        at += width
+        return None
+
+    return struct(wanted), at
