@@ -408,6 +408,12 @@ def test_what_is_remembered_is_recognised_and_listed_once(root, monkeypatch):
         recognise(root)
 
 
+def test_a_folder_whose_name_is_not_utf_8_is_refused(here):
+    put(f"{here}/d\udcff", PICTURES | beside(".txt"))
+    with pytest.raises(UserError, match=r"^data: the name .*d\udcff is not UTF-8; rename it$"):
+        recognise(f"{here}/d\udcff")
+
+
 def test_who_need_not_reach_s3_does_not_ask_it(monkeypatch):
     monkeypatch.setattr(tree, "S3Tree", None)
     assert recognise("s3://b/folder", look=False) == {"kind": "folder", "path": "s3://b/folder"}

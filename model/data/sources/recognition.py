@@ -132,6 +132,8 @@ def recognise(uri: str, look: bool = True) -> Values | None:
     uri = uri.strip()
     if not uri:
         return None
+    if any("\ud800" <= letter <= "\udfff" for letter in uri):  # no config can hold it
+        raise UserError(f"data: the name {uri} is not UTF-8; rename it")
     if uri in DRAWN:
         return {"kind": uri}
     if by_name := BY_SUFFIX.get(suffix(uri)):
