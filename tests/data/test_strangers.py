@@ -325,6 +325,14 @@ def test_captions_of_a_text_are_those_of_its_json_where_it_says_the_same(store, 
     assert captions(made) == [["first line second line"], ["one", "two", "three"], ["one caption"]]
 
 
+def test_metadata_behind_all_captions_are_no_bad_pictures(store, here):
+    pictures, texts = zip(*(sample(f"{n}", n) for n in range(9)), strict=True)
+    made = shard(here / "0.tar", [*pictures, *texts, *((f"{n}.json", b'{"width": 8}') for n in range(9))])
+    assert len(captions(made)) == 9
+    assert quarantine(made) == {}
+    assert made.info["others"] == {"texts of complete samples": 9}
+
+
 def test_json_that_cannot_be_read_names_its_picture(store, here):
     made = shard(here / "0.tar", [*sample("a", 1), *sample("b", 2), ("b.json", b"[" * 10**6)])
     assert captions(made) == [["cap 1"]]
