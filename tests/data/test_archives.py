@@ -340,6 +340,24 @@ def test_damage_is_quarantined_and_the_rest_is_used(pack, here, store):
     assert 15 < made.info["read"] - made.info["quarantined"] < 40
 
 
+@pytest.mark.parametrize("pack", [tar, zipped])
+def test_names_that_no_file_can_have_cost_themselves_alone(pack, here):
+    odd = {"n" * 252 + ".png": picture(7), "set/0.png/x.png": picture(8), "set": b"a file and a folder"}
+    found = records(pack(here / "a.tar.gz", {**files(), **odd}))
+    assert sorted(record.captions for record in found if not record.problem) == TOLD
+    assert {record.key: record.problem for record in found if record.problem} == {
+        "n" * 252 + ".png": "cannot be written: File name too long",
+        "set/0.png/x.png": "cannot be written: File exists",
+        "set": "cannot be written: Is a directory",
+    }
+
+
+def test_a_zip_of_a_file_without_name_is_refused(here):
+    path = zipped(here / "a.zip", {"\1.png": picture(1)})
+    path.write_bytes(path.read_bytes().replace(b"\1.png", b"\0.png"))
+    assert "has a file '', which lies outside of it" in refused(path)
+
+
 def test_a_pipe_is_no_archive(here):
     os.mkfifo(here / "a.zip")
     assert "is not a regular file" in refused(here / "a.zip")

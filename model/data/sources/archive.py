@@ -58,7 +58,7 @@ UTF_8 = 0x800  # a flag, too: of names
 MS_DOS = 0  # the system of programs that write \ between folders
 BAD_ZIP = (  # what a damaged one throws
     *(zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError),
-    *(OverflowError, struct.error),
+    *(OverflowError, LookupError, struct.error),
 )
 
 
@@ -205,7 +205,7 @@ def _zip(stream: BinaryIO, writer: Writer) -> None:
     try:
         with zipfile.ZipFile(_Bounded(stream)) as archive:
             members = sorted(archive.infolist(), key=lambda member: member.header_offset)
-            members = [member for member in members if not member.is_dir()]
+            members = [member for member in members if not member.filename.endswith("/")]
             _check(members, writer)
             writer.announce(len(members), sum(member.file_size for member in members))
             for member in members:

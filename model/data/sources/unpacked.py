@@ -8,6 +8,7 @@ from its bytes. (Archives often give all members one time, and a corrected capti
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import zlib
@@ -35,6 +36,8 @@ SPARE = 1 << 30  # bytes of the disk that stay free
 BLOCK = 1 << 12  # bytes that a file takes at least
 STEP = 1 << 27  # bytes between two looks at the disk, at most
 MOST_BAD = 1000  # damaged files; with more an archive is refused
+# What is wrong with a file's name alone: too long, or one is a file and a folder.
+ODD_NAME = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 LATEST = 1 << 33  # seconds since 1970; a later time of change is none
 
 
@@ -82,7 +85,7 @@ class Writer:
         return None if any(part.startswith(".") for part in parts) else self.folder.joinpath(*parts)
 
     def write(self, name: str, parts: Iterable[bytes], seconds: float) -> None:
-        """One file.
+        """One file; one that no file can be beside the others is damaged.
 
         Args:
             name: relative to the folder.
@@ -99,7 +102,11 @@ class Writer:
             path.unlink(missing_ok=True)  # the last one of a name counts, as for tar
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         except (OSError, ValueError) as error:
-            raise self._failed(name, error) from None
+            reason = getattr(error, "strerror", "no file can have this name")
+            if isinstance(error, OSError) and error.errno not in ODD_NAME:
+                raise self._failed(name, error) from None
+            self.damaged(name, f"cannot be written: {reason}")
+            return
         self._count(BLOCK)
         check, size = 0, 0
         try:
@@ -182,9 +189,8 @@ class Writer:
         self.room(wanted)
         self._granted = wanted
 
-    def _failed(self, name: str, error: Exception) -> UserError:
-        reason = getattr(error, "strerror", "") or "no file can have this name"
-        return UserError(f"{self.where}: '{shown(name)}' cannot be written: {reason}")
+    def _failed(self, name: str, error: OSError) -> UserError:
+        return UserError(f"{self.where}: '{shown(name)}' cannot be written: {error.strerror}")
 
 
 @dataclass(frozen=True)
