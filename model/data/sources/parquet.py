@@ -63,10 +63,14 @@ LARGEST_UNFOLDED = 1 << 32  # bytes of a row group's values that a dictionary st
 MOST_VALUES = 1 << 25  # of a column in a row group; lists of captions have more than there are rows
 DICTIONARY = (2, 8)  # encodings of pages that hold numbers of entries
 LONGEST_HEADER = 1 << 16  # bytes of a page's header
+TAIL = 1 << 16  # bytes of a file's end, with most footers in it
+LARGEST_FOOTER = 1 << 24  # bytes
+SMALL_FOOTER = 1 << 20  # bytes of one whose parts need not be counted
+MOST_PARTS = 1 << 20  # schema's elements and chunks, for each of which Arrow takes up to 700 bytes
 BYTE, I16, I32, I64, BINARY, LIST, STRUCT = 3, 4, 5, 6, 8, 9, 12  # kinds of fields
 WIDTHS = {1: 0, 2: 0, BYTE: 1, 7: 8}  # bytes of others; 1 and 2 are true and false, 7 is a double
 # The fields that are read, by number, and their kinds: https://github.com/apache/parquet-format
-FOOTER: Wanted = {4: {1: {3: {7: I64, 9: I64, 11: I64, 12: {3: I64}}}}}
+FOOTER: Wanted = {2: {}, 4: {1: {3: {7: I64, 9: I64, 11: I64, 12: {3: I64}}}}}
 PAGE: Wanted = {2: I32, 3: I32, 5: {1: I32, 2: I32}, 7: {1: I32}, 8: {1: I32, 4: I32}}
 DAMAGE = (LookupError, ValueError, TypeError, AttributeError, RecursionError)  # what it throws at the reader
 LONGEST_PATH = 4096  # bytes
@@ -228,14 +232,14 @@ def _files(config: ParquetSource) -> list[str]:
 def opened(file: BinaryIO, where: str, texts: list[str]) -> Iterator[pq.ParquetFile]:
     """A Parquet file; `texts` are columns of short texts that repeat."""
     with _explained(where):
-        yield _table(file, pq.read_metadata(file), texts)
+        yield _table(file, _metadata(file, where), texts)
 
 
 @contextmanager
 def _opened(file: BinaryIO, uri: str, config: ParquetSource) -> Iterator[tuple[pq.ParquetFile, Columns]]:
     """A file, and its columns that are wanted."""
     with _explained(f"data.source.path: {uri}"):
-        metadata = pq.read_metadata(file)
+        metadata = _metadata(file, uri)
         columns = _columns(metadata.schema.to_arrow_schema(), uri, config)
         yield _table(file, metadata, [columns.caption]), columns
 
@@ -511,14 +515,45 @@ class Chunk(NamedTuple):
     nulls: int  # how many of them are none, as far as that is said
 
 
+def _metadata(file: BinaryIO, where: str) -> pq.FileMetaData:
+    """What Arrow makes of a file's footer.
+
+    Raises:
+        UserError: that would take too much of the memory.
+    """
+    if len(footer := _footer(file, where)) > SMALL_FOOTER:
+        try:
+            said, _ = _struct(footer, FOOTER)
+            parts = len(said[2]) + sum(len(group[1]) for group in said[4])
+        except DAMAGE:
+            raise UserError(f"{where}: the footer is damaged") from None
+        if parts > MOST_PARTS:
+            raise UserError(
+                f"{where}: the footer tells of {parts:,} columns and pieces of columns, more than the"
+                f" {MOST_PARTS:,} that are read; write it in larger row groups"
+            )
+    return pq.read_metadata(file)
+
+
+def _footer(file: BinaryIO, where: str) -> bytes:
+    """The bytes of a footer, as far as they are there. Raises UserError: they are too many."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - TAIL))  # as Arrow does: from S3 it comes once for both
+    tail = file.read(TAIL)
+    length = int.from_bytes(tail[-8:-4], "little")
+    if LARGEST_FOOTER < length < size:
+        raise UserError(f"{where}: its footer has {too_large(length, LARGEST_FOOTER)}")
+    if len(tail) < length + 8 <= size:
+        file.seek(size - 8 - length)
+        tail = file.read(length + 8)
+    return tail[-8 - length : -8]
+
+
 def _chunks(metadata: pq.FileMetaData, file: BinaryIO, where: str) -> list[list[Chunk]]:
     """The chunks of each row group, from the footer of a file that Arrow has opened."""
     leaves = _leaves(metadata)
-    file.seek(-8, os.SEEK_END)
-    length = int.from_bytes(file.read(4), "little")
-    file.seek(-8 - length, os.SEEK_END)
     try:
-        groups = (group[1] for group in _struct(file.read(length), FOOTER)[0][4])
+        groups = (group[1] for group in _struct(_footer(file, where), FOOTER)[0][4])
         return [[_chunk(path, one[3]) for path, one in zip(leaves, group, strict=True)] for group in groups]
     except DAMAGE:
         raise UserError(f"{where}: the footer is damaged") from None
