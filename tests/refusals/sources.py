@@ -237,6 +237,30 @@ def table(columns: Callable[[Any], dict[str, Any]], **options: Any) -> Make:
     return parquet(write)
 
 
+def spoilt(make: Make, old: bytes, new: bytes) -> Make:
+    """A file, some bytes of which are others."""
+
+    def change(root: Path) -> str:
+        path = Path(make(root) or root)
+        assert old in path.read_bytes()
+        path.write_bytes(path.read_bytes().replace(old, new))
+        return str(path)
+
+    return change
+
+
+def columns(*names: str) -> Callable[[Path], object]:
+    """A parquet file of such columns of text."""
+
+    def write(path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_arrays([pa.array(["0.png"])] * len(names), names), path)
+
+    return write
+
+
 def shared(pa: Any, column: str) -> dict[str, Any]:
     """Five hundred rows, one of whose columns says the same 100 MB each time."""
     value = pa.DictionaryArray.from_arrays(pa.array([0] * 500, pa.int32()), pa.array([b"x" * (100 << 20)]))
@@ -255,6 +279,14 @@ def footer(data: bytes, length: int | None = None) -> bytes:
     """A parquet file of nothing but this footer."""
     size = len(data) if length is None else length
     return b"PAR1" + data + struct.pack("<I", size) + b"PAR1"
+
+
+def pieces(groups: int, each: int) -> bytes:
+    """A footer of row groups, each of so many columns' chunks that are told in three bytes each."""
+    schema = b"\x2c" + b"\x48\1r\x15\2\0" + b"\x15\x0c\x25\2\x18\5image\0"
+    count = bytes([each & 127 | 128, each >> 7 & 127 | 128, each >> 14])
+    group = b"\x19\xfc" + count + b"\x26\0\0" * each + b"\x16\0\x16\2\0"
+    return b"\x15\2\x19" + schema + b"\x16\2\x19" + bytes([groups << 4 | 12]) + group * groups + b"\0"
 
 
 def levels(root: Path) -> None:
@@ -286,6 +318,7 @@ def named(data: str) -> Make:
     return lambda root: data
 
 
+GOOD = {"good.png": picture(1), "good.txt": b"a picture"}
 ICC = chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1 << 28), 9))
 TEXT = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(60 << 20), 9))
 EXIF = chunk(b"eXIf", b"MM\0*\0\0\0\x08" + b"\xff\xff" + b"\x01\x12\0\x02\xff\xff\xff\xff\0\0\0\x08" * 1000)
@@ -346,6 +379,13 @@ SOURCES: dict[str, Make] = {
     "captions of 9 MB": folder({"p.png": picture(9), "p.txt": "x" * (9 << 20)}),
     "captions that are not UTF-8": folder({"p.png": picture(9), "p.txt": b"caf\xe9"}),
     "captions of nothing but NUL": folder({"p.png": picture(9), "p.txt": bytes(1000)}),
+    "captions in UTF-16 without a mark": folder(
+        {"p.png": picture(9), "p.txt": "красное яблоко".encode("utf-16-le")}
+    ),
+    "captions in ISO-2022-JP": folder({"p.png": picture(9), "p.txt": "赤いりんご".encode("iso2022_jp")}),
+    "a list in Parquet that says captions twice": folder(
+        metadata_parquet=columns("file_name", "text", "text")
+    ),
     "names that break lines": folder({"a\n\x1b[31m.png": b"x", "a\n\x1b[31m.txt": "x"}),
     # ── pictures
     "a PNG of 4 billion pixels": bad(png(65535, 65535, rows=b"")),
@@ -394,6 +434,7 @@ SOURCES: dict[str, Make] = {
     "a parquet file of nothing": alone("a.parquet", b"PAR1PAR1"),
     "a parquet file whose footer is 2 GiB": alone("a.parquet", footer(b"x", 2**31 - 1)),
     "a parquet file whose footer is noise": alone("a.parquet", footer(bytes(range(256)) * 64)),
+    "a parquet file of two million pieces": alone("a.parquet", footer(pieces(2, 10**6))),
     "a parquet file that is encrypted": alone("a.parquet", b"PARE" + bytes(100) + b"\x32\0\0\0PARE"),
     "a parquet file of a page of 300 MiB": table(
         lambda pa: {"image": pa.array([bytes(300 << 20)], pa.binary()), "caption": ["x"]},
@@ -413,6 +454,15 @@ SOURCES: dict[str, Make] = {
     "pictures that are somebody else's": table(lambda pa: {"image": ["/etc/passwd"], "caption": ["x"]}),
     "pictures that lead out": table(lambda pa: {"image": ["../../../etc/passwd"], "caption": ["x"]}),
     "columns that break lines": table(lambda pa: {"a\n\x1b[31m": ["x"], "b\nc": ["y"]}),
+    "columns that are not UTF-8": spoilt(
+        table(lambda pa: {"image": [picture(1)], "caption": ["x"]}, store_schema=False),
+        b"caption", b"capt\xefon",
+    ),
+    "two columns of one name": parquet(columns("image", "image", "caption")),
+    "statistics that cannot be": spoilt(  # the column is said to have a value in each row
+        table(lambda pa: {"image": [picture(1)], "caption": ["x"]}),
+        b"\x25\x02\x18\x07caption", b"\x25\x00\x18\x07caption",
+    ),
     "columns of numbers": table(lambda pa: {"image": [1, 2], "caption": [3.0, 4.0]}),
     "a parquet file without rows": table(
         lambda pa: {"image": pa.array([], pa.binary()), "caption": pa.array([], pa.string())}
@@ -427,6 +477,11 @@ SOURCES: dict[str, Make] = {
     ),
     "a zip that leads out": alone("a.zip", zipped({"../outside.png": picture(1)})),
     "a zip of names that break lines": alone("a.zip", zipped({"../a\n\x1b[31m.png": picture(1)})),
+    "a zip of a file without name": spoilt(
+        alone("a.zip", zipped({"\1.png": picture(1)})), b"\1.png", b"\0.png"
+    ),
+    "a zip of a name that is too long": alone("a.zip", zipped(GOOD | {f"{'n' * 252}.png": picture(1)})),
+    "a zip of a file that is a folder": alone("a.zip", zipped(GOOD | {"a": b"x", "a/b.png": picture(1)})),
     "a zip that is encrypted": alone("a.zip", encrypted()),
     "a zip of folders within folders": alone("a.zip", zipped({"d/" * 1500 + "x.png": picture(1)})),
     "a zip in a zip": alone("a.zip", zipped({"b.zip": zipped({"c.png": picture(1)})})),
@@ -445,6 +500,7 @@ SOURCES: dict[str, Make] = {
     "a bucket of no name": named("s3://"),
     "a name without end": named("/tmp/" + "x" * 10**5),
     "a name of half characters": named("/tmp/\udcff\ud800"),
+    "a folder whose name is not UTF-8": lambda root: folder()(root / "d\udcff") or str(root / "d\udcff"),
     "a name that breaks lines": named("/tmp/a\n\x1b[31mb"),
     "a name of stars": named("/tmp/" + "*" * 100 + ".tar"),
 }  # fmt: skip

@@ -239,7 +239,7 @@ def opened(file: BinaryIO, where: str, texts: list[str]) -> Iterator[pq.ParquetF
 def _opened(file: BinaryIO, uri: str, config: ParquetSource) -> Iterator[tuple[pq.ParquetFile, Columns]]:
     """A file, and its columns that are wanted."""
     with _explained(f"data.source.path: {uri}"):
-        metadata = _metadata(file, uri)
+        metadata = _metadata(file, f"data.source.path: {uri}")
         columns = _columns(metadata.schema.to_arrow_schema(), uri, config)
         yield _table(file, metadata, [columns.caption]), columns
 
