@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from itertools import accumulate, chain, groupby, islice
 from typing import Any, BinaryIO, NamedTuple
 
@@ -523,7 +523,7 @@ def _metadata(file: BinaryIO, where: str) -> pq.FileMetaData:
     """
     if len(footer := _footer(file, where)) > SMALL_FOOTER:
         try:
-            said, _ = _struct(footer, FOOTER)
+            said = _told(footer)
             parts = len(said[2]) + sum(len(group[1]) for group in said[4])
         except DAMAGE:
             raise UserError(f"{where}: the footer is damaged") from None
@@ -549,11 +549,16 @@ def _footer(file: BinaryIO, where: str) -> bytes:
     return tail[-8 - length : -8]
 
 
+@lru_cache(maxsize=1)  # a look opens a file for each of its row groups
+def _told(footer: bytes) -> Fields:
+    return _struct(footer, FOOTER)[0]
+
+
 def _chunks(metadata: pq.FileMetaData, file: BinaryIO, where: str) -> list[list[Chunk]]:
     """The chunks of each row group, from the footer of a file that Arrow has opened."""
     leaves = _leaves(metadata)
     try:
-        groups = (group[1] for group in _struct(_footer(file, where), FOOTER)[0][4])
+        groups = (group[1] for group in _told(_footer(file, where))[4])
         return [[_chunk(path, one[3]) for path, one in zip(leaves, group, strict=True)] for group in groups]
     except DAMAGE:
         raise UserError(f"{where}: the footer is damaged") from None
