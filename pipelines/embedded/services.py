@@ -60,7 +60,8 @@ def services(state_dir: str | Path) -> Iterator[dict[str, str]]:
         if needs_s3 or needs_mlflow:
             say(_past_proxies())
         if needs_mlflow:
-            say(_forgotten("MLFLOW_", but=MLFLOW_TO_S3))
+            # What ~/.netrc says of any host, or of this one, goes before the password that is given.
+            say({**_forgotten("MLFLOW_", but=MLFLOW_TO_S3), "NETRC": os.devnull})
         say({**MLFLOW_SETTINGS, "LATENT_GPT_CACHE": environment.CACHE.get() or str(state / "cache")})
         if needs_s3:
             say(_forgotten("AWS_", *MLFLOW_TO_S3))
@@ -166,7 +167,7 @@ class _Used:
         command, changes = self.server.command(self.folder, ports)
         described = {"name": self.server.name, "ports": ports, "command": command}
         write_secret(self.folder / "server.json", json.dumps(described, indent=2))
-        surroundings = {**os.environ, "PWD": str(self.folder), **changes}
+        surroundings = {**os.environ, **environment.imports_as_we_do(), "PWD": str(self.folder), **changes}
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb" if self._starts == 1 else "ab") as log:
             self._keeper = subprocess.Popen(

@@ -263,6 +263,8 @@ def test_what_is_started_is_reached_whatever_the_environment_says_of_others(
     elsewhere = tmp_path / ".seaweedfs" / "security.toml"
     elsewhere.parent.mkdir()
     elsewhere.write_text('[jwt.signing]\nkey = "of another cluster"\n')
+    (tmp_path / "model.py").write_text("raise SystemExit('the module of somebody else')\n")
+    (tmp_path / ".netrc").write_text("default login me password of-another-server\n")
     said = {
         "AWS_PROFILE": "work",
         "AWS_CONFIG_FILE": str(config),
@@ -275,6 +277,8 @@ def test_what_is_started_is_reached_whatever_the_environment_says_of_others(
         "MLFLOW_REGISTRY_URI": nobody,
         "MLFLOW_S3_ENDPOINT_URL": nobody,
         "MLFLOW_TRACKING_TOKEN": "of another server",
+        "NETRC": str(tmp_path / ".netrc"),
+        "PYTHONPATH": str(tmp_path),
         "WEED_JWT_SIGNING_KEY": "of another cluster",
     }
     for name, value in said.items():
@@ -288,6 +292,7 @@ def test_what_is_started_is_reached_whatever_the_environment_says_of_others(
         names = storage.list_sizes("s3://latent-gpt/mlflow")
         assert [name.rpartition("/")[2] for name in names] == ["hello.txt"]
         assert environment["NO_PROXY"] == "intranet.example,127.0.0.1"
+        assert environment["NETRC"] == os.devnull
     assert {name: os.environ[name] for name in said} == said
 
 
