@@ -67,10 +67,11 @@ def options(
 def main() -> None:
     """Entry point: a `UserError` is one line and status 2; `--debug` keeps the stack trace.
 
-    Under a locale of another encoding it begins anew in Python's UTF-8 mode, which children inherit.
+    Where the locale or PYTHONIOENCODING names another encoding it begins anew in Python's UTF-8 mode, which
+    children inherit.
     """
     if not environment.speaks_utf8():
-        environment.put({"PYTHONUTF8": "1"})
+        environment.speak_utf8()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     if "--debug" in sys.argv:
         sys.argv = [argument for argument in sys.argv if argument != "--debug"]

@@ -116,7 +116,7 @@ def generate(
             " the model registered last."
         ),
     ] = "",
-    num_images: Annotated[int, typer.Option(min=1)] = 1,
+    num_images: Annotated[int, typer.Option(min=1, max=10_000)] = 1,
     size: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(min=1, max=4096, help="Side in pixels, enlarged; left out, as the model draws."),

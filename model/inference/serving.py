@@ -94,8 +94,8 @@ class TextToImage(PythonModel):
             raise MlflowException.invalid_parameter_value(str(error)) from None
 
     def _predict(self, prompts: list[str], given: dict[str, Any]) -> pd.DataFrame:
-        seed, count = int(given.pop("seed", 0)), int(given.pop("num_images", 1))
-        if count < 1 or count * len(prompts) > MAX_IMAGES:
+        seed, count = _whole(given, "seed", 0), _whole(given, "num_images", 1)
+        if not 1 <= count * len(prompts) <= MAX_IMAGES:
             raise UserError(
                 f"num_images {count} for {len(prompts)} prompts; 1 to {MAX_IMAGES} pictures at once"
             )
@@ -122,6 +122,14 @@ def _prompts(column: Iterable[Any]) -> list[str]:
         if not isinstance(prompt, str):
             raise UserError(f"prompt is {json.dumps(prompt, default=str)}; it must be text")
     return prompts
+
+
+def _whole(given: dict[str, Any], name: str, left_out: int) -> int:
+    """A parameter, which is taken out. Raises UserError: it is null, which MLflow lets through."""
+    value = given.pop(name, left_out)
+    if value is None:
+        raise UserError(f"{name} is null; it must be a whole number")
+    return int(value)
 
 
 def signature() -> ModelSignature:

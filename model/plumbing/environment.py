@@ -10,6 +10,7 @@ import locale
 import math
 import os
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -304,7 +305,15 @@ def ranks_here() -> int:
 
 def speaks_utf8() -> bool:
     """Whether text goes to files, children and people as UTF-8, or was told to and cannot."""
-    return locale.getpreferredencoding(False).lower() == "utf-8" or os.environ.get("PYTHONUTF8") == "1"
+    told = os.environ.get("PYTHONUTF8") == "1" and "PYTHONIOENCODING" not in os.environ
+    written = getattr(sys.stdout, "encoding", None) or "utf-8"  # it may be closed
+    return told or {locale.getpreferredencoding(False).lower(), written.lower()} == {"utf-8"}
+
+
+def speak_utf8() -> None:
+    """Say so to every Python that is started from here on."""
+    os.environ["PYTHONUTF8"] = "1"
+    os.environ.pop("PYTHONIOENCODING", None)
 
 
 def under_torchrun() -> bool:

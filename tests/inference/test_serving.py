@@ -69,6 +69,7 @@ def test_settings_change_the_picture(model: serving.TextToImage) -> None:
         ("", {}, "empty"),
         (PROMPT, {"num_images": 65}, "1 to 64 pictures"),
         (PROMPT, {"num_images": 0}, "1 to 64 pictures"),
+        (PROMPT, {"num_images": -1}, "1 to 64 pictures"),
         (PROMPT, {"top_p": 2.0}, r"top_p is 2\.0"),
     ],
 )
@@ -124,6 +125,26 @@ def test_a_prompt_that_is_no_text_is_refused(
 ) -> None:
     with pytest.raises(MlflowException, match=f"prompt is {said}; it must be text") as refused:
         answered(model, prompts)
+    assert refused.value.get_http_status_code() == 400
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        ({"inputs": {"prompt": []}}, "num_images 1 for 0 prompts; 1 to 64 pictures at once"),
+        (
+            {"inputs": {"prompt": [PROMPT]}, "params": {"seed": None}},
+            "seed is null; it must be a whole number",
+        ),
+        ({"inputs": {"prompt": [PROMPT]}, "params": {"num_images": None}}, "num_images is null"),
+        ({"inputs": {"prompt": [PROMPT]}, "params": {"top_k": None}}, "sampling: top_k is None"),
+    ],
+)
+def test_a_request_for_nothing_is_refused(
+    model: serving.TextToImage, request_: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(MlflowException, match=said) as refused:
+        answered(model, request_)
     assert refused.value.get_http_status_code() == 400
 
 

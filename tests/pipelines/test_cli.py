@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from model.config import preset_names
+from pipelines.cli import app
 from tests import ROOT
 from tests.command_line import environment, latent_gpt, refused
 
@@ -66,12 +68,26 @@ def test_a_bad_config_is_refused_in_one_line(arguments: list[str], expected: str
     assert not state.exists(), "nothing was started"
 
 
-def test_what_a_person_reads_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
-    ascii_ = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+@pytest.mark.parametrize(
+    "ascii_",
+    [
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "1"},
+    ],
+    ids=["by the locale", "by its own setting", "in UTF-8 mode, by its own setting"],
+)
+def test_what_a_person_reads_is_utf8_whatever_is_said(tmp_path: Path, ascii_: dict[str, str]) -> None:
     command = [sys.executable, "-m", "pipelines.cli", "preflight", "--preset", "café.yaml"]
     done = subprocess.run(command, cwd=ROOT, env=environment(tmp_path, **ascii_), capture_output=True)
     assert done.returncode == 2
     assert "café.yaml" in done.stderr.decode("utf-8")
+
+
+def test_no_more_pictures_are_drawn_than_anybody_looks_at() -> None:
+    done = CliRunner().invoke(app, ["generate", "x", "--num-images", "1000000000"])
+    assert done.exit_code == 2
+    assert "less than or equal to 10000" in done.output
 
 
 def test_debug_shows_the_stack_trace() -> None:
