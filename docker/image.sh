@@ -20,7 +20,7 @@ for one in docker podman buildah; do # a client whose engine does not run is of 
 done
 [ -n "$builder" ] || { echo "error: neither docker nor podman nor buildah works here" >&2; exit 2; }
 mkdir -p build
-sources="docker/Dockerfile requirements*.lock pyproject.toml LICENSE model components pipelines"
+sources="docker/Dockerfile requirements*.lock pyproject.toml LICENSE latent_gpt.py model components pipelines"
 
 # The commit that changed what images are made from, so that others leave them as they are.
 revision() {

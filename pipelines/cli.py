@@ -8,17 +8,7 @@ from typing import Annotated
 
 import typer
 
-try:
-    from model.errors import UserError, one_line
-except ImportError:  # PYTHONPATH leads to somebody else's
-    import model
-
-    print(
-        f"error: {model.__file__} stands before latent-gpt's own package `model`; take its folder out of"
-        " PYTHONPATH, or start from another folder",
-        file=sys.stderr,
-    )
-    sys.exit(2)
+from model.errors import UserError, one_line
 from model.plumbing import environment
 from pipelines import commands
 

@@ -49,7 +49,7 @@ def clone(tmp_path: Path) -> Path:
     for name in ("model", "components", "pipelines"):
         (where / name).mkdir(exist_ok=True)
         (where / name / "one.py").touch()
-    for name in ("LICENSE", "README.md"):
+    for name in ("LICENSE", "README.md", "latent_gpt.py"):
         (where / name).touch()
     (where / ".gitignore").write_text("/build/\n")
     builder = tmp_path / "buildah"
