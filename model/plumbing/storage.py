@@ -6,7 +6,8 @@ names the URI; one that may mend itself (no answer, a broken connection, an erro
 and boto3's usual `AWS_*`, with what its files in ~/.aws say.
 
 A write is all or nothing: an S3 object appears when its upload is complete, a local file by rename. What S3
-answers is not believed: bytes have to have the hash that S3 or a manifest tells, and to come in time.
+answers is not believed: bytes have to have the hash that S3 or a manifest tells, answers have to come in
+time, and listings to end.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import re
 import shutil
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -51,6 +53,10 @@ IN_MEMORY = 256 * MIB  # bytes that are read whole, at most
 MOST_HOLES = 1024 * MIB  # bytes of a file that may be missing on the disk: some copy zeros as nothing
 BUSY = ("SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "Throttling")
 SLOWEST = 8 << 10  # bytes per second of a connection; who is slower is given up
+LARGEST_ANSWER = 16 * MIB  # bytes that are no object's; a thousand names, as long as they may be, are fewer
+MOST_LISTED = 10**7  # objects of a listing
+MOST_EMPTY = 1000  # pages of it in a row that hold nothing
+AT_LEISURE = ("CompleteMultipartUpload", "CopyObject", "UploadPartCopy")  # minutes, with blanks meanwhile
 
 
 class NotFound(UserError):
@@ -251,10 +257,9 @@ def list_sizes(uri: str) -> dict[str, int]:
     if is_s3(uri):
         bucket, key = split(uri)
         prefix = f"{key}/" if key else ""
-        with explained(uri):
-            for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-                for item in page.get("Contents", []):
-                    found[item["Key"].removeprefix(prefix)] = item["Size"]
+        for page in _pages(uri, "list_objects_v2", "Contents", Bucket=bucket, Prefix=prefix):
+            for item in page.get("Contents", []):
+                found[_told(uri, item, "Key").removeprefix(prefix)] = _told(uri, item, "Size")
     else:
         for folder, _, names in walk(uri):
             for path in (Path(folder, name) for name in names if not name.startswith(TEMPORARY)):
@@ -318,12 +323,11 @@ def listing(uri: str) -> dict[str, Stored]:
     if is_s3(uri):
         bucket, key = split(uri)
         prefix = f"{key}/" if key else ""
-        with explained(uri):
-            for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-                now = _date(uri, page["ResponseMetadata"]["HTTPHeaders"])
-                for item in page.get("Contents", []):
-                    age = (now - item["LastModified"]).total_seconds()
-                    found[item["Key"].removeprefix(prefix)] = Stored(item["Size"], max(0.0, age))
+        for page in _pages(uri, "list_objects_v2", "Contents", Bucket=bucket, Prefix=prefix):
+            now = _date(uri, page["ResponseMetadata"]["HTTPHeaders"])
+            for item in page.get("Contents", []):
+                age = max(0.0, (now - _told(uri, item, "LastModified")).total_seconds())
+                found[_told(uri, item, "Key").removeprefix(prefix)] = Stored(_told(uri, item, "Size"), age)
     elif Path(uri).is_dir():
         with explained(uri), tempfile.TemporaryFile(prefix=TEMPORARY, dir=uri) as probe:
             now_here = os.fstat(probe.fileno()).st_mtime  # a folder of the network has a clock of its own
@@ -355,17 +359,15 @@ def unfinished(uri: str) -> dict[tuple[str, str], Stored]:
         return found
     bucket, key = split(uri)
     prefix = f"{key}/" if key else ""
-    uploads = client().get_paginator("list_multipart_uploads")
-    parts_of = client().get_paginator("list_parts")
-    with explained(uri):
-        for page in uploads.paginate(Bucket=bucket, Prefix=prefix):
-            now = _date(uri, page["ResponseMetadata"]["HTTPHeaders"])
-            for one in page.get("Uploads", []):
-                parts = parts_of.paginate(Bucket=bucket, Key=one["Key"], UploadId=one["UploadId"])
-                with contextlib.suppress(NotFound), explained(uri):  # it was finished just now
-                    size = sum(part["Size"] for some in parts for part in some.get("Parts", []))
-                    age = max(0.0, (now - one["Initiated"]).total_seconds())
-                    found[one["Key"].removeprefix(prefix), one["UploadId"]] = Stored(size, age)
+    for page in _pages(uri, "list_multipart_uploads", "Uploads", Bucket=bucket, Prefix=prefix):
+        now = _date(uri, page["ResponseMetadata"]["HTTPHeaders"])
+        for one in page.get("Uploads", []):
+            name, upload = _told(uri, one, "Key"), _told(uri, one, "UploadId")
+            parts = _pages(uri, "list_parts", "Parts", Bucket=bucket, Key=name, UploadId=upload)
+            with contextlib.suppress(NotFound):  # it was finished just now
+                size = sum(_told(uri, part, "Size") for some in parts for part in some.get("Parts", []))
+                age = max(0.0, (now - _told(uri, one, "Initiated")).total_seconds())
+                found[name.removeprefix(prefix), upload] = Stored(size, age)
     return found
 
 
@@ -386,14 +388,10 @@ def marks(uri: str) -> Iterator[tuple[str, int, str]]:
     """
     bucket, key = split(uri)
     prefix = f"{key}/" if key else ""
-    pages = iter(client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix))
-    while True:
-        with explained(uri):
-            page = next(pages, None)
-        if page is None:
-            return
+    for page in _pages(uri, "list_objects_v2", "Contents", Bucket=bucket, Prefix=prefix):
         for item in page.get("Contents", []):
-            yield item["Key"].removeprefix(prefix), item["Size"], item["ETag"]
+            name, size, etag = (_told(uri, item, what) for what in ("Key", "Size", "ETag"))
+            yield name.removeprefix(prefix), size, etag
 
 
 def ages(uri: str) -> dict[str, float]:
@@ -553,12 +551,12 @@ def fingerprint(uri: str, suffixes: tuple[str, ...]) -> str:
     found: dict[str, str] = {}
     if is_s3(uri):
         bucket, key = split(uri)
-        with explained(uri):
-            for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key):
-                for item in page.get("Contents", []):
-                    folder, _, name = item["Key"].rpartition("/")
-                    if key in (item["Key"], folder) and name.endswith(suffixes):
-                        found[name] = item["ETag"]
+        for page in _pages(uri, "list_objects_v2", "Contents", Bucket=bucket, Prefix=key):
+            for item in page.get("Contents", []):
+                whole = _told(uri, item, "Key")
+                folder, _, name = whole.rpartition("/")
+                if key in (whole, folder) and name.endswith(suffixes):
+                    found[name] = _told(uri, item, "ETag")
     else:
         path = Path(uri).expanduser()
         with explained(uri):
@@ -580,7 +578,7 @@ def mark(uri: str) -> str:
     with explained(uri):
         if is_s3(uri):
             bucket, key = split(uri)
-            return client().head_object(Bucket=bucket, Key=key)["ETag"]
+            return str(_told(uri, client().head_object(Bucket=bucket, Key=key), "ETag"))
         status = os.stat(uri)
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{uri} is not a regular file")
@@ -630,6 +628,98 @@ def hasty(patience: float, attempts: int) -> Iterator[None]:
         _haste.reset(token)
 
 
+def _pages(uri: str, operation: Any, held: str, **question: Any) -> Iterator[Any]:
+    """The pages of a listing, each asked for when it is wanted; `held` names what they hold.
+
+    Raises:
+        UserError: it does not end; and what is wrong with S3.
+    """
+    pages = iter(client().get_paginator(operation).paginate(**question))
+    empty = count = 0
+    while True:
+        try:
+            with explained(uri):
+                page = next(pages, None)
+        except KeyError as error:  # botocore's own, for which it is no error of S3's
+            raise _without(uri, str(error.args[0])) from None
+        if page is None:
+            return
+        here = len(page.get(held, []))
+        empty, count = 0 if here else empty + 1, count + here
+        if empty > MOST_EMPTY or count > MOST_LISTED:
+            raise UserError(
+                f"{uri}: S3's listing does not end: {count} came, and {empty} pages that hold nothing"
+            )
+        yield page
+
+
+def _told(uri: str, answer: Mapping[str, Any], what: str) -> Any:
+    """What an answer of S3's says. Raises UserError: it does not."""
+    if what not in answer:
+        raise _without(uri, what)
+    return answer[what]
+
+
+def _without(uri: str, what: str) -> UserError:
+    return UserError(f"{uri}: S3's answer has no {what}; this is not a working store")
+
+
+def _sent(session: Any, patience: float, request: Any) -> Any:
+    """The answer to a request, in time and, but for an object's bytes, whole.
+
+    A byte now and then satisfies a socket's time-out, so a thread of its own waits for the answer.
+
+    Args:
+        session: botocore's, which sends.
+        patience: seconds, beside those that what is sent may take.
+        request: botocore's.
+
+    Raises:
+        Unavailable: the answer does not come in time.
+        UserError: it is too large.
+    """
+    from botocore.exceptions import HTTPClientError
+    from urllib3.exceptions import HTTPError
+
+    answers: list[Any] = []
+
+    def send() -> None:
+        try:
+            of_an_object, request.stream_output = request.stream_output, True
+            answer = session.send(request)
+            answer.raw.stream = functools.partial(_small, answer.raw.stream, request.url)
+            if not of_an_object or answer.status_code >= 300:
+                _ = answer.content  # which botocore keeps
+            answers.append(answer)
+        except HTTPError as error:
+            answers.append(HTTPClientError(error=error))
+        except BaseException as error:
+            answers.append(error)
+
+    patience += int(request.headers.get("Content-Length") or 0) / SLOWEST
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    thread.join(patience)
+    if not answers:
+        raise Unavailable(
+            f"{request.url.partition('?')[0]}: S3 is too slow: no whole answer in {patience:.0f} s; set"
+            " LATENT_GPT_S3_PATIENCE to more seconds if that is to be waited for"
+        )
+    if isinstance(answers[0], BaseException):
+        raise answers[0]
+    return answers[0]
+
+
+def _small(stream: Callable[[], Iterable[bytes]], url: str) -> Iterator[bytes]:
+    """The bytes of an answer. Raises UserError: they are too many."""
+    came = 0
+    for data in stream():
+        came += len(data)
+        if came > LARGEST_ANSWER:
+            raise UserError(f"{url.partition('?')[0]}: S3's answer has more than {LARGEST_ANSWER} bytes")
+        yield data
+
+
 @functools.cache
 def _client(surroundings: object, patience: float, attempts: int) -> S3Client:
     import boto3
@@ -651,13 +741,22 @@ def _client(surroundings: object, patience: float, attempts: int) -> S3Client:
         # Not boto3's default session: that one keeps the first credentials it has seen.
         session = boto3.session.Session()
         region = session.region_name or "us-east-1"
-        return session.client("s3", endpoint_url=endpoint or None, region_name=region, config=config)
+        made = session.client("s3", endpoint_url=endpoint or None, region_name=region, config=config)
     except PartialCredentialsError:
         raise UserError(
             "S3 credentials are incomplete; set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         ) from None
     except (BotoCoreError, ValueError) as error:
         raise UserError(f"S3: {error}; check AWS_PROFILE, AWS_CONFIG_FILE and S3_ENDPOINT_URL") from None
+
+    def send(request: Any, event_name: str, **_: Any) -> Any:
+        if event_name.endswith(AT_LEISURE):
+            return None  # botocore sends it itself
+        # As long as all tries may wait, and with the second that boto3 waits to be told to go on.
+        return _sent(made._endpoint.http_session, patience * (attempts + 2) + 1, request)  # type: ignore[attr-defined]
+
+    made.meta.events.register("before-send.s3", send)
+    return made
 
 
 @functools.cache

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import resource
+import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -176,6 +178,99 @@ def test_a_server_that_does_not_know_ranges_is_refused_and_not_misread(lying: Ly
         stream.seek(100)
         with pytest.raises(UserError, match="S3 answers another question"):
             stream.read()
+
+
+def test_who_sends_headers_a_byte_now_and_then_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def drip(connection: socket.socket) -> None:
+        with connection, suppress(OSError):  # the client has had enough
+            connection.sendall(b"HTTP/1.1 200 OK\r\nx-amz-note: ")
+            while True:
+                connection.sendall(b"x")
+                time.sleep(0.02)
+
+    def serve() -> None:
+        with suppress(OSError):  # the test is over
+            while True:
+                threading.Thread(target=drip, args=(server.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=serve, daemon=True).start()
+        monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("LATENT_GPT_S3_PATIENCE", "0.1")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "x")
+        for ask in (storage.exists, storage.read_bytes, storage.list_sizes, storage.delete):
+            with (
+                bounded(seconds=5),
+                pytest.raises(Unavailable, match="S3 is too slow: no whole answer in 2 s"),
+            ):
+                ask("s3://bucket/key")
+
+
+@pytest.mark.parametrize("name", ["Contents", "Nothing"])
+def test_a_listing_that_never_ends_is_given_up(
+    lying: Lying, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    asked = 0
+
+    def on_and_on(request: Request, ask: Callable[[], Answer]) -> Answer:
+        nonlocal asked
+        asked += 1
+        said = f"<{name}><Key>a/{asked}</Key><Size>1</Size></{name}>"
+        said += f"<IsTruncated>true</IsTruncated><NextContinuationToken>{asked}</NextContinuationToken>"
+        return Answer(200, {}, f"<ListBucketResult>{said}</ListBucketResult>".encode())
+
+    monkeypatch.setattr(storage, "MOST_EMPTY", 7)
+    monkeypatch.setattr(storage, "MOST_LISTED", 7)
+    lying(on_and_on)
+    with pytest.raises(UserError, match="s3://bucket/a: S3's listing does not end"):
+        storage.list_sizes("s3://bucket/a")
+    assert asked == 8
+
+
+@pytest.mark.parametrize("what", ["Key", "Size", "LastModified"])
+def test_a_listing_that_leaves_something_out_is_refused(lying: Lying, uri: str, what: str) -> None:
+    def silent(request: Request, ask: Callable[[], Answer]) -> Answer:
+        answer = ask()
+        answer.body = re.sub(rf"<{what}>.*?</{what}>".encode(), b"", answer.body)
+        return answer
+
+    lying(silent)
+    with pytest.raises(UserError, match=f"S3's answer has no {what}; this is not a working store"):
+        storage.listing(uri.rpartition("/")[0])
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        storage.mark,
+        lambda uri: storage.fingerprint(uri, ("",)),
+        lambda uri: list(storage.marks(uri.rpartition("/")[0])),
+    ],
+)
+def test_an_object_without_an_etag_has_no_mark(lying: Lying, uri: str, ask: Callable[[str], object]) -> None:
+    def silent(request: Request, ask: Callable[[], Answer]) -> Answer:
+        answer = ask()
+        without_etag(answer)
+        answer.body = re.sub(rb"<ETag>.*?</ETag>", b"", answer.body)
+        return answer
+
+    lying(silent)
+    with pytest.raises(UserError, match="S3's answer has no ETag; this is not a working store"):
+        ask(uri)
+
+
+def test_a_listing_without_bounds_is_not_kept(lying: Lying) -> None:
+    def endless(request: Request, ask: Callable[[], Answer]) -> Answer:
+        return Answer(
+            200, {"Content-Length": str(HUGE)}, b"<ListBucketResult>" + b" " * storage.MIB, repeat=True
+        )
+
+    lying(endless)
+    with bounded(seconds=10), pytest.raises(UserError, match=f"more than {storage.LARGEST_ANSWER} bytes"):
+        storage.list_sizes("s3://bucket/a")
 
 
 @pytest.mark.parametrize("lie", [shortened, emptied, flipped], ids=lambda one: one.__name__)
