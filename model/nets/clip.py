@@ -284,18 +284,36 @@ def build_clip(description: dict[str, Any]) -> CLIPModel:
 def load_text_encoder(folder: str | Path, device: str | torch.device = "cpu") -> TextEncoder:
     """The text encoder of a `text` asset's folder, in the precision that it names, so that a transformer
     reads the same states wherever it is used. Raises UserError where a file is missing or does not fit."""
-    model, said = load(folder, _build_described)
+    model, said = load(folder, _build_described, _read)
     return TextEncoder(model, device, DTYPES[Description.model_validate(said).precision])
 
 
 def load_judge(folder: str | Path, device: str | torch.device = "cpu") -> Judge:
     """The judge of a `judge` asset's folder. Raises UserError as `load`."""
-    model, said = load(folder, _build_described)
+    model, said = load(folder, _build_described, _compare)
     return Judge(model, Description.model_validate(said).preprocess.model_dump(), device)
 
 
 def _build_described(said: dict[str, Any]) -> CLIPModel:
     return build_clip(Description.model_validate(said).model_dump(exclude_unset=True))
+
+
+def _read(model: CLIPModel, _: object) -> None:
+    """States of a text. Raises whatever a tower does that has none."""
+    states = _TextTower(model)(torch.zeros(1, model.context_length, dtype=torch.long))
+    expected = (1, model.context_length, model.token_embedding.embedding_dim)
+    if states.shape != expected:
+        raise ValueError(f"states of a text are {tuple(states.shape)}, not {expected}")
+
+
+def _compare(model: CLIPModel, _: object) -> None:
+    """A picture and a text in the shared space. Raises whatever a CLIP does that has none."""
+    text = model.encode_text(torch.zeros(1, model.context_length, dtype=torch.long), normalize=True)
+    image = model.encode_image(torch.zeros(1, 3, *_square(model.visual.image_size)), normalize=True)
+    if text.ndim != 2 or text.shape != image.shape:
+        raise ValueError(
+            f"a text is {tuple(text.shape)} and a picture {tuple(image.shape)}, not one vector each"
+        )
 
 
 def import_pretrained(config: PretrainedCLIPConfig) -> tuple[CLIPModel, dict[str, Any]]:

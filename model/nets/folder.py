@@ -2,7 +2,8 @@
 
 A folder may be a stranger's. Its description is read within bounds and may not lead anywhere else; the net
 that it describes is laid out without memory and held against the file's table of contents before a byte of
-weights is read. So what a folder can cost is the size of its own file.
+weights is read; one of another project's has to do its work once, too. So what a folder can cost is the size
+of its own file.
 """
 
 from __future__ import annotations
@@ -39,20 +40,29 @@ ELSEWHERE = ("hf_", "timm_", "auto_map", "attn_implementation", "_attn_implement
 # Keys with which open_clip, transformers and diffusers fetch code or weights from a hub.
 
 
-def load(folder: str | Path, build: Callable[[dict[str, Any]], Net]) -> tuple[Net, dict[str, Any]]:
+def load(
+    folder: str | Path,
+    build: Callable[[dict[str, Any]], Net],
+    work: Callable[[Net, dict[str, Any]], object] | None = None,
+) -> tuple[Net, dict[str, Any]]:
     """The net of a folder on the CPU, in evaluation mode, and what its `config.json` says.
 
     Args:
         build: makes the net, with any weights, from what `config.json` says.
+        work: has a net that is not all ours do what it is for, and raises where that fails; neither the net
+            nor any tensor that is made meanwhile has memory.
 
     Raises:
-        UserError: a file is missing or cannot be read, `config.json` describes no net that `build` knows, the
-            weights are of another one, or not all of them are finite (`Diverged`).
+        UserError: a file is missing or cannot be read, `config.json` describes no net that `build` knows or
+            that does its work, the weights are of another one, or not all of them are finite (`Diverged`).
     """
     folder = Path(folder)
     description = read_description(folder)
     contents = _contents(folder)
-    _check(_laid_out(build, description, folder, SLACK + 2 * len(contents)), contents, str(folder))
+    laid_out = _laid_out(build, description, folder, SLACK + 2 * len(contents))
+    _check(laid_out, contents, str(folder))
+    if work is not None:
+        _tried(work, laid_out.eval(), description, folder)
     weights, _ = load_model(folder)
     for name, weight in weights.items():
         if not weight.isfinite().all():
@@ -148,6 +158,16 @@ def _laid_out(
             return _built(build, description, folder)
     finally:
         hook.remove()
+
+
+def _tried(
+    work: Callable[[Net, dict[str, Any]], object], net: Net, description: dict[str, Any], folder: Path
+) -> None:
+    try:
+        with torch.device("meta"), torch.no_grad():
+            work(net, description)
+    except Exception as error:  # as above
+        raise UserError(f"{folder / CONFIG} is of a net that does not do its work: {reason(error)}") from None
 
 
 def _built(build: Callable[[dict[str, Any]], Net], description: dict[str, Any], folder: Path) -> Net:

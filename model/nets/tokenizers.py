@@ -31,6 +31,8 @@ from model.plumbing import storage
 from model.plumbing.assets import AssetWriter, Manifest
 from model.plumbing.checkpoints import CONFIG, WEIGHTS, save_model
 
+TRIED = 4  # codes along the side of a picture that a tokenizer of a stranger has to decode
+
 
 @runtime_checkable
 class Tokenizer(Protocol):
@@ -192,9 +194,8 @@ def load_tokenizer(folder: Path, device: torch.device | str = "cpu") -> Tokenize
     Raises:
         UserError: when the folder holds no tokenizer or its weights do not fit its config.
     """
-    net, config = load(folder, _build)
-    tokenizer = net if config["kind"] == "vqvae" else FAMILIES[config["family"]](net)
-    return tokenizer.to(device).eval().requires_grad_(False)  # type: ignore[return-value]
+    net, config = load(folder, _build, _decode)
+    return _wrapped(net, config).to(device).eval().requires_grad_(False)  # type: ignore[return-value]
 
 
 def _build(config: dict[str, Any]) -> nn.Module:
@@ -205,6 +206,23 @@ def _build(config: dict[str, Any]) -> nn.Module:
             return FAMILIES[config["family"]].build(config["architecture"])
         case other:
             raise ValueError(f"kind is {other!r}; a tokenizer is 'vqvae' or 'pretrained'")
+
+
+def _wrapped(net: nn.Module, config: dict[str, Any]) -> nn.Module:
+    return net if config["kind"] == "vqvae" else FAMILIES[config["family"]](net)
+
+
+def _decode(net: nn.Module, config: dict[str, Any]) -> None:
+    """Codes to a picture and back. Raises whatever a net does that is no tokenizer of pictures in colours."""
+    tokenizer = _wrapped(net, config)
+    if not isinstance(tokenizer, Pretrained):
+        return
+    codes = torch.zeros(1, TRIED, TRIED, dtype=torch.long)
+    images, expected = tokenizer.decode(codes), (1, 3, *[TRIED * tokenizer.factor] * 2)
+    if images.shape != expected:
+        raise ValueError(f"pictures of {TRIED} x {TRIED} codes are {tuple(images.shape)}, not {expected}")
+    if (again := tokenizer.encode(images)).shape != codes.shape:
+        raise ValueError(f"codes of such a picture are {tuple(again.shape)}, not {tuple(codes.shape)}")
 
 
 # ── import ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from model.errors import UserError
 from model.nets import folder
-from model.nets.clip import load_judge, load_text_encoder
+from model.nets.clip import build_clip, load_judge, load_text_encoder
 from model.nets.gpt import load_gpt
 from model.nets.tokenizers import load_tokenizer
 from tests.instances import config, write_models
@@ -79,6 +79,27 @@ def test_a_description_of_no_net_is_refused_in_words(
     described = json.loads(path.read_text()) | change
     path.write_text(json.dumps({key: value for key, value in described.items() if value is not None}))
     assert refused(name, folders[name]) == f"/config.json: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("name", "section", "change", "says"),
+    [
+        ("text", "text_cfg", {"embed_cls": True}, "RuntimeError"),
+        ("judge", "text_cfg", {"pool_type": "none"}, "a text is (1, 24, 16) and a picture (1, 16)"),
+        ("judge", "text_cfg", {"embed_cls": True}, "RuntimeError"),
+        ("judge", "vision_cfg", {"output_tokens": True}, "AttributeError"),
+    ],
+)
+def test_a_net_that_does_not_do_its_work_is_refused_before_it_has_to(
+    name: str, section: str, change: dict[str, object], says: str, folders: dict[str, Path]
+) -> None:
+    path = folders[name] / "config.json"
+    described = json.loads(path.read_text())
+    described["architecture"][section] |= change
+    path.write_text(json.dumps(described))
+    save_file(build_clip(described).state_dict(), folders[name] / "model.safetensors")
+    said = refused(name, folders[name])
+    assert said.startswith(f"/config.json is of a net that does not do its work: {says}")
 
 
 # ── of strangers ────────────────────────────────────────────────────────────────────────────────────────

@@ -49,7 +49,7 @@ def janus() -> nn.Module:
     return spread(JanusVQVAE(architecture))
 
 
-def diffusers_vq() -> nn.Module:
+def diffusers_vq(**change: int) -> nn.Module:
     net = VQModel(
         block_out_channels=(32, 32, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -57,6 +57,7 @@ def diffusers_vq() -> nn.Module:
         latent_channels=4,
         num_vq_embeddings=CODES,
         norm_num_groups=8,
+        **change,
     )
     return spread(net)
 
@@ -177,6 +178,14 @@ def test_the_tokenizer_inside_a_whole_model_is_found(family: str, model_type: st
     tokenizer = load_tokenizer(cache.folder(manifest))
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     assert torch.equal(tokenizer.encode(images), reference_ids(family, net, images))
+
+
+@pytest.mark.parametrize(
+    "change", [{"out_channels": 1}, {"in_channels": 4}], ids=["pictures of grey", "of four colours"]
+)
+def test_a_tokenizer_that_does_not_do_its_work_is_refused(change: dict[str, int], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config.json is of a net that does not do its work: "):
+        imported("diffusers", diffusers_vq(**change), tmp_path)
 
 
 def own(folder: Path) -> VQVAE:
