@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model import recipe as recipes
 from model.errors import UserError
@@ -33,17 +33,29 @@ RETIRED = {"estimator", "speculate", "z_loss"}
 Seed = Annotated[int, Field(ge=0, lt=2**62)]
 Byte = Annotated[int, Field(ge=0, le=255)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]  # a share that is never all of it
 Positive = Annotated[int, Field(gt=0, le=10**9)]
 Few = Annotated[int, Field(gt=0, le=256)]  # heads, views, samples
 Layers = Annotated[int, Field(gt=0, le=256)]  # a net is built of them before anything else is known of it
-Codes = Annotated[int, Field(gt=0, le=2**20)]
+MOST_CODES = 2**20
+Codes = Annotated[int, Field(gt=0, le=MOST_CODES)]
+Levels = Annotated[int, Field(gt=1, le=MOST_CODES)]
 Context = Annotated[int, Field(ge=3, le=4096)]  # tokens of a text, its start and its end among them
 Width = Annotated[int, Field(gt=0, le=16_384)]  # channels, sides, lengths
+Guidance = Annotated[float, Field(ge=0, le=1e30)]  # beyond it logits are no finite numbers
+Temperature = Annotated[float, Field(ge=0), AfterValidator(lambda value: _not_below(value, 1e-30))]
 QUANTITY = r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?"
 Quantity = Annotated[str, Field(pattern=f"^{QUANTITY}$", coerce_numbers_to_str=True)]  # of Kubernetes
 MaybeQuantity = Annotated[str, Field(pattern=f"^({QUANTITY})?$", coerce_numbers_to_str=True)]
 LONGEST_PROMPT = 1000  # characters: far beyond any text encoder's context
 HEAD_WIDTH = 32  # channels of an attention head in the pictures' tower of a CLIP that is trained here
+
+
+def _not_below(value: float, least: float) -> float:
+    """A value that is 0 or so much at least."""
+    if 0 < value < least:
+        raise ValueError(f"Input should be 0, or {least:g} at least")
+    return value
 
 
 class Section(BaseModel):
@@ -61,7 +73,7 @@ class OpenMojiSource(Section):
     kind: Literal["openmoji"] = "openmoji"
     groups: list[str] = []  # Unicode groups or subgroups to keep, e.g. "face-smiling"; empty keeps all
     hold_out_compositions: bool = True  # keep a fixed set of skin-tone × person pairs out of training
-    limit: int = 0  # keep the first N in hash order; 0 keeps all
+    limit: Annotated[int, Field(ge=0)] = 0  # keep the first N in hash order; 0 keeps all
 
 
 class ShapesSource(Section):
@@ -134,7 +146,7 @@ class Augment(Section):
     views: Few = 1  # tokenized views per picture; view 0 is always the plain picture
     flip: bool = False  # horizontal flip with probability 1/2 (wrong where captions say left or right)
     shift: Share = 0.0  # largest shift, as a share of the side
-    scale: Share = 0.0  # largest zoom in or out, as a share
+    scale: Fraction = 0.0  # largest zoom in or out, as a share
 
 
 class DataConfig(Section):
@@ -147,7 +159,7 @@ class DataConfig(Section):
     min_side: Width = 16  # smaller pictures are quarantined, pixels
     max_pixels: Positive = 64_000_000  # larger pictures are quarantined before they are decoded
     max_bad_share: Share = 0.05  # more quarantined pictures than this share of all fail the run
-    validation_share: Share = 0.05  # share of pictures held out, by hash of their content
+    validation_share: Fraction = 0.05  # share of pictures held out, by hash of their content
     shard_images: Positive = 4096  # pictures per shard
     augment: Augment = Augment()
 
@@ -165,7 +177,7 @@ class TrainingConfig(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 100  # linear warm-up; cosine to `final_lr_share` after it
     final_lr_share: Share = 0.1  # last learning rate as a share of the peak
     weight_decay: Annotated[float, Field(ge=0)] = 0.05  # on matrices only
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     grad_clip: Annotated[float, Field(gt=0)] = 1.0  # global norm
     ema: Share = 0.0  # decay of the exponential moving average of the weights; 0 keeps none
     precision: Literal["fp32", "bf16"] = "fp32"  # autocast type; weights and optimiser stay fp32
@@ -214,7 +226,7 @@ class VQVAEConfig(Section):
     quantizer: Literal["vq", "fsq"] = "vq"
     codebook_size: Codes = 1024  # vq: entries K
     code_dim: Width = 8  # vq: dimension of an entry, looked up after l2 normalisation
-    fsq_levels: list[Positive] = [8, 5, 5, 5]  # fsq: levels per dimension; their product is the codebook size
+    fsq_levels: list[Levels] = [8, 5, 5, 5]  # fsq: levels per dimension; their product is the codebook size
     beta: float = 0.25  # commitment weight
     reset_after: Annotated[int, Field(ge=0)] = 100  # steps unused before a code is reset; 0 never resets
     # Share of the codes that near neighbours replace while the decoder trains; 0: no key knows of it.
@@ -229,6 +241,10 @@ class VQVAEConfig(Section):
             raise ValueError(
                 f"multipliers has {len(self.multipliers)} entries; factor {self.factor} with stem {self.stem}"
                 f" needs {levels}"
+            )
+        if self.quantizer == "fsq" and not 1 < self.vocabulary <= MOST_CODES:
+            raise ValueError(
+                f"the product of fsq_levels, which is the codebook size, must be 2 to {MOST_CODES}"
             )
         if self.replaced and self.vocabulary == 1:
             raise ValueError(f"replaced ({self.replaced}) needs more codes than one")
@@ -337,10 +353,10 @@ class TransformerConfig(Section):
 class SamplingConfig(Section):
     """How tokens are drawn."""
 
-    temperature: Annotated[float, Field(ge=0)] = 1.0  # 0 is greedy
+    temperature: Temperature = 1.0  # 0 is greedy
     top_k: Annotated[int, Field(ge=0)] = 0  # 0 keeps all
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # 1 keeps all
-    cfg_scale: Annotated[float, Field(ge=0)] = 2.0  # classifier-free guidance; 1 is plain conditional
+    cfg_scale: Guidance = 2.0  # classifier-free guidance; 1 is plain conditional
     cfg_schedule: Literal["constant", "power-cosine"] = "constant"
     best_of: Few = 1  # draws per picture; the CLIP judge keeps the best
 
@@ -349,8 +365,8 @@ class SweepConfig(Section):
     """Sampling settings tried on captions that nothing is measured on; the model draws by the best. What
     `sampling` says takes part; without another value nothing is tried."""
 
-    cfg_scale: list[Annotated[float, Field(ge=0)]] = []  # tried first, at the temperature of `sampling`
-    temperature: list[Annotated[float, Field(ge=0)]] = []  # tried at the best of them
+    cfg_scale: list[Guidance] = []  # tried first, at the temperature of `sampling`
+    temperature: list[Temperature] = []  # tried at the best of them
     prompts: Positive = 128  # captions drawn for each; where there are fewer, nothing is tried
 
     @property

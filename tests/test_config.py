@@ -12,6 +12,7 @@ import torch
 
 from model.config import (
     PRESETS,
+    OpenMojiSource,
     RecipeConfig,
     RunConfig,
     Section,
@@ -29,6 +30,8 @@ from model.nets.vqvae import VQVAE
 
 GPT2 = [f"transformer.{one}" for one in ("arch=gpt2", "mlp=gelu", "positions=learned", "qk_norm=false")]
 GPT2_NEEDS = "transformer: arch gpt2 needs mlp: gelu, positions: learned, qk_norm: false"
+LEVELS = "tokenizer: the product of fsq_levels, which is the codebook size, must be 2 to 1048576"
+BETAS, BELOW_1 = "transformer.training.betas", "Input should be less than 1"
 RULES = {  # overrides of `smoke`, and what is said
     "warm-up": (
         ["clip.training.warmup_steps=3"],
@@ -53,6 +56,11 @@ RULES = {  # overrides of `smoke`, and what is said
     "neighbours of a single code": (
         ["tokenizer.codebook_size=1", "tokenizer.replaced=0.1"],
         "tokenizer: replaced (0.1) needs more codes than one",
+    ),
+    "levels of no codes": (["tokenizer.quantizer=fsq", "tokenizer.fsq_levels=[]"], LEVELS),
+    "levels of a trillion codes": (
+        ["tokenizer.quantizer=fsq", "tokenizer.fsq_levels=[1000000, 1000000]"],
+        LEVELS,
     ),
     "heads": (
         ["transformer.width=18", "transformer.heads=4"],
@@ -178,12 +186,11 @@ NOT_NEGATIVE = [
 QUANTITIES = ["jobs.cpu", "jobs.cpu_limit", "jobs.memory", "jobs.shared_memory"]
 # Of another preset.
 RECIPE = [f"recipe.{name}" for name in ("effort", "minutes", "version", "after", "until")]
+FRACTIONS = ["data.validation_share", "data.augment.scale"]
 OWN_TESTS = ["clip.context_length", "gate.confidence", "jobs.orphan_minutes", "model_name", *RECIPE]
 SHARES = [
     "data.max_bad_share",
-    "data.validation_share",
     "data.augment.shift",
-    "data.augment.scale",
     "tokenizer.dropout",
     "tokenizer.replaced",
     "tokenizer.loss.adversarial_from",
@@ -222,6 +229,8 @@ def test_what_stands_just_inside_the_rules_is_taken() -> None:
     )
     load_config("smoke", [f"evaluation.prompts=['{'x' * 1000}']"])
     load_config("smoke", ["tokenizer.stem=2", "tokenizer.multipliers=[1, 2]"])
+    load_config("smoke", ["sampling.cfg_scale=1.0e+30", "sampling.temperature=1.0e-30"])
+    load_config("smoke", ["tokenizer.quantizer=fsq", "tokenizer.fsq_levels=[1024, 1024]"])
     load_config("smoke", ["transformer.width=12", "transformer.positions=learned"])
     gpt2 = "{arch: gpt2, mlp: gelu, positions: learned, qk_norm: false, depth: 1, width: 18, heads: 2"
     load_config("smoke", [f"transformer={gpt2}, training: {{steps: 200, batch_size: 8}}}}"])
@@ -261,6 +270,12 @@ def test_a_number_that_must_not_be_negative(field: str) -> None:
 def test_a_share_is_between_0_and_1(field: str) -> None:
     assert refused(f"{field}=-0.1") == f"{field}: Input should be greater than or equal to 0"
     assert refused(f"{field}=1.1") == f"{field}: Input should be less than or equal to 1"
+
+
+@pytest.mark.parametrize("field", FRACTIONS)
+def test_a_share_that_may_not_be_all(field: str) -> None:
+    assert refused(f"{field}=-0.1") == f"{field}: Input should be greater than or equal to 0"
+    assert refused(f"{field}=1") == f"{field}: Input should be less than 1"
 
 
 @pytest.mark.parametrize("field", QUANTITIES)
@@ -303,8 +318,8 @@ def test_no_bound_of_a_field_is_left_out_of_these_tables() -> None:
         if field.metadata
     }
     config = load_config("smoke").model_copy(update={"recipe": RecipeConfig()})
-    shown = set()
-    for path in (*POSITIVE, *NOT_NEGATIVE, *SHARES, *QUANTITIES, *OWN_TESTS):
+    shown = {(OpenMojiSource, "limit")}  # of another preset, and among the values below
+    for path in (*POSITIVE, *NOT_NEGATIVE, *SHARES, *FRACTIONS, *QUANTITIES, *OWN_TESTS):
         *parents, name = path.split(".")
         shown.add((type(reduce(getattr, parents, config)), name))
     assert bounded == shown
@@ -324,7 +339,13 @@ def sections(part: object) -> set[type[Section]]:
         ("sampling.top_p=1.5", "sampling.top_p: Input should be less than or equal to 1"),
         ("tokenizer.factor=5", "tokenizer.factor: Input should be 4, 8 or 16"),
         ("tokenizer.stem=8", "tokenizer.stem: Input should be 1, 2 or 4"),
-        ("tokenizer.fsq_levels=[8, 0]", "tokenizer.fsq_levels.1: Input should be greater than 0"),
+        ("tokenizer.fsq_levels=[8, 1]", "tokenizer.fsq_levels.1: Input should be greater than 1"),
+        ("transformer.training.betas=[1.5, 2.0]", f"{BETAS}.0: {BELOW_1}; {BETAS}.1: {BELOW_1}"),
+        ("transformer.training.betas=[0.9, 1.0]", f"{BETAS}.1: {BELOW_1}"),
+        (
+            "data.source={kind: openmoji, limit: -5}",
+            "data.source.limit: Input should be greater than or equal to 0",
+        ),
         ("tokenizer.multipliers=[1, 0, 1]", "tokenizer.multipliers.1: Input should be greater than 0"),
         ("tokenizer.loss.pixel=l3", "tokenizer.loss.pixel: Input should be 'l1' or 'l2'"),
         ("data.fit=stretch", "data.fit: Input should be 'crop' or 'pad'"),
@@ -337,6 +358,9 @@ def sections(part: object) -> set[type[Section]]:
             "sweep.cfg_scale=[1, -1]",
             "sweep.cfg_scale.1: Input should be greater than or equal to 0",
         ),
+        ("sampling.cfg_scale=1.0e+39", f"sampling.cfg_scale: Input should be less than or equal to {10**30}"),
+        ("sampling.temperature=1.0e-40", "sampling.temperature: Input should be 0, or 1e-30 at least"),
+        ("sweep.temperature=[1.0e-40]", "sweep.temperature.0: Input should be 0, or 1e-30 at least"),
         ("sampling.temperature=.inf", "sampling.temperature: Input should be a finite number"),
         ("sampling.cfg_scale=.nan", "sampling.cfg_scale: Input should be a finite number"),
         ("evaluation.cfg_sweep=[1, 2]", "evaluation.cfg_sweep: unknown key"),

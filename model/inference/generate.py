@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.config import LONGEST_PROMPT, SamplingConfig, without_retired
 from model.data.images import to_pixels
-from model.errors import UserError
+from model.errors import Diverged, UserError, reason
 from model.inference.bundle import PARTS, SAMPLING
 from model.nets.clip import Judge, TextEncoder, load_judge, load_text_encoder
 from model.nets.compiled import CompiledSampler, pays
@@ -78,7 +78,7 @@ class Generator:
             stored = read_description(folder, SAMPLING)
             sampling = SamplingConfig.model_validate(without_retired(stored))
         except ValidationError as error:
-            raise UserError(f"{folder / SAMPLING}: {error.errors()[0]['msg']}") from None
+            raise UserError(f"{folder / SAMPLING}: {reason(error)}") from None
         parts = {part: folder / part for part in PARTS}
         if not parts["judge"].is_dir():
             del parts["judge"]
@@ -128,7 +128,8 @@ class Generator:
             unconditional: draw without text.
 
         Raises:
-            UserError: an empty prompt, one of more than 1,000 characters, an impossible seed or setting.
+            UserError: an empty prompt, one of more than 1,000 characters, an impossible seed or setting, or
+                the nets make what is no finite number (`Diverged`).
         """
         images = self.draw(prompts, seeds, sampling, unconditional)
         return [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in to_pixels(images).cpu()]
@@ -163,7 +164,7 @@ class Generator:
                 batch += batch[-1:] * (size - count)
                 chosen += chosen[-1:] * (size - count)
             codes = self._codes(batch, chosen, sampling, unconditional, on_token)[:count]
-            images.append(self.tokenizer.decode(codes.view(len(codes), *self.gpt.grid)))
+            images.append(self._decoded(codes))
             if on_batch is not None:
                 on_batch(min(start + size, len(seeds)))
         return torch.cat(images)
@@ -184,15 +185,24 @@ class Generator:
         rerank = self._rerank(prompts) if sampling.best_of > 1 else None
         return self.sampler(states, mask, sampling, seeds, on_token=on_token, rerank=rerank)
 
+    def _decoded(self, codes: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) of codes (B, T)."""
+        images = self.tokenizer.decode(codes.view(len(codes), *self.gpt.grid))
+        if not images.isfinite().all():
+            raise Diverged("codes are decoded to what is no finite number; train the tokenizer anew")
+        return images
+
     def _rerank(self, prompts: list[str]) -> Rerank:
         judge = self.judge
         if judge is None:
             raise UserError("best_of above 1 needs a judge, and this model has none; set best_of to 1")
 
         def scores(codes: Tensor) -> Tensor:  # (B, n, T) -> (B, n)
-            images = self.tokenizer.decode(codes.reshape(-1, *self.gpt.grid))
-            features = judge.image_features(images).view(*codes.shape[:2], -1)
-            return torch.einsum("bne,be->bn", features, judge.text_features(prompts))
+            features = judge.image_features(self._decoded(codes.flatten(0, 1))).view(*codes.shape[:2], -1)
+            found = torch.einsum("bne,be->bn", features, judge.text_features(prompts))
+            if not found.isfinite().all():
+                raise Diverged("pictures are judged by what is no finite number; train the judge anew")
+            return found
 
         return scores
 
@@ -213,4 +223,5 @@ def checked(sampling: SamplingConfig | Mapping[str, Any]) -> SamplingConfig:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
-        raise UserError(f"sampling: {name} is {first['input']!r}: {first['msg']}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"sampling: {name} is {first['input']!r}: {message}") from None

@@ -16,7 +16,7 @@ from torch import Tensor
 from model.config import SamplingConfig
 from model.nets.attention import StaticCache
 from model.nets.gpt import GPT, Context
-from model.nets.sampler import OnToken, Program, Sampler, draw
+from model.nets.sampler import OnToken, Program, Sampler, are_finite, draw
 
 # Freezing packs the weights for the CPU's GEMM kernels; without it compilation gains nothing there.
 CPU_OPTIONS: dict[str, Any] = {
@@ -93,6 +93,7 @@ class StaticProgram(Program):
         self.codes[:, :first] = inputs[:, 1:]
         self.cache.at = 0
         logits = self.logits(inputs, context, scales[first : first + 1])
+        self.finite.copy_(are_finite(logits, self.config))
         self.inputs.copy_(draw(logits, self.config, self.seeds, first, self.keys))
         self.codes[:, first] = self.inputs[:, 0]
         if on_token is not None:
@@ -127,7 +128,7 @@ class StaticProgram(Program):
         cache = StaticCache(self.cache, self.at, span)
         guided, config, gpt, context = self.guided, self.config, self.gpt, self.context
         inputs, codes, scales, position = self.inputs, self.codes, self.scales, self.at
-        seeds, keys = self.seeds, self.keys
+        seeds, keys, finite = self.seeds, self.keys, self.finite
         assert context is not None
 
         def step() -> None:
@@ -137,6 +138,7 @@ class StaticProgram(Program):
                 with_text, without = logits.chunk(2)
                 scale = scales.index_select(0, position.view(1))  # `scales[position]` breaks PyTorch 2.11
                 logits = torch.lerp(without, with_text, scale)  # (B, 1, K)
+            finite.logical_and_(are_finite(logits, config))
             drawn = draw(logits, config, seeds, position, keys)  # (B, 1)
             codes.index_copy_(1, position.view(1), drawn)
             inputs.copy_(drawn)

@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from model.config import SamplingConfig
+from model.errors import Diverged
 from model.nets.gpt import GPT, Context
 
 OnToken = Callable[[int, Tensor], None]  # (position, codes (B,) of that position)
@@ -68,6 +69,7 @@ class Sampler:
 
         Raises:
             ValueError: where rows, seeds and prefix do not fit together.
+            Diverged: some logits are no finite numbers.
         """
         gpt, n = self.gpt, config.best_of
         device = gpt.embedding.weight.device
@@ -96,6 +98,8 @@ class Sampler:
         inputs = start if prefix is None else torch.cat([start, prefix.to(device)], dim=1)  # (B, P + 1)
         program = self.program(context, config, len(seeds), guided)
         codes = program.run(inputs, context, seeds, torch.tensor(scales, device=device), on_token)
+        if not program.finite:
+            raise Diverged("codes would be drawn from what is no finite number; train the transformer anew")
         return codes.clone()  # the program's buffer, or a tensor of inference mode
 
     def program(self, context: Context, config: SamplingConfig, batch: int, guided: bool) -> Program:
@@ -164,6 +168,7 @@ class Program:
         self.cache = gpt.cache(batch * (1 + guided))
         self.seeds = torch.zeros(batch, 1, dtype=torch.long, device=weight.device)
         self.keys = noise_keys(gpt.vocabulary, weight.device)
+        self.finite = torch.ones((), dtype=torch.bool, device=weight.device)  # all that was drawn from
 
     @torch.inference_mode()
     def run(
@@ -181,6 +186,7 @@ class Program:
         at = inputs.shape[1] - 1  # codes that are settled
         sequence = F.pad(inputs, (0, tokens - at))  # (B, 1 + T): start token, settled codes, guesses
         self.cache.at, end = 0, at + 1
+        self.finite.fill_(True)
         while at < tokens:
             fresh = sequence[:, self.cache.at : end]
             logits = self.logits(fresh, context, scales[at:end])  # (B, end - at, K)
@@ -189,6 +195,7 @@ class Program:
             if end > settled:
                 same = (sequence[:, settled:end] == drawn[:, :-1]).all(dim=0)
                 settled += int(same.cumprod(dim=0).sum())
+            self.finite.logical_and_(are_finite(logits[:, : settled - at], self.config))
             sequence[:, at + 1 : end + 1] = drawn
             if on_token is not None:
                 for place in range(at, settled):
@@ -279,6 +286,11 @@ def draw(
         least = ranked.masked_fill(outside, math.inf).amin(dim=-1, keepdim=True)
         logits = logits.masked_fill(logits < least, -math.inf)
     return (logits + gumbel(seeds, at, keys)).argmax(dim=-1)
+
+
+def are_finite(logits: Float[Tensor, "*rows K"], config: SamplingConfig) -> Bool[Tensor, ""]:
+    """Whether what is drawn from is made of finite numbers, on the device: nobody has to wait for it."""
+    return (logits / (config.temperature or 1.0)).isfinite().all()
 
 
 def gumbel(

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from model.config import SamplingConfig
-from model.errors import UserError
+from model.errors import Diverged, UserError
 from model.inference.generate import Generator, checked
 from model.nets.compiled import CompiledSampler
 from model.plumbing.checkpoints import load_model, save_model
@@ -97,6 +97,21 @@ def test_best_of_keeps_what_the_judge_prefers(generator: Generator) -> None:
     generator.judge = None
     with pytest.raises(UserError, match="needs a judge"):
         generator.draw(TWO[:1], [1], several)
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [("gpt", "codes would be drawn"), ("tokenizer", "codes are decoded"), ("judge", "pictures are judged")],
+)
+def test_weights_so_great_that_nothing_is_a_number_any_more_draw_nothing(
+    generator: Generator, part: str, says: str
+) -> None:
+    net = getattr(generator, part)
+    for weight in (net.model if part == "judge" else net).parameters():
+        weight.requires_grad_(False).fill_(1e38)
+    spoiled = Generator(generator.tokenizer, generator.text, generator.gpt, generator.judge)
+    with pytest.raises(Diverged, match=f"{says} .* no finite number"):
+        spoiled.generate(TWO, [1, 2], SamplingConfig(best_of=2))
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
 import torch
 
 from model.config import SamplingConfig
+from model.errors import Diverged
 from model.nets.compiled import CompiledSampler
 from model.nets.sampler import sample
 from tests.nets.test_sampler import texts, tiny
@@ -40,3 +42,18 @@ def test_a_server_may_compile_for_many_batch_sizes(monkeypatch: pytest.MonkeyPat
         seeds = list(range(batch))
         assert torch.equal(fast(None, None, config, seeds), sample(gpt, None, None, config, seeds))
     assert len(fast._programs) == 10
+
+
+def test_what_is_no_number_is_found_in_a_compiled_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # its weights may change
+    gpt = tiny(grid=(1, 2))
+    fast = CompiledSampler(gpt)
+    config = SamplingConfig(cfg_scale=1)
+    codes = fast(None, None, config, [1, 2])
+    second = gpt.position.weight.detach()[1]  # of the code that the compiled step draws
+    before = second.clone()
+    second.fill_(math.nan)
+    with pytest.raises(Diverged):
+        fast(None, None, config, [1, 2])
+    second.copy_(before)
+    assert torch.equal(fast(None, None, config, [1, 2]), codes)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 
 from model.config import SamplingConfig, TrainingConfig, TransformerConfig
+from model.errors import Diverged
 from model.nets.attention import StaticCache
 from model.nets.gpt import GPT
-from model.nets.sampler import AHEAD, candidate_seed, guidance, gumbel, noise_keys, sample
+from model.nets.sampler import AHEAD, Sampler, candidate_seed, guidance, gumbel, noise_keys, sample
 
 TRAINING = TrainingConfig(steps=10, batch_size=4, warmup_steps=1)
 GREEDY = SamplingConfig(temperature=0, cfg_scale=1)
@@ -255,6 +257,35 @@ def test_a_single_picture_is_drawn_ahead_and_is_the_same(
             assert seen == list(enumerate(alone[0].tolist()))
             prefix = alone[:, : gpt.tokens // 2]
             assert torch.equal(sample(gpt, text[one], mask[one], config, [seed], prefix), alone)
+
+
+@pytest.mark.parametrize("place", [0, 11], ids=["the first code", "the last code"])
+@pytest.mark.parametrize("scale", [1.0, 2.0], ids=["plain", "guided"])
+@pytest.mark.parametrize("seeds", [[1], [1, 2, 3]], ids=["ahead", "code by code"])
+def test_nothing_is_drawn_from_what_is_no_number(seeds: list[int], scale: float, place: int) -> None:
+    gpt = tiny()
+    text, mask = texts()
+    sampler, config, rows = Sampler(gpt), SamplingConfig(cfg_scale=scale), slice(0, len(seeds))
+    drawn = gpt.position.weight.detach()[place]
+    before = drawn.clone()
+    drawn.fill_(math.nan)
+    with pytest.raises(Diverged, match="codes would be drawn from what is no finite number"):
+        sampler(text[rows], mask[rows], config, seeds)
+    drawn.copy_(before)
+    sampler(text[rows], mask[rows], config, seeds)
+
+
+def test_neither_great_weights_nor_extreme_settings_draw_from_infinity() -> None:
+    gpt = tiny()
+    text, mask = texts()
+    for config in (SamplingConfig(cfg_scale=1e30), SamplingConfig(temperature=1e-30)):
+        sample(gpt, text, mask, config, [1, 2, 3])
+    with pytest.raises(Diverged):
+        sample(gpt, text, mask, SamplingConfig(cfg_scale=1e30, temperature=1e-30), [1, 2, 3])
+    torch.nn.init.constant_(gpt.head.weight, 1e38)
+    torch.nn.init.constant_(gpt.norm.weight, 100)
+    with pytest.raises(Diverged):
+        sample(gpt, text, mask, GREEDY, [1, 2, 3])
 
 
 def test_drawing_ahead_saves_passes_where_guesses_are_right() -> None:

@@ -138,6 +138,18 @@ def stored_as(dtype: str) -> Change:
     return change
 
 
+def filled(value: float) -> Change:
+    """With one number for all weights of the transformer."""
+
+    def change(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        weights = load_file(folder / WEIGHTS)
+        save_file({name: one.fill_(value) for name, one in weights.items()}, folder / WEIGHTS)
+
+    return change
+
+
 def net(part: str, *changes: Change) -> Change:
     """With a description that was changed, and weights that fit it: zeros, of which none are on the disk."""
 
@@ -220,6 +232,7 @@ BUNDLES: dict[str, Change] = {
     "settings have an unknown key": written("sampling.json", '{"wa\\nrmth": 1}'),
     "settings ask for a billion draws": written("sampling.json", '{"best_of": 1000000000}'),
     "settings are infinite": written("sampling.json", '{"cfg_scale": 1e999}'),
+    "settings are next to nothing": written("sampling.json", '{"temperature": 1e-40}'),
     "settings are below zero": written("sampling.json", '{"temperature": -1}'),
     "settings are terabytes": instead("sampling.json", hole),
     # ── of a description, as a file
@@ -275,6 +288,9 @@ BUNDLES: dict[str, Change] = {
     "a mask of terabytes beside small weights": net("text", clip(context_length=10**6)),
     "a mask of 9 GiB beside small weights": net("text", clip(context_length=50_000)),
     "a text of one token": net("text", clip(context_length=1)),
+    "a text with a token more than it has places": net("text", clip(embed_cls=True)),
+    "a judge of every token": net("judge", clip("judge", pool_type="none")),
+    "a judge that says more than it is asked": net("judge", clip("judge", {"output_tokens": True})),
     "a vocabulary that is not CLIP's": net("text", clip(vocab_size=100)),
     "a vocabulary of two billion": clip(vocab_size=2**31),
     "a million layers": clip(layers=10**6),
@@ -377,6 +393,7 @@ BUNDLES: dict[str, Change] = {
     "weights that are true or false": stored_as("bool"),
     "weights that are no numbers": numbers(float("nan")),
     "weights without end": numbers(float("inf")),
+    "weights so great that logits are none": filled(1e38),
     # ── of a manifest
     "a manifest that is a pipe": instead("manifest.json", os.mkfifo),
     "a manifest that is a folder": instead("manifest.json", Path.mkdir),
