@@ -39,6 +39,8 @@ LAYERS = ("layers", "depth", "blocks", "num_res_blocks", "layers_per_block", "nu
 ELSEWHERE = ("hf_", "timm_", "auto_map", "attn_implementation", "_attn_implementation", "quantization_config")
 # Keys with which open_clip, transformers and diffusers fetch code or weights from a hub.
 
+_BUILDING = threading.RLock()  # torch's hooks must neither come nor go while another thread builds a net
+
 
 def load(
     folder: str | Path,
@@ -152,12 +154,13 @@ def _laid_out(
         if registered > most:
             raise ValueError(f"this net has more parameters than its weights, which are in {WEIGHTS}")
 
-    hook = register_module_parameter_registration_hook(count)
-    try:
-        with torch.device("meta"):
-            return _built(build, description, folder)
-    finally:
-        hook.remove()
+    with _BUILDING:
+        hook = register_module_parameter_registration_hook(count)
+        try:
+            with torch.device("meta"):
+                return _built(build, description, folder)
+        finally:
+            hook.remove()
 
 
 def _tried(
@@ -172,7 +175,8 @@ def _tried(
 
 def _built(build: Callable[[dict[str, Any]], Net], description: dict[str, Any], folder: Path) -> Net:
     try:
-        return build(without_retired(description))
+        with _BUILDING:
+            return build(without_retired(description))
     except UserError:
         raise
     except Exception as error:  # whatever a net's own code makes of a stranger's description
