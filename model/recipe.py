@@ -12,8 +12,10 @@ Where the numbers come from is said beside them: the presets that they were tune
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -60,7 +62,6 @@ UNSEEN = Survey(1000, False, 0, 0.0, 256.0, 0.0, 1000, 3.0, 0.005)
 class Speeds:
     """How long the parts of a run take on some hardware, in seconds."""
 
-    measured: bool
     start: float  # of a process: until it has imported what it needs
     step: Mapping[str, float]  # an optimiser step, by net
     encode: float  # a picture to its codes, all processes together
@@ -243,10 +244,9 @@ def of_dial(net: str) -> list[str]:
 
 def fitted(values: Values) -> str:
     """What the steps of a config are for: its dial, and its hardware."""
-    recipe, hardware = values["recipe"], _hardware(_Book(deepcopy(values)))
-    asked = (
-        f"{recipe['minutes']:g} minutes" if recipe.get("minutes") else f"effort {recipe.get('effort', 1):g}"
-    )
+    effort, minutes = _dial(values["recipe"])
+    hardware = _hardware(_Book(deepcopy(values)))
+    asked = f"{minutes:g} minutes" if minutes else f"effort {effort:g}"
     return f"{asked} on {hardware.devices} x {hardware.kind}"
 
 
@@ -296,9 +296,14 @@ class _Book:
         return str(self.get(f"{path}.kind", default))
 
 
+MOST_WORKERS = 1024  # that a config may ask for
+
+
 class _Hardware(NamedTuple):
     kind: str
     devices: int  # processes, one for each GPU
+    fewest: int  # of them, with which a job goes on
+    unit: int  # what each number of them divides, from the fewest to all
     speed: float  # FLOP/s that training is expected to reach, of all devices together
 
     @property
@@ -312,12 +317,15 @@ def _hardware(book: _Book) -> _Hardware:
         max(1, int(_number(book.get(f"jobs.{name}", usual))))  # what is none is named by whoever validates
         for name, usual in (("workers", 1), ("processes_per_worker", gpus or 1))
     )
+    least = int(_number(book.get("jobs.min_workers", 0))) or workers
+    going = range(least, workers + 1) if 0 < least <= workers <= MOST_WORKERS else (workers,)
     kind = book.get("jobs.gpu", "a100") if gpus else "cpu"
     if not isinstance(kind, str) or kind not in HARDWARE:
         raise UserError(f"jobs.gpu '{kind}' is unknown; choose one of {', '.join(HARDWARE)}")
     devices = workers * processes
     times = devices if gpus else workers * _cores(book) / 2
-    return _Hardware(kind, devices, HARDWARE[kind]["bf16"] * UTILISATION * times)
+    speed = HARDWARE[kind]["bf16"] * UTILISATION * times
+    return _Hardware(kind, devices, going[0] * processes, math.lcm(*going) * processes, speed)
 
 
 def _cores(book: _Book) -> float:
@@ -350,11 +358,20 @@ def _named_after(source: Any) -> str:
     parts = [
         re.sub(r"\{.*|\*.*|(\.(zip|tar|tgz|gz|bz2|xz|parquet))+$", "", part) for part in where.split("/")
     ]
-    names = [re.sub("[^a-z0-9._-]+", "-", part.lower()).strip("-._") for part in parts if part[-1:] != ":"]
+    names = [_slug(part) for part in parts if part[-1:] != ":"]
     home = 2 if names[1:2] in (["home"], ["users"]) else 1 if names[1:2] == ["root"] else 0
     there = [name for name in names[1 + home if home else 0 :] if name]
     said = [name for name in there if name not in GENERIC] or there
     return said[-1][:60] if said else str(source.get("kind", "unnamed"))
+
+
+def _slug(part: str) -> str:
+    """Part of a path as a name may have it: of letters in other scripts alone, their hash."""
+    name = re.sub("[^a-z0-9._-]+", "-", part.lower()).strip("-._")
+    if re.search("[a-z]", name) or not any(map(str.isalpha, part)):
+        return name
+    mark = hashlib.sha256(unicodedata.normalize("NFC", part).encode(errors="surrogatepass")).hexdigest()[:6]
+    return f"{name or 'pictures'}-{mark}"
 
 
 # ── the rules ───────────────────────────────────────────────────────────────────────────────────────────
@@ -362,18 +379,29 @@ def _named_after(source: Any) -> str:
 TRAINING_SHARE = 0.7  # of a run's minutes, for the choice of sizes
 
 # Effort 1: five minutes for 60 pictures, an hour for 30,000.
+EFFORT = "recipe.effort"
 MINUTES, MINUTES_FOR, GROWTH = 5.0, 60, 0.4
+LONGEST = 1e6  # minutes, beyond all that a config may ask for
+
+
+def _dial(recipe: Values) -> tuple[float, float]:
+    """Effort and minutes; 0 of these where effort decides."""
+    said = []
+    for name, usual in (("effort", 1.0), ("minutes", 0.0)):
+        try:
+            value = float(recipe.get(name, usual))
+        except (TypeError, ValueError, OverflowError):
+            value = math.nan
+        said.append(value if 0 < value < LONGEST else usual)  # whoever validates the config names it
+    return said[0], said[1]
 
 
 def _minutes(book: _Book, survey: Survey) -> float:
     recipe = book.values["recipe"]
     recipe.setdefault("effort", 1.0)
     recipe.setdefault("minutes", 0.0)
-    try:
-        effort, minutes = float(recipe["effort"]), float(recipe["minutes"])
-    except (TypeError, ValueError):
-        effort, minutes = 1.0, 0.0  # whoever validates the config names it
-    if minutes > 0:
+    effort, minutes = _dial(recipe)
+    if minutes:
         book.choices.append(Choice("recipe.minutes", minutes, "as you say", True))
         return minutes
     usual = MINUTES * (max(survey.pictures, MINUTES_FOR) / MINUTES_FOR) ** GROWTH
@@ -382,7 +410,7 @@ def _minutes(book: _Book, survey: Survey) -> float:
         f"{minutes:g} minutes for {survey.pictures:,} pictures: {MINUTES:g} for {MINUTES_FOR},"
         f" {2**GROWTH:.1f} times as long for twice as many"
     )
-    book.choices.append(Choice("recipe.effort", effort, reason, effort != 1))
+    book.choices.append(Choice(EFFORT, effort, reason, effort != 1))
     return minutes
 
 
@@ -408,6 +436,12 @@ TOKENIZERS: dict[tuple[int, bool], Values] = {  # (side, whether GPUs train it)
 }
 LARGEST_CODEBOOK = {32: 256, 64: 1024, 128: 4096, 256: 16384}
 HELD_OUT = 12  # pictures at least, where there are enough
+SMALLEST = 4  # pixels of a side: less is no picture
+
+
+def least_side(median: float) -> int:
+    """The side from which pictures are taken, pixels, where their shorter sides have this median."""
+    return min(16, max(SMALLEST, int(median) // 2))
 
 
 def _data(book: _Book, survey: Survey, hardware: _Hardware, budget: float) -> None:
@@ -428,7 +462,7 @@ def _data(book: _Book, survey: Survey, hardware: _Hardware, budget: float) -> No
         if drawn
         else "mostly photographs (JPEG or lossy WEBP): no borders",
     )
-    book.pick("data.min_side", min(16, max(4, int(survey.side) // 2)), "what is much smaller is left out")
+    book.pick("data.min_side", least_side(survey.side), "what is much smaller is left out")
     share = min(
         0.2, max(0.05 if survey.pictures < 20_000 else 1000 / survey.pictures, HELD_OUT / survey.pictures)
     )
@@ -450,14 +484,12 @@ def _tokenizer(book: _Book, survey: Survey, hardware: _Hardware) -> None:
     )
     shape = TOKENIZERS[near]
     book.pick("tokenizer.kind", "vqvae", "trained on these pictures")
-    whole = not any(book.get(f"tokenizer.{name}") for name in ("factor", "stem", "multipliers"))
-    for name in ("factor", "stem", "width", "multipliers", "blocks"):
-        if whole or name in ("width", "blocks"):
-            book.pick(
-                f"tokenizer.{name}",
-                shape[name],
-                f"tuned for {near[0]} px {'on GPUs' if near[1] else 'on a CPU'}",
-            )
+    tuned = f"tuned for {near[0]} px {'on GPUs' if near[1] else 'on a CPU'}"
+    for name, value in _levels(book, shape).items():
+        why = tuned if value == shape[name] else f"nearest to what is {tuned}, with what you say"
+        book.pick(f"tokenizer.{name}", value, why)
+    for name in ("width", "blocks"):
+        book.pick(f"tokenizer.{name}", shape[name], tuned)
     for name, value in shape["loss"].items():
         book.pick(f"tokenizer.loss.{name}", value, f"tuned for {near[0]} px")
     grid = _grid(book)
@@ -472,6 +504,29 @@ def _tokenizer(book: _Book, survey: Survey, hardware: _Hardware) -> None:
     book.pick(f"{training}.final_lr_share", 0.1 if hardware.gpu else 0.02, "tuned for this size")
     book.pick(f"{training}.precision", "bf16", "half the time on GPU and CPU")
     book.pick(f"{training}.compile", hardware.gpu, "pays on a GPU")
+
+
+def _levels(book: _Book, shape: Values) -> Values:
+    """Factor, stem and multipliers of a tokenizer: nearest to those of a shape that go with what is given."""
+    side, given = _number(book.get("data.image_size")), book.get("tokenizer.multipliers")
+    fitting = [
+        (factor, stem)
+        for factor in (4, 8, 16)
+        for stem in (1, 2, 4)
+        if book.get("tokenizer.factor", factor) == factor
+        and book.get("tokenizer.stem", stem) == stem
+        and (not isinstance(given, list) or factor == stem * 2 ** (len(given) - 1))
+    ]
+    usual = shape["factor"], shape["stem"]  # where nothing fits: whoever validates the config names it
+
+    def distance(one: tuple[int, int]) -> tuple[float, ...]:
+        away = (abs(math.log2(ours / theirs)) for ours, theirs in zip(one, usual, strict=True))
+        return side % one[0] > 0, *away
+
+    factor, stem = min(fitting or [usual], key=distance)
+    levels = (factor // stem).bit_length()
+    widths = shape["multipliers"]
+    return {"factor": factor, "stem": stem, "multipliers": (widths + widths[-1:] * levels)[:levels]}
 
 
 CLIPS: dict[bool, Values] = {  # whether GPUs train it
@@ -525,13 +580,22 @@ COMPILED = (
 )
 
 
+def _heads(width: float) -> tuple[int, str]:
+    """Heads of a transformer of some width, and why."""
+    if known := next((heads for _, known, heads in TRANSFORMERS if known == width), 0):
+        return known, "channels of a head: 32 to 64"
+    fitting = [heads for heads in range(1, 257) if width % (4 * heads) == 0]  # as rope2d wants it
+    nearest = min(fitting or [1], key=lambda heads: abs(heads - width / 32))
+    return nearest, "channels of a head: as near to 32 as the width allows"
+
+
 def _transformer(book: _Book, survey: Survey, hardware: _Hardware, minutes: float, budget: float) -> None:
     if book.is_null("transformer"):
         return
     affordable = math.sqrt(budget * SHARES["transformer"] / (6 * TOKENS_PER_WEIGHT))
     useful = WEIGHTS_PER_CODE * survey.pictures * _grid(book)
     weights = min(affordable, useful)
-    depth, width, heads = min(
+    depth, width, _ = min(
         TRANSFORMERS, key=lambda one: abs(math.log(PER_BLOCK * one[0] * one[1] ** 2 / weights))
     )
     reason = f"some {quantity(weights)} weights: " + (
@@ -541,9 +605,8 @@ def _transformer(book: _Book, survey: Survey, hardware: _Hardware, minutes: floa
     )
     book.pick("transformer.depth", depth, reason)
     width = _number(book.pick("transformer.width", width, reason))
-    if "heads" not in book.get("transformer"):
-        heads = heads if width % heads == 0 and (width // heads) % 4 == 0 else max(1, width // 32)
-    book.pick("transformer.heads", heads, "channels of a head: 32 to 64")
+    heads, why = _heads(width)
+    book.pick("transformer.heads", heads, why)
     small = width <= SMALL
     book.pick(
         "transformer.optimizer",
@@ -576,11 +639,11 @@ def _batch(book: _Book, net: str, hardware: _Hardware, needs: Needs) -> None:
     usual = BATCHES[net][hardware.gpu]
     parts, room = 1, FILLED * HARDWARE[hardware.kind]["memory"]
     if hardware.gpu and (need := needs.get("text" if net == "clip" else net)):
-        share = usual / hardware.devices
-        while parts < share and need.state + need.sample * share / parts > room:
+        share = max(usual, hardware.unit) / hardware.fewest
+        while parts < usual / hardware.unit and need.state + need.sample * share / parts > room:
             parts *= 2
     parts = _number(book.pick(f"{training}.accumulate", parts, f"what fits into {room / 2**30:.0f} GiB"))
-    unit = hardware.devices * parts
+    unit = hardware.unit * max(1, parts)
     size = max(usual, unit) // unit * unit
     tuned = f"tuned {'on GPUs' if hardware.gpu else 'on a CPU'}, a multiple of {unit}"
     book.pick(f"{training}.batch_size", size, tuned)
@@ -656,12 +719,17 @@ def _steps(
             _training(book, net, NOMINAL[net], "until the source is looked at")
         return []
     parts = _overhead(book, survey, speeds, hardware, trained)
-    overhead = sum(part.seconds for part in parts)
+    overhead, asked = sum(part.seconds for part in parts), _dial(book.values["recipe"])[1]
     left = minutes * 60 - overhead
-    if left < LEAST_SHARE * minutes * 60 and book.get("recipe.minutes"):
-        raise _TooShort(
-            f"recipe.minutes: {minutes:g} minutes are too few: what is no training takes {overhead / 60:.1f}"
-        )
+    if left < LEAST_SHARE * minutes * 60:
+        other = f"what is no training takes {overhead / 60:.1f}"
+        if asked:
+            raise _TooShort(f"recipe.minutes: {minutes:g} minutes are too few: {other}")
+        left = overhead * LEAST_SHARE / (1 - LEAST_SHARE)
+        longer = f"; raised to {(overhead + left) / 60:.1f}: {other}"
+        book.choices = [
+            one._replace(reason=one.reason + longer) if one.field == EFFORT else one for one in book.choices
+        ]
     taken: dict[str, float] = {}
     for name in trained:  # in order of the pipeline: what one leaves, those after it have
         net = _section(name)
@@ -673,8 +741,10 @@ def _steps(
         elif name == "judge" and "text" in taken:
             steps, why = _number(book.get("clip.training.steps")), ""
         else:
-            steps = max(LEAST_STEPS[net], int(own / each))
+            steps = int(own / each)
             why = f"{own / left:.0%} of {left / 60:.1f} minutes, at {each * 1000:.0f} ms a step"
+            if steps < LEAST_STEPS[net]:
+                steps, why = LEAST_STEPS[net], f"no fewer make sense, at {each * 1000:.0f} ms a step"
             if net in MOST_STEPS and steps > (most := MOST_STEPS[net][hardware.gpu]):
                 steps, why = most, "more bring little at this size"
             steps = _round(steps)
@@ -682,7 +752,7 @@ def _steps(
             _training(book, net, steps, why)
         taken[name] = steps * each
     whole = overhead + sum(taken.values())
-    if whole > 60 * minutes * BEYOND and book.get("recipe.minutes"):
+    if whole > 60 * minutes * BEYOND and asked:
         raise _TooShort(
             f"recipe.minutes: {minutes:g} minutes are too few: the fewest steps that make sense, or those"
             f" that are given, take {whole / 60:.1f} with all else"
@@ -709,7 +779,7 @@ def _training(book: _Book, net: str, steps: int, why: str) -> None:
     """Steps of a training, and what goes with them."""
     path = f"{net}.training"
     steps = _number(book.pick(f"{path}.steps", steps, why))
-    if not 0 < steps < math.inf:
+    if steps <= 0:
         steps = 1  # whoever validates the config names it
     warmup = max(1, min(max(200, steps // 50), steps // 15))
     book.pick(f"{path}.warmup_steps", warmup, "200, or a fiftieth of many steps, or a fifteenth of few")
@@ -801,16 +871,20 @@ def _turned(book: _Book) -> bool:
     return bool(book.get("recipe.minutes")) or book.get("recipe.effort") != 1
 
 
+BEYOND_ALL = 1e18  # that a number of a config may be
+
+
 def _number(value: Any) -> Any:
     """A number of the config; what is none is named when the config is validated."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else 1
+    is_one = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_one and abs(value) < BEYOND_ALL else 1
 
 
 def quantity(value: float) -> str:
     """A large number, short: 1.2M."""
     for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= unit:
-            return f"{value / unit:.2g}{name}"
+            return f"{value / unit:{'.2g' if value < 10 * unit else '.0f'}}{name}"
     return f"{value:.0f}"
 
 

@@ -1,5 +1,7 @@
 """Sizes and steps that are derived: what they follow from, what is kept, what is refused."""
 
+import re
+import unicodedata
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +15,7 @@ from model.recipe import HARDWARE, Derived, Memory, Speeds, Survey, derive, refi
 
 SURVEY = Survey(3000, True, 300, 0.02, 300.0, 0.0, 2800, 4.0, 0.004)
 CPU = Speeds(
-    True, 2.1, {"tokenizer": 0.022, "text": 0.05, "judge": 0.05, "transformer": 0.12}, 0.001, 0.02, spent=20
+    2.1, {"tokenizer": 0.022, "text": 0.05, "judge": 0.05, "transformer": 0.12}, 0.001, 0.02, spent=20
 )
 FOLDER = {"kind": "folder", "path": "/pictures/flags"}
 
@@ -95,6 +97,7 @@ def test_whatever_is_derived_is_a_config(hardware: str, minutes: int, side: floa
         ({"data": {"source": FOLDER, "image_size": 64}}, "data.image_size", 64),
         ({"tokenizer": {"codebook_size": 32}}, "tokenizer.codebook_size", 32),
         ({"tokenizer": {"factor": 8, "stem": 1, "multipliers": [1, 1, 2, 2]}}, "tokenizer.factor", 8),
+        ({"tokenizer": {"factor": 16}}, "tokenizer.factor", 16),
         ({"transformer": {"width": 96}}, "transformer.width", 96),
         ({"transformer": {"training": {"steps": 500}}}, "transformer.training.steps", 500),
         ({"clip": {"kind": "pretrained"}}, "clip.kind", "pretrained"),
@@ -115,6 +118,67 @@ def test_every_value_can_be_set_and_the_others_go_by_it(given: dict[str, Any], p
     )
 
 
+@pytest.mark.parametrize("side", [32, 64, 256])
+def test_what_a_plan_prints_may_be_said_and_changes_nothing(side: int) -> None:
+    sections: dict[str, Any] = {"recipe": {"minutes": 6000 if side == 256 else 25 * side / 32}}
+    sections["data"] = {"source": FOLDER, "image_size": side}
+    sections["jobs"] = {"gpus_per_worker": side == 256 and 4}
+    survey, speeds = replace(SURVEY, side=1.0 * side), replace(CPU, encode=1e-4)
+    found = derived(survey, speeds, **sections)
+    for choice in found.choices:
+        section, _, name = choice.field.partition(".")
+        if section in ("recipe", "sweep") or not name:  # who says a sweep has that one, and no other
+            continue
+        *parents, leaf = name.split(".")
+        said: dict[str, Any] = {leaf: choice.value}
+        for parent in reversed(parents):
+            said = {parent: said}
+        again = derived(survey, speeds, **sections | {section: sections.get(section, {}) | said})
+        assert again.values == found.values, choice
+
+
+@pytest.mark.parametrize(
+    ("given", "shape"),
+    [
+        ({}, (4, 2, [1, 2])),
+        ({"factor": 8}, (8, 2, [1, 2, 2])),
+        ({"factor": 16}, (16, 2, [1, 2, 2, 2])),
+        ({"stem": 1}, (4, 1, [1, 2, 2])),
+        ({"stem": 4}, (4, 4, [1])),
+        ({"multipliers": [1, 2, 4]}, (4, 1, [1, 2, 4])),
+        ({"multipliers": [1, 2, 2, 4]}, (8, 1, [1, 2, 2, 4])),
+        ({"multipliers": [1, 3], "factor": 8}, (8, 4, [1, 3])),
+    ],
+)
+def test_a_tokenizer_is_as_near_to_the_tables_as_what_is_said_allows(
+    given: dict[str, Any], shape: tuple[Any, ...]
+) -> None:
+    found = derived(tokenizer=given)
+    names = ("factor", "stem", "multipliers")
+    assert tuple(of(found, f"tokenizer.{name}") for name in names) == shape
+    for choice in found.choices:
+        name = choice.field.removeprefix("tokenizer.")
+        if name in names and name not in given:
+            usual = choice.value == recipe.TOKENIZERS[32, False][name]
+            assert choice.reason.startswith("tuned" if usual else "nearest")
+    large = derived(tokenizer={"factor": 8}, data={"source": FOLDER, "image_size": 64})
+    assert of(large, "tokenizer.stem") == 2, "as it is tuned"
+    odd = derived(data={"source": FOLDER, "image_size": 52})
+    assert of(odd, "tokenizer.factor") == 4, "which divides 52"
+
+
+@pytest.mark.parametrize(("width", "heads"), [(96, 3), (200, 5), (404, 1), (384, 6), (1280, 20)])
+def test_heads_go_by_the_width(width: int, heads: int) -> None:
+    assert of(derived(transformer={"width": width}), "transformer.heads") == heads
+    learned = derived(transformer={"width": 30, "positions": "learned"})
+    assert of(learned, "transformer.heads") == 1
+
+
+@pytest.mark.parametrize(("side", "least"), [(3, 4), (8, 4), (20, 10), (30.5, 15), (32, 16), (500, 16)])
+def test_small_pictures_are_left_out_where_most_are_larger(side: float, least: int) -> None:
+    assert of(derived(replace(SURVEY, side=side)), "data.min_side") == least
+
+
 @pytest.mark.parametrize(("gpus", "processes"), [(0, 2), (1, 1), (8, 8)])
 def test_there_is_a_process_for_each_gpu(gpus: int, processes: int) -> None:
     config = load_config("auto", [f"jobs.gpus_per_worker={gpus}"], FOLDER)
@@ -124,7 +188,10 @@ def test_there_is_a_process_for_each_gpu(gpus: int, processes: int) -> None:
     assert config.recipe.fitted == f"effort 1 on {processes} x {kind}"
 
 
-@pytest.mark.parametrize("setting", ["workers=two", "workers=null", "workers=0", "gpu=[1]"])
+@pytest.mark.parametrize(
+    "setting",
+    [*("workers=two", "workers=null", "workers=0", "gpu=[1]"), *("min_workers=.inf", "min_workers=-1")],
+)
 def test_hardware_that_is_none_is_refused_by_name(setting: str) -> None:
     with pytest.raises(UserError, match=f"jobs.{setting.partition('=')[0]}"):
         load_config("auto", [f"jobs.{setting}"], FOLDER)
@@ -225,10 +292,56 @@ def test_steps_that_are_none_are_refused_by_name(steps: Any) -> None:
         load_config("auto", [f"transformer.training.steps={'null' if steps is None else steps}"], FOLDER)
 
 
-def test_so_little_effort_that_there_is_no_time_trains_as_little_as_makes_sense() -> None:
-    found = derived(recipe={"effort": 0.001})
+@pytest.mark.parametrize("effort", [0.001, 0.05, 0.1, 0.2])
+@pytest.mark.parametrize("pictures", [60, 300, 3000, 10**7])
+def test_so_little_effort_that_there_is_no_time_has_what_all_but_training_leaves(
+    effort: float, pictures: int
+) -> None:
+    found = derived(replace(SURVEY, pictures=pictures), recipe={"effort": effort})
+    training = sum(part.seconds for part in found.parts if part.name.endswith("'s steps")) / 60
+    other = found.minutes - training
+    assert 0.2 < training / found.minutes < 0.5
+    said = next(choice.reason for choice in found.choices if choice.field == "recipe.effort")
+    if "raised" in said:
+        assert f"raised to {other / 0.75:.1f}: what is no training takes {other:.1f}" in said
+    assert ("raised" in said) == (other > 0.75 * float(said.split()[0])), "as with minutes"
+    for choice in found.choices:
+        assert not re.search(r"-\d+(\.\d+)? minutes|\d{3}%|-\d+%", choice.reason), choice
+
+
+def test_the_fewest_steps_that_make_sense_are_said_to_be_that() -> None:
+    slow = replace(CPU, step={net: 50 * seconds for net, seconds in CPU.step.items()})
+    found = derived(speeds=slow, recipe={"effort": 0.1})
+    said = {choice.field: choice.reason for choice in found.choices}
     for net, least in recipe.LEAST_STEPS.items():
         assert of(found, f"{net}.training.steps") == least
+        assert said[f"{net}.training.steps"].startswith("no fewer make sense, at ")
+
+
+@pytest.mark.parametrize("said", ["abc", "[1]", "null", ".nan", ".inf", "-1", "1e400"])
+@pytest.mark.parametrize("field", ["recipe.effort", "recipe.minutes"])
+def test_a_dial_that_is_no_number_is_refused_by_name(field: str, said: str) -> None:
+    with pytest.raises(UserError, match=f"{field}: Input should be"):
+        load_config("auto", [f"{field}={said}"], FOLDER)
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+@pytest.mark.parametrize(("least", "unit"), [(0, 4), (1, 12), (2, 12), (3, 12), (4, 4)])
+def test_a_batch_is_shared_by_whatever_number_of_workers_goes_on(gpus: int, least: int, unit: int) -> None:
+    jobs = {"gpus_per_worker": gpus, "workers": 4, "min_workers": least, "processes_per_worker": 2}
+    found = derived(jobs=jobs)
+    for net in recipe.NETS:
+        batch, usual = of(found, f"{net}.training.batch_size"), recipe.BATCHES[net][bool(gpus)]
+        assert batch % (2 * unit) == 0
+        assert usual - 2 * unit < batch <= max(usual, 2 * unit)
+
+
+def test_a_batch_fits_on_the_fewest_workers_that_go_on() -> None:
+    needs = {"transformer": Memory(0, 0.6 * 2**30)}  # 38 GiB for each of four, 77 for each of two
+    jobs = {"gpus_per_worker": 1, "workers": 4}
+    for least, parts in ((0, 1), (2, 2)):
+        found = derive(values(jobs=jobs | {"min_workers": least}), SURVEY, CPU, needs)
+        assert of(found, "transformer.training.accumulate") == parts
 
 
 def test_a_dial_that_turns_nothing_is_refused() -> None:
@@ -263,6 +376,11 @@ def test_until_the_pictures_are_seen_a_config_has_its_form_and_says_that_nothing
         ({"kind": "folder", "path": "/home/me/pictures"}, "latent-gpt-pictures"),
         ({"kind": "folder", "path": "/Users/me"}, "latent-gpt-folder"),
         ({"kind": "folder", "path": "/root/birds/img"}, "latent-gpt-birds"),
+        ({"kind": "folder", "path": "/home/me/фото"}, "latent-gpt-pictures-5cea44"),
+        ({"kind": "folder", "path": "/home/me/ドラゴン/train"}, "latent-gpt-pictures-1a74dc"),
+        ({"kind": "folder", "path": unicodedata.normalize("NFD", "/ドラゴン")}, "latent-gpt-pictures-1a74dc"),
+        ({"kind": "folder", "path": "/отпуск 2024"}, "latent-gpt-2024-63e895"),
+        ({"kind": "folder", "path": "/birds/2024"}, "latent-gpt-2024"),
         ({"kind": "folder", "path": "s3://bucket/home/me/birds"}, "latent-gpt-birds"),
     ],
 )

@@ -74,7 +74,7 @@ def of(made: Manifest, spent: bool) -> Speeds:
     """What a job of this module has measured, and whether its time is the run's."""
     info = made.info
     took = info["took"] if spent else 0.0
-    return Speeds(True, info["start"], info["step"], info["encode"], info["draw"], spent=took)
+    return Speeds(info["start"], info["step"], info["encode"], info["draw"], spent=took)
 
 
 def foreseen(config: RunConfig, hardware: str, devices: int) -> Speeds:
@@ -85,7 +85,6 @@ def foreseen(config: RunConfig, hardware: str, devices: int) -> Speeds:
     }
     each = {name: seconds / costs[name][0].training.batch_size / 3 for name, seconds in step.items()}
     return Speeds(
-        False,
         start=START,
         step=step,
         encode=each.get("tokenizer", 0.0) / 2,  # encoder and decoder are alike
