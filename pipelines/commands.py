@@ -303,7 +303,7 @@ def plan(
     minutes: Minutes = 0,
     effort: Effort = 0,
     hardware: Annotated[
-        str, typer.Option(help="cpu, l4, a100, h100 or h200; left out, what `jobs` asks for.")
+        str, typer.Option(help="cpu, l4, a100, h100 or h200, as foreseen; left out, what `jobs` asks for.")
     ] = "",
     overrides: Overrides = None,
 ) -> None:
@@ -312,7 +312,7 @@ def plan(
     from pipelines.run import absolute
 
     asked = preset, absolute(data), _dialled(overrides, minutes, effort)
-    with _services() if plan.is_timed(*asked) else contextlib.nullcontext():
+    with _services() if plan.is_timed(*asked, hardware) else contextlib.nullcontext():
         for line in plan.lines(*asked, hardware):
             print(line)
 

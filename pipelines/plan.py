@@ -77,10 +77,10 @@ class Plan:
         return "\n".join(lines)
 
 
-def is_timed(preset: str, data: str, overrides: tuple[str, ...]) -> bool:
+def is_timed(preset: str, data: str, overrides: tuple[str, ...], hardware: str = "") -> bool:
     """Whether `lines` has the hardware timed, by a job, so with services. Raises UserError: as `lines`."""
     section = load_config(preset, overrides, recognise(data, look=False)).recipe
-    return section is not None and section.minutes > 0 and not section.version
+    return section is not None and section.minutes > 0 and not section.version and not hardware
 
 
 @remembered()
@@ -89,16 +89,18 @@ def lines(preset: str, data: str, overrides: tuple[str, ...], hardware: str = ""
 
     Args:
         preset, data, overrides: as `pipelines.run.run` takes them.
-        hardware: of the table; "": what `jobs` asks for.
+        hardware: of the table, by which all is foreseen; "": what `jobs` asks for, which is timed where the
+            run has its minutes.
 
     Raises:
         UserError: as `plan` and `components.recipe.planned`.
     """
     config = load_config(preset, overrides, recognise(data))
+    _check(hardware or config.jobs.hardware)
     if config.recipe is None or config.recipe.version:
         return plan(config, hardware).render().splitlines()
-    asked = {"preset": preset, "data": data, "overrides": "\n".join(overrides)}
-    found = recipe.planned({"pipeline": pipeline_of(config), **asked})
+    asked = {"preset": preset, "data": data, "overrides": "\n".join((*overrides, *_jobs(config, hardware)))}
+    found = recipe.planned({"pipeline": pipeline_of(config), **asked}, here=not hardware)
     widest = max(len(choice.field) for choice in found.choices)
     values = [json.dumps(choice.value) for choice in found.choices]
     longest = max(map(len, values))
@@ -116,6 +118,16 @@ def lines(preset: str, data: str, overrides: tuple[str, ...], hardware: str = ""
     ]
 
 
+def _jobs(config: RunConfig, hardware: str) -> list[str]:
+    """Overrides that ask for hardware of the table: of GPUs as many as the config, or one."""
+    if not hardware or hardware == config.jobs.hardware:
+        return []
+    if hardware == "cpu":
+        return ["jobs.gpus_per_worker=0"]
+    gpus = config.jobs.gpus_per_worker or 1
+    return [f"jobs.gpu={hardware}", f"jobs.gpus_per_worker={gpus}", f"jobs.processes_per_worker={gpus}"]
+
+
 def plan(config: RunConfig, hardware: str = "") -> Plan:
     """What training this config takes on `jobs.workers × processes_per_worker` devices of a kind.
 
@@ -127,11 +139,15 @@ def plan(config: RunConfig, hardware: str = "") -> Plan:
             CLIP that open_clip does not know.
     """
     hardware = hardware or config.jobs.hardware
-    if hardware not in HARDWARE:
-        raise UserError(f"hardware '{hardware}' is unknown; choose one of {', '.join(HARDWARE)}")
+    _check(hardware)
     devices = config.jobs.devices
     stages = [_stage(rehearsal, foresee(rehearsal), devices, hardware) for rehearsal in rehearsals(config)]
     return Plan(config.name, hardware, devices, stages)
+
+
+def _check(hardware: str) -> None:
+    if hardware not in HARDWARE:
+        raise UserError(f"hardware '{hardware}' is unknown; choose one of {', '.join(HARDWARE)}")
 
 
 def _stage(rehearsal: Rehearsal, cost: Cost, devices: int, hardware: str) -> Stage:

@@ -6,13 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from components.recipe import FIRST
 from model.config import PRESETS, load_config, preset_names
 from model.data.sources import recognition
 from model.errors import UserError
 from model.nets.gpt import GPT
 from model.recipe import HARDWARE
 from model.training.optim import adamw, muon
-from pipelines.plan import UTILISATION, lines, plan
+from pipelines.plan import UTILISATION, is_timed, lines, plan
 from tests.data.test_ingest import picture, write
 
 pytestmark = pytest.mark.slow  # too long for the inner loop
@@ -157,9 +158,33 @@ def test_a_source_is_recognised_once_for_all_that_follows_from_it(tmp_path, monk
     assert len(asked) == 1
 
 
-def test_bad_input_is_named():
+@pytest.mark.parametrize(
+    ("hardware", "jobs", "named"),
+    [
+        ("cpu", ("jobs.gpus_per_worker=2",), "2 x cpu"),
+        ("h100", ("jobs.workers=2",), "2 x h100"),
+    ],
+)
+def test_all_of_a_plan_is_for_the_hardware_that_is_named(tmp_path, hardware, jobs, named):
+    write(tmp_path, {f"{number}.png": picture(number) for number in range(20)})
+    write(tmp_path, {f"{number}.txt": f"flag {number}" for number in range(20)})
+    asked = "auto", str(tmp_path), (*jobs, "recipe.minutes=30")
+    assert is_timed(*asked)
+    assert not is_timed(*asked, hardware), "by the table, without a job"
+    said = lines(*asked, hardware)
+    assert FIRST in said
+    chosen, by_part = (next(line for line in said if mark in line) for mark in ("chosen for", "of peak"))
+    batch = next(line for line in said if line.startswith("transformer.training.batch_size"))
+    assert f"chosen for 30 minutes on {named}: " in chosen
+    assert f"on {'2 x H100' if hardware == 'h100' else '2 processes on one CPU'}, " in by_part
+    assert f"tuned on {'GPUs' if hardware == 'h100' else 'a CPU'}" in batch
+
+
+def test_bad_input_is_named(tmp_path):
     with pytest.raises(UserError, match="hardware 'tpu' is unknown; choose one of cpu"):
         plan(small(), "tpu")
+    with pytest.raises(UserError, match="hardware 'tpu' is unknown; choose one of cpu"):
+        lines("auto", "shapes", (), "tpu")
     values = small().model_dump()
     values["tokenizer"] = {"kind": "pretrained", "family": "diffusers", "ref": "some/model"}
     from model.config import parse_config
