@@ -46,6 +46,8 @@ def begin(job: str, **asked: Any) -> Begun:
     resolved = recipe.with_end(recipe.resolved(asked), began)
     config = resolved.config
     found = preflight(config)
+    if asked.get("data"):
+        resolved = recipe.looked(resolved)
     for line in (*recipe.lines(resolved), *found):
         speech.say("prepare", line)
     end_given_up_runs("prepare")

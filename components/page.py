@@ -111,7 +111,7 @@ def checks(derived: Resolved, run: str, found: Sequence[str], address: str) -> s
 
 def _chosen(derived: Resolved) -> str:
     """What was looked at, and what follows from it, each with its reason."""
-    if not derived.choices:
+    if not (derived.choices or derived.look):
         return ""
     shown = (
         [Example(_png(_fitted(one.image)), "; ".join(one.captions)) for one in derived.look.examples]
@@ -127,7 +127,7 @@ def _chosen(derived: Resolved) -> str:
             "<h2>Your pictures</h2>" if shown else "",
             gallery(shown),
             *(f"<p class='soft'>{escape(line)}</p>" for line in recipe.lines(derived)),
-            f"<h2>What was chosen, and why</h2><table>{rows}</table>",
+            f"<h2>What was chosen, and why</h2><table>{rows}</table>" if rows else "",
         ]
     )
 

@@ -7,6 +7,7 @@ a run that was killed goes on, and later runs of the same model have its sizes.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Set
 from copy import deepcopy
 from functools import partial
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 
 FITTED = "transformer.training.steps"
+FIRST = "as the first model of these pictures would have it; one that is registered keeps its sizes"
 
 
 class Resolved(NamedTuple):
@@ -89,16 +91,28 @@ def _foreseen(asked: dict[str, Any]) -> tuple[RunConfig, set[str]]:
     return resolve(**asked, derive=derive), chosen
 
 
-def planned(asked: dict[str, Any]) -> Resolved:
-    """The same of a run that is the first of its pictures; nothing is kept. Raises as `resolved`."""
-    return _derived(asked) if resolve(**asked).recipe else Resolved(resolve(**asked))
+def planned(asked: dict[str, Any], here: bool = True) -> Resolved:
+    """The same of a run that is the first of its pictures; nothing is kept.
+
+    Args:
+        asked: as `resolved` takes it.
+        here: the hardware is at hand to be timed; else its speed is the table's.
+
+    Raises:
+        UserError: as `resolved`.
+    """
+    if not resolve(**asked).recipe:
+        return Resolved(resolve(**asked))
+    return _derived(asked, here)._replace(said=(FIRST,))
 
 
-def _derived(asked: dict[str, Any]) -> Resolved:
+def _derived(asked: dict[str, Any], here: bool = True) -> Resolved:
     """Look at the pictures, choose sizes, find out how fast these are, and fill the time."""
-    look = _look(resolve(**asked))
+    config, chosen = _foreseen(asked)
+    look = _look(config, "data.min_side" in chosen)
     needs = needs_of(resolve(**asked, derive=partial(recipe.derive, survey=look.survey)))
-    speeds = speeds_of(resolve(**asked, derive=partial(recipe.derive, survey=look.survey, needs=needs)))
+    config = resolve(**asked, derive=partial(recipe.derive, survey=look.survey, needs=needs))
+    speeds = speeds_of(config) if here else _of_the_table(config)
     found: list[Derived] = []
 
     def derive(values: Values) -> Derived:
@@ -119,10 +133,11 @@ def _timed(choices: Iterable[Choice]) -> bool:
 
 
 def lines(found: Resolved) -> list[str]:
-    """What a person is told of a config that was derived: pictures, sizes, steps, time."""
+    """What a person is told of a run: its pictures; where the rest was derived, sizes, steps, time."""
     config = found.config
+    seen = found.look.lines() if found.look else []
     if config.recipe is None:
-        return []
+        return seen
     side, transformer = config.data.image_size, config.transformer
     sizes = [f"{side} px"]
     if config.tokenizer.kind == "vqvae":
@@ -136,7 +151,7 @@ def lines(found: Resolved) -> list[str]:
     steps = ", ".join(f"{training.steps:,} of the {name}" for name, training in trained.items() if training)
     took = sum(part.seconds for part in found.parts)
     return [
-        *(found.look.lines() if found.look else []),
+        *seen,
         *found.said,
         f"chosen for {config.recipe.fitted}: {', '.join(sizes)}; steps: {steps}",
         *([f"about {speech.duration(took)} in all"] if took else []),
@@ -145,17 +160,22 @@ def lines(found: Resolved) -> list[str]:
 
 def speeds_of(config: RunConfig) -> Speeds:
     """How fast the hardware is that `jobs` asks for: timed for a run with its minutes, else by the table."""
-    from model.training import speed
-
     assert config.recipe
     if not config.recipe.minutes:
-        return speed.foreseen(config, config.jobs.hardware, config.jobs.devices)
+        return _of_the_table(config)
     from components.launch import launch
+    from model.training import speed
 
     job = steps.job("speed", config, "", {})
     uses.use("prepare", "", job.output)
     known = assets.find(job.output)
     return speed.of(known or launch(job), spent=not known)
+
+
+def _of_the_table(config: RunConfig) -> Speeds:
+    from model.training import speed
+
+    return speed.foreseen(config, config.jobs.hardware, config.jobs.devices)
 
 
 def needs_of(config: RunConfig) -> dict[str, Memory]:
@@ -182,10 +202,41 @@ def with_end(found: Resolved, began: float) -> Resolved:
     return found._replace(config=found.config.model_copy(update={"recipe": ending}))
 
 
-def _look(config: RunConfig) -> Look:
+def looked(found: Resolved) -> Resolved:
+    """The same with a look at its pictures, where there was none. Raises UserError: as `resolved`."""
+    return found if found.look else found._replace(look=_look(found.config))
+
+
+def _look(config: RunConfig, side_given: bool = True) -> Look:
+    """A look at a run's pictures, judged as the run will.
+
+    Args:
+        config: of the run.
+        side_given: its `data.min_side` stands; else that follows from the pictures.
+
+    Raises:
+        UserError: more of them cannot be used than may be, with the reason of most, and what would do.
+    """
     from model.data import survey
 
-    return survey.look(config.data.source)
+    source, data = config.data.source, config.data
+    if side_given:
+        found = survey.look(source, data=data)
+    else:
+        found = survey.look(source, data=data.model_copy(update={"min_side": recipe.SMALLEST}))
+        if found.smallest < (least := recipe.least_side(found.survey.side)):
+            found = survey.look(source, data=data.model_copy(update={"min_side": least}))
+    seen, most = found.survey, data.max_bad_share
+    # Of all pictures the share may be smaller than of some: by three standard deviations at most.
+    chance = 0.0 if seen.counted else 3 * math.sqrt(most * (1 - most) / seen.looked)
+    if seen.bad > most + chance:
+        enough = min(1.0, round(seen.bad + 0.1, 1))
+        raise UserError(
+            f"data: {seen.bad:.0%} of {seen.looked} pictures that were looked at cannot be used, more than"
+            f" data.max_bad_share {most:g}: {found.worst}; or name a folder of those that can be used, or"
+            f" leave the others out by --set data.max_bad_share={enough:g}"
+        )
+    return found
 
 
 def _fitted(config: RunConfig, chosen: Set[str]) -> Resolved:

@@ -66,6 +66,8 @@ class Look:
     kind: str  # for people: "a folder with captions in .txt files beside the pictures"
     advice: list[str]  # what would make more of it
     examples: list[Example]  # the first pictures
+    smallest: int  # least side of those that can be used, pixels
+    worst: str  # why most of the others cannot be used, and what would do; "" where there are none
 
     def lines(self) -> list[str]:
         """What a terminal shows: kind, counts, the first pictures, advice."""
@@ -100,19 +102,21 @@ class _Found:
         return len(self.sides) + self.reasons.total()
 
 
-def look(source: Source, side: int = 64) -> Look:
+def look(source: Source, side: int = 64, data: DataConfig | None = None) -> Look:
     """Open a few hundred pictures of a source.
 
     Args:
         source: the pictures.
         side: that they would be resized to, pixels.
+        data: the settings whose limits they are judged by; left out, the usual ones.
 
     Raises:
         UserError: nothing of it can be used, with the reason and what would do; or as `sources.iterate`.
     """
     named, source = source, sources.content(source)
     sample = sources.sample(source, side, MOST, SECONDS)
-    found, config = _Found(), DataConfig(source=source, image_size=side)
+    limits = data.model_dump(include={"min_side", "max_pixels"}) if data else {}
+    found, config = _Found(), DataConfig(source=source, image_size=side, **limits)
     until = math.inf
     with single_threaded():
         for record in sample.records:
@@ -123,7 +127,9 @@ def look(source: Source, side: int = 64) -> Look:
     if not found.sides:
         raise UserError(_nothing(named, found))
     kind = OF.get(named.kind, "") + sample.kind
-    return Look(_survey(source, sample, found), kind, _advice(source, found), found.examples)
+    worst = _worst(found) if found.reasons else ""
+    advice = _advice(source, found)
+    return Look(_survey(source, sample, found), kind, advice, found.examples, min(found.sides), worst)
 
 
 def _open(record: Record, config: DataConfig, found: _Found) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from components import page, recipe
+from components.beginning import begin
 from components.parameters import TEXT_TO_IMAGE, VQVAE
-from components.recipe import Resolved, lines, planned, resolved, with_end
-from model.config import RunConfig, parse_config
+from components.recipe import Resolved, lines, looked, planned, resolved, with_end
+from model.config import RunConfig, load_config, parse_config
+from model.data import survey
 from model.errors import UserError
 from model.plumbing import uses
 from model.recipe import Speeds
@@ -24,7 +28,7 @@ __all__ = ["source", "version"]  # fixtures of a registered model
 
 pytestmark = pytest.mark.slow
 
-SPEEDS = Speeds(True, 2.0, {"tokenizer": 0.02, "text": 0.03, "judge": 0.03, "transformer": 0.1}, 1e-4, 0.01)
+SPEEDS = Speeds(2.0, {"tokenizer": 0.02, "text": 0.03, "judge": 0.03, "transformer": 0.1}, 1e-4, 0.01)
 
 
 @pytest.fixture
@@ -47,7 +51,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     def speeds_of(config: RunConfig) -> Speeds:
         asked.append(config)
         slower = {net: seconds * (1 + 0.3 * len(asked)) for net, seconds in SPEEDS.step.items()}
-        return Speeds(True, 2.0, slower, 1e-4, 0.01)
+        return Speeds(2.0, slower, 1e-4, 0.01)
 
     monkeypatch.setattr(recipe, "speeds_of", speeds_of)
     return asked
@@ -94,6 +98,78 @@ def test_people_are_told_what_is_there_and_what_is_chosen(
     assert lines(Resolved(found.config.model_copy(update={"recipe": None}))) == []
     foreseen = planned(asked(folder))
     assert foreseen.config.data == found.config.data
+    assert recipe.FIRST in lines(foreseen)
+
+
+def test_pictures_are_told_of_where_nothing_is_derived_or_all_was_before(
+    services: dict[str, str], folder: Path, timed: list[RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = "a folder with captions in .txt files beside the pictures: 40 pictures (40 looked at)"
+    plain = Resolved(load_config("smoke", data={"kind": "folder", "path": str(folder)}))
+    assert lines(plain) == []
+    assert lines(looked(plain))[0].startswith(seen)
+    assert page.checks(looked(plain), "run", [], "").count("<img") == 3
+    for preset in ("smoke", "auto", "auto"):  # of the last one the sizes are kept
+        begun = begin("job", **asked(folder) | {"preset": preset, "overrides": ""})
+        told = capsys.readouterr().out
+        assert told.count(seen) == 1, preset
+        assert begun.page.count("<img") == 3
+    again = resolved(asked(folder) | {"overrides": ""})
+    assert again.look is None, "the last of them was looked at by the beginning"
+
+
+def square(side: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side), (200, 30, side)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def drawn(tmp_path: Path, sides: list[int]) -> dict[str, Any]:
+    """Pictures of these sides, asked for; none of 0 can be read."""
+    files = {f"{number}.png": square(side) if side else b"none" for number, side in enumerate(sides)}
+    write(tmp_path / "icons", files | {f"{number}.txt": f"icon {number}" for number in range(len(sides))})
+    return asked(tmp_path / "icons")
+
+
+@pytest.mark.parametrize(
+    ("sides", "least", "pictures"),
+    [([8] * 20, 4, 20), ([20] * 19 + [8], 10, 19), ([300] * 19 + [15], 16, 19), ([300] * 20, 16, 20)],
+)
+def test_how_small_pictures_may_be_follows_from_those_that_are_there(
+    tmp_path: Path, sides: list[int], least: int, pictures: int
+) -> None:
+    found = planned(drawn(tmp_path, sides), here=False)
+    assert found.config.data.min_side == least
+    assert found.look
+    assert found.look.survey.pictures == pictures, "as the ingest will count them"
+
+
+def test_what_is_said_of_the_data_holds_for_the_look(tmp_path: Path) -> None:
+    small = drawn(tmp_path, [8] * 20)
+    for said, name in (("data.min_side=9", "min_side 9"), ("data.max_pixels=63", "max_pixels 63")):
+        with pytest.raises(UserError, match=f"none of the 20 .* 20 x 8x8 pixels .* {name}"):
+            planned(small | {"overrides": said}, here=False)
+    found = planned(small | {"overrides": "data.min_side=8"}, here=False)
+    assert found.config.data.min_side == 8
+
+
+def test_where_more_are_bad_than_may_be_nothing_is_derived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = drawn(tmp_path, ([0] * 3 + [40] * 7) * 4)  # three of ten cannot be read
+    with pytest.raises(
+        UserError,
+        match=r"^data: 30% of 40 pictures that were looked at .* data.max_bad_share 0.25: 12 x not one of"
+        r" JPEG, PNG, WEBP \(0.png\); .*, or leave the others out by --set data.max_bad_share=0.4$",
+    ):
+        planned(data, here=False)
+    assert planned(data | {"overrides": "data.max_bad_share=0.4"}, here=False).config
+    monkeypatch.setattr(survey, "MOST", 20)
+    assert planned(data, here=False).config, "so many of twenty are chance, if a quarter may be of all"
+    for number in range(40):
+        write(tmp_path / "icons", {f"{number}.png": square(40) if number % 4 == 0 else b"none"})
+    with pytest.raises(UserError, match=r"^data: [678].% of 20 pictures"):
+        planned(data, here=False)
 
 
 def test_a_registered_model_keeps_its_sizes_whatever_the_pictures_are_now(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.config import FolderSource, OpenMojiSource, ShapesSource, WebDatasetSource
+from model.config import DataConfig, FolderSource, OpenMojiSource, ShapesSource, WebDatasetSource
 from model.data import survey
 from model.data.sources import sample
 from model.data.survey import look
@@ -37,6 +37,8 @@ def test_of_a_small_folder_everything_is_counted(here):
     found = look(FolderSource(path=str(here)))
     said = found.survey
     assert (said.pictures, said.counted, said.looked) == (10, True, 12)
+    assert found.smallest == 20
+    assert found.worst.startswith("1 x ")
     assert said.bad == pytest.approx(2 / 12)
     assert said.side == 32.5
     assert said.lossy == 0.8
@@ -58,6 +60,14 @@ def test_of_a_small_folder_everything_is_counted(here):
         "cannot be used: 1 of 12 looked at, no captio",
         "cannot be used: 1 of 12 looked at, not one o",
     }
+
+
+def test_pictures_are_judged_as_the_data_says(here):
+    write(here, {"a.jpg": jpeg(40, 20), "a.txt": "a", "b.jpg": jpeg(8, 8), "b.txt": "b"})
+    source = FolderSource(path=str(here))
+    for said, usable in (({"min_side": 8}, 2), ({}, 1), ({"min_side": 8, "max_pixels": 64}, 1)):
+        assert look(source, 16, DataConfig(source=source, **said)).survey.pictures == usable, said
+    assert look(source, 16).survey.pictures == 1
 
 
 def test_of_a_large_folder_a_few_are_opened_all_over_it(here, monkeypatch):
