@@ -6,6 +6,7 @@ alone, which needs its database: here that is the embedded one's, on a cluster t
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -44,8 +45,10 @@ def gc(delete: bool, hours: float, versions: int, state: Path, kubectl: Kubectl 
         kubectl: of the cluster whose services the environment leads to, if it does.
 
     Raises:
-        UserError: the store or MLflow cannot be reached, or they do not belong together.
+        UserError: the store or MLflow cannot be reached, they do not belong together, or the hours are no number.
     """
+    if not math.isfinite(hours):  # nothing is newer than NaN
+        raise UserError(f"--hours is {hours:g}; a number says for how many what was written stays")
     if delete:
         end_given_up_runs("gc")
     wanted: Mapping[str, sweeping.Needed] = {}

@@ -282,3 +282,9 @@ def test_on_a_cluster_it_is_done_in_the_pod(
     assert found
     gc(True, 0, 1, tmp_path, Running(found))
     assert run not in deleted_runs(), capsys.readouterr().out
+
+
+@pytest.mark.parametrize("hours", [float("nan"), float("inf")])
+def test_hours_that_are_no_number_delete_nothing(hours: float, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"--hours is {hours}; a number says"):
+        gc(True, hours, 5, tmp_path)
