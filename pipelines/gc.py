@@ -45,7 +45,8 @@ def gc(delete: bool, hours: float, versions: int, state: Path, kubectl: Kubectl 
         kubectl: of the cluster whose services the environment leads to, if it does.
 
     Raises:
-        UserError: the store or MLflow cannot be reached, they do not belong together, or the hours are no number.
+        UserError: the store or MLflow cannot be reached, they do not belong together, or the
+            hours are no number.
     """
     if not math.isfinite(hours):  # nothing is newer than NaN
         raise UserError(f"--hours is {hours:g}; a number says for how many what was written stays")
