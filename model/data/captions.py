@@ -23,7 +23,7 @@ LONGEST_SHOWN = 500  # characters of a name or reason
 MOST_CAPTIONS = 10_000  # of a picture
 LARGEST_TEXT = 8 << 20  # bytes of a picture's captions, or of a list's line; they are not read when larger
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-SHIFT = re.compile(r"[\x0e\x0f\x1b]")  # to another set of characters, in ISO 2022
+SHIFT = re.compile(r"\x1b[$()*+./-]|\x0e[^\x0f]*\x0f")  # to another set of characters, in ISO 2022
 CONTROL = re.compile(r"[\x00-\x09\x0b\x0c\x0e-\x1f]")  # not \n and \r
 
 
