@@ -363,7 +363,7 @@ BUNDLES: dict[str, Change] = {
     "a tensor that comes twice": written(
         WEIGHTS, header(f'{{"a": {json.dumps(LAYER)}, "a": {json.dumps(LAYER)}}}', bytes(4))
     ),
-    "tensors that overlap": written(WEIGHTS, header({"a": LAYER, "b": LAYER}, bytes(4))),
+    "tensors that overlap": written(WEIGHTS, header({"1": LAYER, "2": LAYER}, bytes(4))),
     "tensors with a gap": written(WEIGHTS, header({"a": LAYER, "b": tensor([1], [8, 12])}, bytes(12))),
     "a tensor below zero": written(WEIGHTS, header({"a": tensor([1], [-4, 0])}, bytes(4))),
     "a tensor that ends before it begins": written(WEIGHTS, header({"a": tensor([1], [4, 0])}, bytes(4))),
