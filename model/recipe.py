@@ -719,13 +719,13 @@ def _steps(
             _training(book, net, NOMINAL[net], "until the source is looked at")
         return []
     parts = _overhead(book, survey, speeds, hardware, trained)
-    overhead, asked = sum(part.seconds for part in parts), _dial(book.values["recipe"])[1]
+    overhead, (effort, asked) = sum(part.seconds for part in parts), _dial(book.values["recipe"])
     left = minutes * 60 - overhead
     if left < LEAST_SHARE * minutes * 60:
         other = f"what is no training takes {overhead / 60:.1f}"
         if asked:
             raise _TooShort(f"recipe.minutes: {minutes:g} minutes are too few: {other}")
-        left = overhead * LEAST_SHARE / (1 - LEAST_SHARE)
+        left = max(left, effort * overhead * LEAST_SHARE / (1 - LEAST_SHARE))
         longer = f"; raised to {(overhead + left) / 60:.1f}: {other}"
         book.choices = [
             one._replace(reason=one.reason + longer) if one.field == EFFORT else one for one in book.choices
@@ -741,10 +741,10 @@ def _steps(
         elif name == "judge" and "text" in taken:
             steps, why = _number(book.get("clip.training.steps")), ""
         else:
-            steps = int(own / each)
-            why = f"{own / left:.0%} of {left / 60:.1f} minutes, at {each * 1000:.0f} ms a step"
+            steps, at = int(own / each), f"at {each * 1000:.0f} ms a step"
+            why = f"{own / left:.0%} of {left / 60:.1f} minutes, {at}"
             if steps < LEAST_STEPS[net]:
-                steps, why = LEAST_STEPS[net], f"no fewer make sense, at {each * 1000:.0f} ms a step"
+                steps, why = LEAST_STEPS[net], f"no fewer make sense, {at}"
             if net in MOST_STEPS and steps > (most := MOST_STEPS[net][hardware.gpu]):
                 steps, why = most, "more bring little at this size"
             steps = _round(steps)

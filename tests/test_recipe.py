@@ -292,19 +292,23 @@ def test_steps_that_are_none_are_refused_by_name(steps: Any) -> None:
         load_config("auto", [f"transformer.training.steps={'null' if steps is None else steps}"], FOLDER)
 
 
-@pytest.mark.parametrize("effort", [0.001, 0.05, 0.1, 0.2])
+def test_so_little_effort_that_there_is_no_time_trains_as_little_as_makes_sense() -> None:
+    found = derived(recipe={"effort": 0.001})
+    for net, least in recipe.LEAST_STEPS.items():
+        assert of(found, f"{net}.training.steps") == least
+
+
+@pytest.mark.parametrize("effort", [0.001, 0.05, 0.1, 0.2, 1.0])
 @pytest.mark.parametrize("pictures", [60, 300, 3000, 10**7])
-def test_so_little_effort_that_there_is_no_time_has_what_all_but_training_leaves(
-    effort: float, pictures: int
-) -> None:
+def test_where_all_but_training_leaves_little_time_the_reasons_say_so(effort: float, pictures: int) -> None:
     found = derived(replace(SURVEY, pictures=pictures), recipe={"effort": effort})
-    training = sum(part.seconds for part in found.parts if part.name.endswith("'s steps")) / 60
-    other = found.minutes - training
-    assert 0.2 < training / found.minutes < 0.5
-    said = next(choice.reason for choice in found.choices if choice.field == "recipe.effort")
-    if "raised" in said:
-        assert f"raised to {other / 0.75:.1f}: what is no training takes {other:.1f}" in said
+    other = sum(part.seconds for part in found.parts if not part.name.endswith("'s steps")) / 60
+    (said,) = (choice.reason for choice in found.choices if choice.field == "recipe.effort")
     assert ("raised" in said) == (other > 0.75 * float(said.split()[0])), "as with minutes"
+    if "raised" in said:
+        raised = float(said.partition("raised to ")[2].partition(":")[0])
+        assert raised >= round(other * (1 + effort / 3), 1), "for training, a quarter of it at effort 1"
+        assert said.endswith(f": what is no training takes {other:.1f}")
     for choice in found.choices:
         assert not re.search(r"-\d+(\.\d+)? minutes|\d{3}%|-\d+%", choice.reason), choice
 

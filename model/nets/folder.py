@@ -144,12 +144,10 @@ def _laid_out(
     build: Callable[[dict[str, Any]], Net], description: dict[str, Any], folder: Path, most: int
 ) -> Net:
     """A net without memory, as long as it has no more than so many parameters: some nest without end."""
-    registered, here = 0, threading.get_ident()
+    registered = 0
 
     def count(*_: object) -> None:
         nonlocal registered
-        if threading.get_ident() != here:  # the hook is torch's for all threads
-            return
         registered += 1
         if registered > most:
             raise ValueError(f"this net has more parameters than its weights, which are in {WEIGHTS}")

@@ -14,7 +14,7 @@ from tests.data.test_ingest import picture, write
 
 pytestmark = pytest.mark.slow
 
-SMALL = (  # so that it takes seconds; the rest is left to be derived
+SMALL = (  # so that it takes seconds; the transformer's steps are left to be derived
     *("--set", "transformer.depth=1", "--set", "transformer.width=16", "--set", "transformer.heads=2"),
     *(
         "--set",
@@ -25,7 +25,7 @@ SMALL = (  # so that it takes seconds; the rest is left to be derived
         "clip.training.steps=20",
     ),
     *("--set", "clip.text_layers=1", "--set", "clip.vision_layers=1", "--set", "jobs.processes_per_worker=1"),
-    *("--set", "gate.above_chance=false", "--set", "transformer.training.steps=20"),
+    *("--set", "gate.above_chance=false"),
 )
 COLOURS = ("red", "green", "blue", "dark red", "pale blue", "light green")
 
@@ -40,16 +40,16 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_folder_and_nothing_else(folder: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
-    done = latent_gpt("run", "--data", str(folder), *SMALL, state=state)
+    done = latent_gpt("run", "--data", str(folder), "--effort", "0.01", *SMALL, state=state)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "a folder with captions in the names of files: 60 pictures" in done.stdout
     assert re.search(r"blue-stone_00.png +40x32 +blue stone", done.stdout)
-    assert re.search(r"chosen for .* on 1 x cpu: 32 px, .*; steps: 20 of the tokenizer", done.stdout)
+    assert re.search(r"chosen for effort 0.01 on 1 x cpu: 32 px, .*; steps: 20 of the tokenizer", done.stdout)
     assert "latent-gpt-stones version 1" in done.stdout
     (report,) = (state / "runs").glob("*/report.html")
     assert "<h2>The data</h2>" in report.read_text()
 
-    again = latent_gpt("run", "--data", f"{folder}/", *SMALL, state=state)
+    again = latent_gpt("run", "--data", f"{folder}/", "--effort", "0.01", *SMALL, state=state)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "sizes are those of version 1 of latent-gpt-stones" in again.stdout
     assert len(re.findall(r"reused s3://", again.stdout)) == 7, "the same folder, by another spelling"
