@@ -247,7 +247,9 @@ class Installation(Cluster):
 def _outside_of_make() -> dict[str, str]:
     """Our environment without what a `make` that started these tests says to its children."""
     return {
-        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "ARGS")
     }
 
 
