@@ -394,6 +394,8 @@ def test_sets_are_those_of_a_laptop(here: Installation, store: None) -> None:
     for uri in storage.list_uris("s3://latent-gpt/laptop"):
         if uri.endswith("/manifest.json"):
             there = uri.removesuffix("/manifest.json")
+            if "/laptop/measurement/" in there:
+                continue  # of the champion: KFP's store has its evaluation, which counts as one
             other = assets.find(there.replace("/laptop", ""))
             mine = assets.find(there)
             assert other, f"KFP made nothing at {there}"
