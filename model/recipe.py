@@ -162,7 +162,7 @@ def _derived(values: Values, survey: Survey, speeds: Speeds | None, needs: Needs
     if _turned(book) and all(one.given for one in book.choices if one.field.endswith(".training.steps")):
         raise UserError(
             "recipe: this config says the steps of each net itself, so minutes and effort change nothing;"
-            " preset auto, with --data, leaves them open"
+            " they are for preset auto, with --data"
         )
     _of_epochs(book, survey)
     book.values["recipe"] |= {

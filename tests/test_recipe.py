@@ -350,7 +350,7 @@ def test_a_batch_fits_on_the_fewest_workers_that_go_on() -> None:
 
 def test_a_dial_that_turns_nothing_is_refused() -> None:
     with pytest.raises(UserError, match="says the steps of each net itself"):
-        load_config("openmoji-tiny", ["recipe.minutes=10"])
+        load_config("shapes-tiny", ["recipe.minutes=10"])
 
 
 def test_who_says_all_steps_and_turns_no_dial_has_the_rest_derived() -> None:
