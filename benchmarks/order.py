@@ -538,6 +538,7 @@ TARGETS: dict[str, Callable[[Line], float]] = {
     "CLIP score, all held out": lambda line: _held_out(line, "clip_score"),
 }
 CANDIDATES: dict[str, Callable[[Line], float]] = {  # of a validation: more is meant to be better
+    "what training goes by": transformer.worth,
     "- NLL": lambda line: -line["nll"],
     "- NLL, fitted": lambda line: -line["nll_fitted"],
     "- temperature": lambda line: -line["temperature"],

@@ -58,6 +58,7 @@ HEADLINE: dict[Kind, tuple[str, ...]] = {
     "judge": ("loss", "retrieval_seen"),
     "tokens": ("train", "validation", "composition", "tokens", "views"),
     "transformer": (
+        "validation_text_gain",
         "validation_nll",
         "validation_nll_unconditional",
         "validation_nll_shuffled",

@@ -330,7 +330,7 @@ class TransformerConfig(Section):
     dropout: Share = 0.0
     condition_dropout: Share = 0.1  # share of samples trained with the null text state
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: AdamW but for the blocks' matrices
-    keep: Literal["best", "last"] = "best"  # weights of the lowest validation NLL, or of the last step
+    keep: Literal["best", "last"] = "best"  # weights where a wrong caption costs most, or of the last step
     random_order: Share = 0.0  # share of the steps over which random token order is annealed to raster (RAR)
     # Share of the pictures whose order stays random to the end; 1: of all. 0: no key knows of it.
     random_order_left: Annotated[float, Field(ge=0, le=1, exclude_if=lambda share: share == 0)] = 0.0
@@ -465,7 +465,8 @@ class GateConfig(Section):
     above_chance: bool = True  # the first version ever must be better than a blind judge would find it
     # In margins, over prompts held out, where these are too few and captions seen decide as well.
     less_held_out: Annotated[float, Field(ge=0)] = 1.0
-    more_bits_per_token: Annotated[float, Field(ge=0)] = 0.1  # for held-out pictures, by the same tokenizer
+    # For held-out pictures, by the same tokenizer; by as much more as a wrong caption costs more.
+    more_bits_per_token: Annotated[float, Field(ge=0)] = 0.1
     less_psnr: Annotated[float, Field(ge=0)] = 0.5  # dB, of reconstructions of held-out pictures
     more_near_duplicates: Share = 0.1  # of samples
     max_near_duplicates: NearDuplicates = NearDuplicates()

@@ -863,7 +863,11 @@ def _of_epochs(book: _Book, survey: Survey) -> None:
     book.pick("data.augment.shift", 0.04 if often else 0.0, said)
     book.pick("data.augment.scale", 0.06 if often else 0.0, said)
     book.pick("transformer.dropout", 0.0 if not often else 0.05 if epochs < 300 else 0.1, said)
-    book.pick("transformer.keep", "last" if often else "best", f"{said}; NLL misleads where that is often")
+    book.pick(
+        "transformer.keep",
+        "last" if often else "best",
+        f"{said}; what is held out is too little then to choose by",
+    )
 
 
 def _turned(book: _Book) -> bool:

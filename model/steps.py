@@ -168,7 +168,7 @@ STEPS: dict[Kind, Step] = {  # in the order of the pipeline
     "judge": Step("Judge", _clip, ("images",), "model.training.clip"),
     "tokens": Step("Tokens", _tokens, ("images", "tokenizer", "text"), "model.training.tokenize"),
     "transformer": Step(
-        "Transformer", _transformer, ("tokens", "text", "tokenizer"), "model.training.transformer", version=2
+        "Transformer", _transformer, ("tokens", "text", "tokenizer"), "model.training.transformer", version=3
     ),
     "sampling": Step(
         "Sampling settings",

@@ -350,7 +350,11 @@ def _guards(gate: GateConfig, challenger: Measured, champion: Measured | None) -
     more, less = 1, -1
     found = [
         _guard(
-            f"{held}/bits_per_token", challenger, champion if same else None, more, gate.more_bits_per_token
+            f"{held}/bits_per_token",
+            challenger,
+            champion if same else None,
+            more,
+            gate.more_bits_per_token + _told(held, challenger, champion),
         ),
         _guard(f"{held}/psnr", challenger, champion, less, gate.less_psnr),
         _guard(f"{held}/diversity", challenger, champion, less, gate.less_diversity, share=True),
@@ -366,6 +370,19 @@ def _guards(gate: GateConfig, challenger: Measured, champion: Measured | None) -
     if gate.speed_ratio and champion:
         found.append(_guard(SPEED, challenger, champion, less, 1 - gate.speed_ratio, share=True))
     return found
+
+
+def _told(split: str, challenger: Measured, champion: Measured | None) -> float:
+    """How many bits per token a wrong caption costs the challenger more than the champion, or 0.
+
+    A net that is surer of what captions say draws better pictures, though it is surer where it errs, too, and
+    its bits per token are more (docs/EXPERIMENTS.md, "The right figure").
+    """
+    ours, theirs = (
+        one.figure(f"{split}/bits_per_token_text_gain") if one else None for one in (challenger, champion)
+    )
+    more = ours - theirs if ours is not None and theirs is not None else 0.0
+    return max(0.0, more) if math.isfinite(more) else 0.0
 
 
 def _held_out(

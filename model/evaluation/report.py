@@ -288,9 +288,9 @@ def headline(figures: dict[str, float], counts: dict[str, int]) -> list[Figure]:
         ),
         Figure(f"{of['psnr']:.1f} dB", "tokenizer PSNR", use),
         Figure(
-            f"{of['bits_per_token']:.2f}",
-            "bits per token",
-            f"{of['bits_per_token_shuffled']:.2f} with other captions",
+            f"{of['bits_per_token_text_gain']:.2f}",
+            "bits per token for a wrong caption",
+            f"{of['bits_per_token_shuffled']:.2f} with another's, {of['bits_per_token']:.2f} with its own",
         ),
         Figure(
             _share(of["near_duplicates"]),

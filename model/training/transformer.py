@@ -2,10 +2,10 @@
 
     python -m model.training.transformer SPEC_URI        (by torchrun, one process per device)
 
-The asset holds the weights (averaged, with `training.ema`) of the validation with the lowest NLL on held-out
-pictures, as few pictures are overfitted long before the end. With `keep: last` it holds those of the last
-step: right where held-out pictures are of things that no training caption names, so that their NLL says
-nothing of the prompts that the model is for. A step draws its chances from (seed, rank, step) and its
+The asset holds the weights (averaged, with `training.ema`) of the validation at which a wrong caption costs
+most on held-out pictures (`worth`). With `keep: last` it holds those of the last step: right where held-out
+pictures are of things that no training caption names, so that no figure of theirs says anything of the
+prompts that the model is for. A step draws its chances from (seed, rank, step) and its
 pictures from a position in the shuffled order, and a checkpoint holds everything else, so a job that was
 killed at any moment continues as if nothing had happened.
 """
@@ -52,6 +52,7 @@ from model.training.state import (
 
 VALIDATION_PICTURES = 4096  # measured at each validation, at most
 GRID_PICTURES = 8  # drawn from held-out captions and shown in MLflow at each validation
+NLL_COUNTS = 0.1  # in what a validation is worth: up to this it costs nothing in rank correlation
 
 Watch = Callable[[GPT, int, dict[str, float]], object]  # the averaged net, its steps, its figures
 
@@ -167,6 +168,7 @@ def train(job: Job, config: TransformerConfig, watch: Watch | None = None) -> Ma
         "validation_nll": best.figures["nll"],
         "validation_nll_unconditional": best.figures["nll_unconditional"],
         "validation_nll_shuffled": best.figures["nll_shuffled"],
+        "validation_text_gain": best.figures["text_gain"],
         "train_nll": validate(gpt, text, tokens, "train", processes)["nll"],
         "best_step": best.figures["step"],
         "parameters": gpt.parameter_count(),
@@ -222,8 +224,13 @@ def validate(
 
 def worth(figures: dict[str, float]) -> float:
     """By what a validation is compared with others, more being better: this alone decides which weights are
-    the best, and whether patience ends the training."""
-    return -figures["nll"]
+    the best, and whether patience ends the training.
+
+    It is what a wrong caption costs, which goes with how well pictures follow captions that were held out;
+    NLL goes against that, as few pictures are overfitted long before what is drawn gets worse
+    (docs/EXPERIMENTS.md, "The right figure"). Of NLL it is little, which decides where captions tell nothing.
+    """
+    return figures["text_gain"] - NLL_COUNTS * figures["nll"]
 
 
 def _begin_from(gpt: GPT, begun: Manifest) -> None:

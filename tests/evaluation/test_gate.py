@@ -321,6 +321,21 @@ def test_near_duplicates_of_all_that_is_held_out_count_together() -> None:
     assert decide(GATE, one).outcome == "first", "ten pictures alone would be above the bound"
 
 
+def test_more_bits_per_token_are_no_loss_where_a_wrong_caption_costs_as_many_more() -> None:
+    def told(gain: float, bits: float, right: int) -> Measured:
+        return measured(
+            right,
+            figures={"validation/bits_per_token": bits, "validation/bits_per_token_text_gain": gain},
+        )
+
+    champion = told(1.4, 4.0, 100)
+    assert decide(GATE, told(2.4, 4.5, 190), champion).outcome == "better", "in random order"
+    assert decide(GATE, told(1.8, 4.51, 190), champion).outcome == "refused"
+    assert decide(GATE, told(1.0, 4.09, 190), champion).outcome == "better"
+    assert decide(GATE, told(1.0, 4.11, 190), champion).outcome == "refused"
+    assert decide(GATE, told(NAN, 4.5, 190), champion).outcome == "refused"
+
+
 def test_bits_per_token_of_another_tokenizer_mean_something_else() -> None:
     figures = {"validation/bits_per_token": 9.0}
     ours = measured(190, figures=figures).model_copy(update={"tokenizer": "a"})

@@ -144,16 +144,23 @@ def test_the_tokenizer_is_loaded_once_however_often_samples_are_shown(
 def test_the_last_weights_are_kept_where_the_config_says_so(
     store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worsening = iter([1.0, 2.0, 3.0, 4.0])
-    figures = {"nll_unconditional": 5.0, "nll_shuffled": 5.0}
-    monkeypatch.setattr(transformer, "validate", lambda *_: {"nll": next(worsening)} | figures)
+    worsening = iter([4.0, 3.0, 2.0, 1.0])
+    figures = {"nll": 1.0, "nll_unconditional": 5.0, "nll_shuffled": 5.0}
+    monkeypatch.setattr(transformer, "validate", lambda *_: {"text_gain": next(worsening)} | figures)
     run = run_config()
     sets = publish(run)
     assert fit(run, sets).info["best_step"] == 12
     assert run.transformer
     last = run.transformer.model_copy(update={"keep": "last"})
-    worsening = iter([1.0, 2.0, 3.0, 4.0])
+    worsening = iter([4.0, 3.0, 2.0, 1.0])
     assert fit(run.model_copy(update={"transformer": last}), sets).info["best_step"] == 24
+
+
+def test_a_wrong_caption_costs_the_best_most_and_where_it_costs_nothing_nll_decides() -> None:
+    surer, likelier = {"text_gain": 2.0, "nll": 3.1}, {"text_gain": 1.2, "nll": 2.8}
+    assert transformer.worth(surer) > transformer.worth(likelier)
+    noise = 0.01  # of captions that tell nothing
+    assert transformer.worth(likelier | {"text_gain": 0.0}) > transformer.worth(surer | {"text_gain": noise})
 
 
 def test_who_watches_sees_the_averaged_net_of_each_validation(store: str) -> None:
