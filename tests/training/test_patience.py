@@ -28,7 +28,7 @@ def nlls() -> Callable[..., dict[str, float]]:
 
     def validate(_: object, __: object, ___: object, split: str, *____: object) -> dict[str, float]:
         nll = -next(scores) if split == "validation" else 0.0
-        return {"nll": nll, "nll_unconditional": 0.0, "nll_shuffled": 0.0}
+        return {"nll": nll, "nll_unconditional": 0.0, "nll_shuffled": 0.0, "text_gain": 0.0}
 
     return validate
 
