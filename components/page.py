@@ -66,7 +66,8 @@ HEADLINE: dict[Kind, tuple[str, ...]] = {
         "steps",  # that were fitted to the time
     ),
     "evaluation": (
-        *("validation/retrieval", "validation/clip_score", "validation/psnr", "validation/bits_per_token"),
+        *("validation/retrieval", "validation/clip_score", "validation/psnr"),
+        "validation/bits_per_token_text_gain",
         *("validation/near_duplicates", "composition/oracle_all_right", "train/retrieval"),
         "train/clip_score",
     ),

@@ -5,9 +5,9 @@
 The asset holds the weights (averaged, with `training.ema`) of the validation at which a wrong caption costs
 most on held-out pictures (`worth`). With `keep: last` it holds those of the last step: right where held-out
 pictures are of things that no training caption names, so that no figure of theirs says anything of the
-prompts that the model is for. A step draws its chances from (seed, rank, step) and its
-pictures from a position in the shuffled order, and a checkpoint holds everything else, so a job that was
-killed at any moment continues as if nothing had happened.
+prompts that the model is for. A step draws its chances from (seed, rank, step) and its pictures from a
+position in the shuffled order, and a checkpoint holds everything else, so a job that was killed at any moment
+continues as if nothing had happened.
 """
 
 from __future__ import annotations
