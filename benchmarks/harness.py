@@ -30,6 +30,8 @@ from typing import Any
 
 import torch
 
+from model.plumbing import environment
+
 LEFT_OUT = "left out: "  # begins the note of a part that a run had no time for
 FLOOR = "floor"  # the name under which goals and figures speak of the machine's limit
 IDLE = 0.2  # cores that a quiet machine may use
@@ -405,6 +407,9 @@ def _short(value: float) -> str:
 
 @functools.cache
 def commit() -> str:
+    """Of the clone; what `LATENT_GPT_REVISION` says where there is none, as on a machine that is lent."""
+    if said := environment.REVISION.get():
+        return said
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=10", "HEAD"]
     found = subprocess.run(command, capture_output=True, text=True)
     return found.stdout.strip()

@@ -68,6 +68,7 @@ RESULTS = Path(__file__).parent / "results"
 LOOKS = 3  # times that a net is measured, the last time at its end
 SHOWN = 12  # captions of a split on a sheet of samples
 LIKELY = 64  # pictures of a split of which each caption's likelihood is asked
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Line = dict[str, Any]  # a row's settings, the step, and figures
 
 
@@ -100,6 +101,14 @@ SETUPS = {
         row={},
     ),
     "shapes": Setup("shapes-tiny", (), seen=256, samples=1, row={"steps": 4000, "dropout": 0.0, "views": 1}),
+    # What takes a GPU: four times as many pictures, of 64 px, and a transformer of 30 times as many weights.
+    "openmoji-64": Setup(
+        "openmoji",
+        ("sampling.temperature=0.7", "sampling.cfg_scale=1.5"),
+        seen=256,
+        samples=4,
+        row={"steps": 3000, "dropout": 0.1},
+    ),
 }
 
 
@@ -132,7 +141,7 @@ class Row:
     def config(self) -> RunConfig:
         """The preset with these settings."""
         setup = SETUPS[self.data]
-        rehearsed = self.steps or 100
+        rehearsed = self.steps or 200
         return load_config(
             setup.preset,
             [
@@ -173,6 +182,12 @@ def plan() -> list[Row]:
     rows += [of(order=0.5, replaced=0.1, seed=seed) for seed in (0, 1, 2)]
     rows += [of(order=0.5, left=0.5), of(order=0.9, dropout=0.2), of(left=1.0, dropout=0.2)]
     rows += [of(order=0.5, steps=4200), of(order=0.5, steps=4200, dropout=0.2, views=64)]
+    rows += [of("shapes", seed=seed, **order) for seed in (1, 2) for order in ORDERS]
+    rows += [of("openmoji-64", **order) for order in ORDERS]
+    rows += [
+        of("openmoji-64", **order)
+        for order in ({"order": 0.5, "dropout": 0.2}, {"order": 0.9, "dropout": 0.2})
+    ]
     return [*dict.fromkeys(rows)]
 
 
@@ -182,6 +197,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="rows trained side by side, a thread each")
     parser.add_argument("--minutes", type=float, default=0, help="until no more rows begin; 0: no limit")
     parser.add_argument("--first", type=int, default=0, help="so many rows of the plan; 0: all of them")
+    parser.add_argument("--data", choices=SETUPS, help="rows of this alone; all by default")
     parser.add_argument("--prepare", action="store_true", help="make what the first row shares, and end")
     parser.add_argument("--plan", action="store_true", help="list the rows, and which are there")
     parser.add_argument("--table", action="store_true", help="tabulate what there is")
@@ -197,7 +213,7 @@ def main() -> int:
         row = Row(**json.loads(arguments.row))
         run(row, row.config(), folder, lines)
         return 0
-    rows = plan()[: arguments.first or None]
+    rows = [row for row in plan() if arguments.data in (None, row.data)][: arguments.first or None]
     if arguments.plan:
         for number, row in enumerate(rows):
             print(number, row.name, "" if lines.has(row) else "(missing)")
@@ -294,7 +310,7 @@ def run(row: Row, config: RunConfig, folder: Path, lines: Lines) -> None:
     if not row.steps:
         grid = made["tokens"].info["grid"]
         gpt = GPT(config.transformer, made["tokens"].info["vocabulary"], grid, measuring.text.width)
-        lines.add(measuring.line(0) | of_tokenizer(measuring.drawn(gpt.eval())))
+        lines.add(measuring.line(0) | of_tokenizer(measuring.drawn(gpt.to(DEVICE).eval())))
         return
     began, spent = time.monotonic(), 0.0
 
@@ -314,7 +330,7 @@ def run(row: Row, config: RunConfig, folder: Path, lines: Lines) -> None:
         curves = json.loads(storage.read_bytes(storage.join(found.uri, HISTORY)))
         names = {name for name in curves if name.startswith("validation/")}
         figures = {name.removeprefix("validation/"): curves[name][-1][1] for name in names}
-        watch(load_gpt(cache.folder(found)), row.steps, figures)
+        watch(load_gpt(cache.folder(found), DEVICE), row.steps, figures)
         return
     with worker.open_job(spec, track=False, stopping=Stopping().listen()) as job:
         transformer.train(job, config.transformer, watch)
@@ -325,16 +341,16 @@ class Measuring:
 
     def __init__(self, row: Row, config: RunConfig, made: Mapping[Kind, Manifest], folder: Path) -> None:
         self.row, self.config, self.folder, self.setup = row, config, folder, SETUPS[row.data]
-        self.tokenizer: Tokenizer = load_tokenizer(cache.folder(made["tokenizer"]))
-        self.text: TextEncoder = load_text_encoder(cache.folder(made["text"]))
-        self.judge = load_judge(cache.folder(made["judge"]))
-        self.reader = load_judge(cache.folder(made["text"]))  # which saw training pictures alone
+        self.tokenizer: Tokenizer = load_tokenizer(cache.folder(made["tokenizer"]), DEVICE)
+        self.text: TextEncoder = load_text_encoder(cache.folder(made["text"]), DEVICE)
+        self.judge = load_judge(cache.folder(made["judge"]), DEVICE)
+        self.reader = load_judge(cache.folder(made["text"]), DEVICE)  # which saw training pictures alone
         self.benchmark = measured_on(config, made["images"], self.setup.seen)
         self.training = training_pictures(made["images"])
 
     def line(self, step: int) -> Line:
         """How the line of a step begins."""
-        return asdict(self.row) | {"step": step, "commit": commit()}
+        return asdict(self.row) | {"step": step, "commit": commit(), "device": _device()}
 
     def drawn(self, gpt: GPT) -> Drawn:
         """What a net makes of the pictures."""
@@ -374,7 +390,7 @@ class Measuring:
         """Several samples of each caption: (samples, N, 3, H, W)."""
         chosen, several = self.benchmark.splits[split], self.setup.samples
         seeds = [1000 * sample + seed for sample in range(several) for seed in chosen.seeds]
-        images = drawn.generator.draw(chosen.captions * several, seeds, sampling)
+        images = drawn.generator.draw(chosen.captions * several, seeds, sampling).cpu()
         return images.unflatten(0, (several, -1))
 
     def _drawn(self, drawn: Drawn, split: str, images: Tensor) -> dict[str, float]:
@@ -408,20 +424,24 @@ class Measuring:
 
     def _filled(self, drawn: Drawn, split: str) -> dict[str, float]:
         """Real pictures of which half is hidden and drawn again, beside what is left of them alone."""
-        gpt, chosen, codes = drawn.generator.gpt, self.benchmark.splits[split], drawn.codes[split]
+        gpt, chosen, codes = drawn.generator.gpt, self.benchmark.splits[split], drawn.codes[split].to(DEVICE)
         text = self.text.encode(self.text.tokenize(chosen.captions))
         found: dict[str, float] = {}
         for name, hidden in halves(gpt.grid).items():
             if name != "lower" and not self.row.left:  # raster order has what is above, and nothing else
                 continue
             filled = fill(gpt, codes, hidden, *text, self.config.sampling, chosen.seeds)
-            images = self.tokenizer.decode(filled.view(-1, *gpt.grid))
+            images = self.tokenizer.decode(filled.view(-1, *gpt.grid)).cpu()
             found |= self._seen(f"filled_{name}", images[None], split)
             place = hidden.view(gpt.grid).repeat_interleave(self.tokenizer.factor, 0)
             place = place.repeat_interleave(self.tokenizer.factor, 1)
             alone = drawn.reconstructed[split].masked_fill(place, 1.0)  # white
             found |= self._seen(f"without_{name}", alone[None], split)
         return found
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else "CPU"
 
 
 def of_tokenizer(drawn: Drawn) -> dict[str, float]:
@@ -465,8 +485,8 @@ def likelihood(gpt: GPT, text: TextEncoder, codes: Tensor, captions: Sequence[st
     """Of each picture given every caption: the share of pictures (N, T) that their own one makes likeliest,
     and by how many nats per token it does beside the mean of the others."""
     states, mask = text.encode(text.tokenize(captions))
-    columns = []
-    with torch.autocast("cpu", torch.bfloat16, enabled=gpt.config.training.precision == "bf16"):
+    codes, columns = codes.to(states.device), []
+    with torch.autocast(codes.device.type, torch.bfloat16, enabled=gpt.config.training.precision == "bf16"):
         for one in range(len(captions)):
             told = states[one].expand(len(codes), -1, -1), mask[one].expand(len(codes), -1)
             columns.append(metrics.token_nll(gpt.forward(codes, *told), codes))
@@ -507,13 +527,14 @@ def fill(
     What is seen comes first in the order, which a net has to have learned for that: one of raster order has
     for the lower half alone. No keys are cached, as the transformer takes an order for a whole sequence only.
     """
-    order = torch.cat([(~hidden).nonzero()[:, 0], hidden.nonzero()[:, 0]])
+    device = codes.device
+    order = torch.cat([(~hidden).nonzero()[:, 0], hidden.nonzero()[:, 0]]).to(device)
     sequence = codes[:, order]  # a copy
     B, T = sequence.shape
-    drop = torch.arange(2 * B) >= B
+    drop = torch.arange(2 * B, device=device) >= B
     context = gpt.read(torch.cat([text, text]), torch.cat([text_mask, text_mask]), drop)
-    start, seed = codes.new_full((B, 1), gpt.vocabulary), torch.tensor(list(seeds))
-    scales, keys = guidance(config, T), noise_keys(gpt.vocabulary)
+    start, seed = codes.new_full((B, 1), gpt.vocabulary), torch.tensor(list(seeds), device=device)
+    scales, keys = guidance(config, T), noise_keys(gpt.vocabulary, device)
     for at in range(int((~hidden).sum()), T):
         inputs = torch.cat([start, sequence[:, :at]], dim=1)
         logits = gpt.decode(torch.cat([inputs, inputs]), context, order[: at + 1])[:, -1].float()
