@@ -119,10 +119,9 @@ class Row:
     data: str = "openmoji"
     order: float = 0.0  # transformer.random_order
     left: float = 0.0  # transformer.random_order_left
-    steps: int = 2100  # 0: nothing is trained, and only the tokenizer measured
+    steps: int = 2100
     dropout: float = 0.05
     views: int = 16
-    replaced: float = 0.0  # tokenizer.replaced
     seed: int = 0  # of the transformer alone
 
     @property
@@ -141,7 +140,6 @@ class Row:
     def config(self) -> RunConfig:
         """The preset with these settings."""
         setup = SETUPS[self.data]
-        rehearsed = self.steps or 200
         return load_config(
             setup.preset,
             [
@@ -149,13 +147,12 @@ class Row:
                 "jobs.processes_per_worker=1",
                 f"seed={self.seed}",
                 f"data.augment.views={self.views}",
-                f"tokenizer.replaced={self.replaced}",
                 f"transformer.random_order={self.order}",
                 f"transformer.random_order_left={self.left}",
                 f"transformer.dropout={self.dropout}",
                 "transformer.keep=last",
-                f"transformer.training.steps={rehearsed}",
-                f"transformer.training.eval_every={-(-rehearsed // LOOKS)}",
+                f"transformer.training.steps={self.steps}",
+                f"transformer.training.eval_every={-(-self.steps // LOOKS)}",
                 "transformer.training.checkpoint_every=100",
             ],
         )
@@ -174,12 +171,9 @@ def plan() -> list[Row]:
     rows += [of(**order) for order in ORDERS]
     # Is it the order, or that it regularises?
     rows += [of(dropout=0.2), of(order=0.5, dropout=0.2), of(views=64), of(order=0.5, views=64)]
-    rows += [of(replaced=share, steps=0) for share in (0.0, 0.05, 0.1, 0.2)]
     rows += [of(seed=seed, **order) for seed in (1, 2) for order in ORDERS]
-    rows += [of("shapes", steps=0)]
     rows += [of(steps=700, seed=seed, **order) for seed in (1, 2) for order in ORDERS]
     rows += [of("shapes", **order) for order in ({}, {"left": 1.0}, {"order": 0.5}, {"order": 0.9})]
-    rows += [of(order=0.5, replaced=0.1, seed=seed) for seed in (0, 1, 2)]
     rows += [of(order=0.5, left=0.5), of(order=0.9, dropout=0.2), of(left=1.0, dropout=0.2)]
     rows += [of(order=0.5, steps=4200), of(order=0.5, steps=4200, dropout=0.2, views=64)]
     rows += [of("shapes", seed=seed, **order) for seed in (1, 2) for order in ORDERS]
@@ -291,7 +285,7 @@ def locked(path: Path) -> Iterator[IO[str]]:
 def shared(row: Row, config: RunConfig, folder: Path) -> dict[Kind, Manifest]:
     """What rows of the same data have in common, made where it is missing; of seed 0, whatever theirs."""
     config = config.model_copy(update={"seed": 0})
-    with locked(folder / f"{row.data}-{row.replaced:g}.lock"):
+    with locked(folder / f"{row.data}.lock"):
         images = steps.writer("images", config, {})
         made: dict[Kind, Manifest] = {"images": assets.find(images.uri) or ingest(config.data, images)}
         for kind in ("text", "judge", "tokenizer", "tokens"):
@@ -307,11 +301,6 @@ def run(row: Row, config: RunConfig, folder: Path, lines: Lines) -> None:
     made = shared(row, config, folder)
     measuring = Measuring(row, config, made, folder)
     assert config.transformer
-    if not row.steps:
-        grid = made["tokens"].info["grid"]
-        gpt = GPT(config.transformer, made["tokens"].info["vocabulary"], grid, measuring.text.width)
-        lines.add(measuring.line(0) | of_tokenizer(measuring.drawn(gpt.to(DEVICE).eval())))
-        return
     began, spent = time.monotonic(), 0.0
 
     def watch(gpt: GPT, step: int, figures: Mapping[str, float]) -> None:
@@ -379,7 +368,7 @@ class Measuring:
                 of |= self._seen("fitted", self._draw(drawn, split, fitted), split)
                 of |= self._filled(drawn, split)
             found |= {f"{split}/{name}": value for name, value in of.items()}
-        found |= of_tokenizer(drawn) if last else {}
+        found |= tokenizer_metrics(drawn) | robustness(drawn) if last else {}
         gpt.train(training)
         return found
 
@@ -442,11 +431,6 @@ class Measuring:
 
 def _device() -> str:
     return torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else "CPU"
-
-
-def of_tokenizer(drawn: Drawn) -> dict[str, float]:
-    """What is left of pictures, and what of it goes where neighbours replace some of the codes."""
-    return tokenizer_metrics(drawn) | robustness(drawn)
 
 
 def measured_on(config: RunConfig, images: Manifest, wanted: int) -> Benchmark:
@@ -553,10 +537,18 @@ def _held_out(line: Line, figure: str) -> float:
     return sum(size * value for size, value in zip(sizes, values, strict=True)) / sum(sizes)
 
 
+Columns = Mapping[str, tuple[str, float]]  # of a row: figure, and what it is shown times
+HIDDEN = ("lower", "upper", "left", "right", "scattered")  # halves, see `halves`
+FILLED: Columns = {
+    f"{what} {half}": (f"validation/retrieval_{what}_{half}", 100)
+    for half in HIDDEN
+    for what in ("filled", "without")
+} | {f"all right, {half}": (f"composition/all_right_filled_{half}", 100) for half in HIDDEN}
 TARGETS: dict[str, Callable[[Line], float]] = {
     "retrieval, captions": lambda line: line["validation/retrieval"],
     "retrieval, all held out": lambda line: _held_out(line, "retrieval"),
     "CLIP score, all held out": lambda line: _held_out(line, "clip_score"),
+    "all right, all held out": lambda line: _held_out(line, "all_right"),  # by the oracle, of shapes alone
 }
 CANDIDATES: dict[str, Callable[[Line], float]] = {  # of a validation: more is meant to be better
     "what training goes by": transformer.worth,
@@ -572,7 +564,7 @@ CANDIDATES: dict[str, Callable[[Line], float]] = {  # of a validation: more is m
     "CLIP score by the reader": lambda line: line["validation/reader_clip_score"],
     "retrieval by the reader": lambda line: line["validation/reader_retrieval"],
 }
-COLUMNS: dict[str, tuple[str, float]] = {  # of a row: figure, and what it is shown times
+COLUMNS: Columns = {
     "seen": ("train/retrieval", 100),
     "held out": ("validation/retrieval", 100),
     "combinations": ("composition/retrieval", 100),
@@ -588,7 +580,6 @@ COLUMNS: dict[str, tuple[str, float]] = {  # of a row: figure, and what it is sh
     "copies seen": ("train/near_duplicates", 100),
     "copies held out": ("validation/near_duplicates", 100),
     "filled lower": ("validation/retrieval_filled_lower", 100),
-    "PSNR lost": ("robustness_psnr", 1),
     "seconds": ("seconds", 1),
 }
 
@@ -612,26 +603,26 @@ def table(lines: Sequence[Line]) -> str:
     text = []
     for data in dict.fromkeys(line["data"] for line in lines):
         of = [line for line in lines if line["data"] == data]
-        trained = [line for line in of if line["steps"]]
-        text += [f"## {data}", "", *_rows(trained, settings), ""]
-        alone = [line for line in of if not line["steps"]]
-        for line in alone:
-            psnr, lost = line["validation/psnr"], line["robustness_psnr"]
-            told = f"{psnr:.2f} dB, less {lost:.2f} where 5 % are replaced"
-            text.append(f"- Tokenizer trained with {line['replaced']:g} of its codes replaced: {told}")
-        if len(trained) > 2:
-            text += ["", *_correlations(trained), ""]
-        real = next((line for line in trained if "train/retrieval_real" in line), None)
-        if real:
-            ceilings = {split: real[f"{split}/retrieval_real"] for split in SPLITS}
+        last = [line for line in of if line["step"] == line["steps"]]
+        text += [f"## {data}", "", *_rows(last, settings, COLUMNS), ""]
+        if len(of) > 2:
+            text += [*_correlations(of), ""]
+        if free := [line for line in last if line["left"]]:
+            text += [
+                "Real pictures of which half is hidden: what fills it, and what is left without:",
+                "",
+            ]
+            text += [*_rows(free, settings, FILLED), ""]
+        if last:
+            ceilings = {split: last[0][f"{split}/retrieval_real"] for split in SPLITS}
             told = ", ".join(f"{split} {share:.1%}" for split, share in ceilings.items())
-            text += [f"Real pictures: {told}; CLIP score {real['validation/clip_score_real']:.1f}.", ""]
+            text += [f"Real pictures: {told}; CLIP score {last[0]['validation/clip_score_real']:.1f}.", ""]
     return "\n".join(text) + "\n"
 
 
-def _rows(lines: Sequence[Line], settings: Sequence[str]) -> list[str]:
-    last = [line for line in lines if line["step"] == line["steps"]]
-    shown = {title: of for title, of in COLUMNS.items() if any(of[0] in line for line in last)}
+def _rows(last: Sequence[Line], settings: Sequence[str], columns: Columns) -> list[str]:
+    """A row for each setting that there is a last line of, over its seeds."""
+    shown = {title: of for title, of in columns.items() if any(of[0] in line for line in last)}
     head = [*settings, "seeds", *shown]
     text = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for key in dict.fromkeys(tuple(line[name] for name in settings) for line in last):
@@ -648,12 +639,14 @@ def _rows(lines: Sequence[Line], settings: Sequence[str]) -> list[str]:
 def _correlations(lines: Sequence[Line]) -> list[str]:
     """Spearman's, over all lines and over those of last steps."""
     last = [line for line in lines if line["step"] == line["steps"]]
-    head = [f"{target} ({len(some)})" for target in TARGETS for some in (lines, last)]
+    drawn_right = all("validation/all_right" in line for line in lines)
+    targets = {name: of for name, of in TARGETS.items() if drawn_right or "all right" not in name}
+    head = [f"{target} ({len(some)})" for target in targets for some in (lines, last)]
     text = ["Rank correlation with what is drawn, over all steps that were measured, and over last ones:", ""]
     text += ["| figure | " + " | ".join(head) + " |", "|" + "---|" * (len(head) + 1)]
     for name, figure in CANDIDATES.items():
         found = [spearman([*map(figure, some)], [*map(target, some)])
-                 for target in TARGETS.values() for some in (lines, last)]  # fmt: skip
+                 for target in targets.values() for some in (lines, last)]  # fmt: skip
         text.append(f"| {name} | " + " | ".join(f"{value:+.2f}" for value in found) + " |")
     return text
 

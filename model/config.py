@@ -28,7 +28,7 @@ DEEPEST = 16  # dots of an override
 VQVAE_EXPERIMENT = "vqvae-training"  # of phase 2, also where phase 3 trains its VQ-VAE first
 
 # Settings of earlier releases, which models that were stored then still carry. None decides what is drawn.
-RETIRED = {"estimator", "speculate", "z_loss"}
+RETIRED = {"estimator", "replaced", "speculate", "z_loss"}
 
 Seed = Annotated[int, Field(ge=0, lt=2**62)]
 Byte = Annotated[int, Field(ge=0, le=255)]
@@ -229,8 +229,6 @@ class VQVAEConfig(Section):
     fsq_levels: list[Levels] = [8, 5, 5, 5]  # fsq: levels per dimension; their product is the codebook size
     beta: float = 0.25  # commitment weight
     reset_after: Annotated[int, Field(ge=0)] = 100  # steps unused before a code is reset; 0 never resets
-    # Share of the codes that near neighbours replace while the decoder trains; 0: no key knows of it.
-    replaced: Annotated[float, Field(ge=0, le=1, exclude_if=lambda share: share == 0)] = 0.0
     loss: TokenizerLoss = TokenizerLoss()
     training: TrainingConfig
 
@@ -246,8 +244,6 @@ class VQVAEConfig(Section):
             raise ValueError(
                 f"the product of fsq_levels, which is the codebook size, must be 2 to {MOST_CODES}"
             )
-        if self.replaced and self.vocabulary == 1:
-            raise ValueError(f"replaced ({self.replaced}) needs more codes than one")
         if not self.value_range[0] < self.value_range[1]:
             raise ValueError(f"value_range {list(self.value_range)} must be [low, high] with low below high")
         return self

@@ -573,8 +573,9 @@ TRANSFORMERS = (
 )
 PER_BLOCK = 16  # weights of a block, in squares of the width: 4 self-, 4 cross-attention, 8 of the MLP
 TOKENS_PER_WEIGHT = 12  # openmoji-tiny sees 3, shapes-tiny 16; Hoffmann et al. 2022, arXiv:2203.15556, say 20
-WEIGHTS_PER_CODE = 200  # at most; openmoji has 170 for each code of its pictures, openmoji-tiny 42
+WEIGHTS_PER_CODE = 200  # at most; openmoji has 130 for each code of its pictures, openmoji-tiny 42
 SMALL = 256  # width up to which Muon was measured
+RANDOM_ORDER = 0.9  # of the transformer's steps; measured in docs/EXPERIMENTS.md
 COMPILED = (
     12  # minutes of a run on a CPU, from which a third less of the transformer's time is worth a minute
 )
@@ -612,6 +613,11 @@ def _transformer(book: _Book, survey: Survey, hardware: _Hardware, minutes: floa
         "transformer.optimizer",
         "muon" if small else "adamw",
         "half the steps of AdamW at this size" if small else "as Muon was not measured at this size",
+    )
+    book.pick(
+        "transformer.random_order",
+        RANDOM_ORDER,
+        "pictures follow their captions better, also those that training never saw",
     )
     training = "transformer.training"
     muon = book.get("transformer.optimizer") == "muon"

@@ -161,7 +161,7 @@ def _evaluation(config: RunConfig) -> Settings:
 STEPS: dict[Kind, Step] = {  # in the order of the pipeline
     # How a config came about that is derived: no part of what a run makes.
     "speed": Step("Speed", _speed, module="model.training.speed", taken=lambda _: False, within="prepare"),
-    "recipe": Step("Recipe", _recipe, taken=lambda _: False, within="prepare"),
+    "recipe": Step("Recipe", _recipe, version=2, taken=lambda _: False, within="prepare"),
     "images": Step("Pictures and captions", _images, version=3, taken=lambda _: True),
     "tokenizer": Step("Tokenizer", _tokenizer, ("images",), "model.training.vqvae", taken=lambda _: True),
     "text": Step("Text encoder", _clip, ("images",), "model.training.clip"),

@@ -53,10 +53,6 @@ RULES = {  # overrides of `smoke`, and what is said
         ["tokenizer.value_range=[1.0, 1.0]"],
         "tokenizer: value_range [1.0, 1.0] must be [low, high] with low below high",
     ),
-    "neighbours of a single code": (
-        ["tokenizer.codebook_size=1", "tokenizer.replaced=0.1"],
-        "tokenizer: replaced (0.1) needs more codes than one",
-    ),
     "levels of no codes": (["tokenizer.quantizer=fsq", "tokenizer.fsq_levels=[]"], LEVELS),
     "levels of a trillion codes": (
         ["tokenizer.quantizer=fsq", "tokenizer.fsq_levels=[1000000, 1000000]"],
@@ -192,7 +188,6 @@ SHARES = [
     "data.max_bad_share",
     "data.augment.shift",
     "tokenizer.dropout",
-    "tokenizer.replaced",
     "tokenizer.loss.adversarial_from",
     "transformer.dropout",
     "transformer.condition_dropout",

@@ -98,11 +98,8 @@ class VQVAE(nn.Module):
     def forward(
         self, images: Float[Tensor, "B 3 H W"]
     ) -> tuple[Float[Tensor, "B 3 H W"], Int[Tensor, "B h w"], Float[Tensor, ""]]:
-        """Reconstructions, not clamped; codes; the quantizer's loss. In training the decoder sees neighbours
-        in place of some of the codes, where the config says so."""
+        """Reconstructions, not clamped; codes; the quantizer's loss."""
         quantized, codes, loss = self.quantizer(self.latents(images))
-        if self.training and self.config.replaced:
-            quantized = self._replaced(quantized, codes)
         return self._pictures(quantized), codes, loss
 
     def latents(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D h w"]:
@@ -110,19 +107,6 @@ class VQVAE(nn.Module):
         half, middle = self._value_range
         seen = images if (half, middle) == (1, 0) else images * half + middle
         return self.encoder(seen.contiguous(memory_format=torch.channels_last))
-
-    def _replaced(
-        self, quantized: Float[Tensor, "B D h w"], codes: Int[Tensor, "B h w"]
-    ) -> Float[Tensor, "B D h w"]:
-        """With the vectors of near neighbours in some places, as a transformer that errs a little would put
-        them there. Nothing of these places reaches the encoder: it is not to make up for others' mistakes."""
-        flat = codes.flatten()
-        places = torch.randperm(len(flat), device=flat.device)[: round(self.config.replaced * len(flat))]
-        near = self.quantizer.neighbours(flat[places])  # (M, n)
-        chosen = torch.randint(near.shape[1], (len(near), 1), device=flat.device)
-        others = flat.scatter(0, places, near.gather(1, chosen)[:, 0]).view_as(codes)
-        here = torch.zeros_like(flat, dtype=torch.bool).scatter(0, places, True).view_as(codes)
-        return torch.where(here[:, None], self.quantizer.lookup(others), quantized)
 
     def _pictures(self, quantized: Float[Tensor, "B D h w"]) -> Float[Tensor, "B 3 H W"]:
         half, middle = self._value_range
