@@ -10,6 +10,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -32,6 +34,21 @@ class Keeper(Protocol):
 
     def wait(self) -> None:
         """Return when it is stored."""
+
+
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """Within the block `Stopped` leaves as itself where a library caught it and raised an error of its own, as
+    torch.compile does: what is told to end while it compiles has not failed."""
+    try:
+        yield
+    except Exception as error:
+        within: BaseException | None = error
+        while within and not isinstance(within, Stopped):
+            within = within.__cause__ or within.__context__
+        if within and within is not error:
+            raise within from None
+        raise
 
 
 class Stopping:

@@ -23,7 +23,7 @@ from model.plumbing.distributed import Distributed, setup
 from model.plumbing.jobs import JobSpec, read_spec
 from model.plumbing.processes import tie_to_parent
 from model.plumbing.speech import Progress
-from model.plumbing.stopping import Stopping
+from model.plumbing.stopping import Stopping, unwrapped
 from model.plumbing.tracking import Tracker
 
 
@@ -111,7 +111,7 @@ def run_worker(main: Main) -> None:
     for chatty in ("botocore", "boto3", "s3transfer", "urllib3", "httpx"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        with outcome.recorded(str(rank)):
+        with outcome.recorded(str(rank)), unwrapped():
             stopping = Stopping().listen()
             if len(sys.argv) != 2:
                 raise UserError(f"usage: python -m {main.__module__} SPEC_URI")

@@ -53,6 +53,28 @@ def test_before_a_loop_it_is_raised_where_the_process_is_and_only_once() -> None
     assert told.why == stopping.TOLD
 
 
+def test_what_is_told_to_end_while_it_compiles_is_stopped_and_not_failed() -> None:
+    """torch raises an error of its own from whatever happens in a backend."""
+    Stopping().listen()
+
+    def backend(*_: object) -> Callable[..., object]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it went on")
+
+    compiled = torch.compile(lambda x: x + 1, backend=backend)
+    with pytest.raises(Stopped, match="told to end"), stopping.unwrapped():
+        compiled(torch.ones(2))
+
+
+def test_other_errors_leave_as_they_are() -> None:
+    with pytest.raises(KeyError) as caught, stopping.unwrapped():
+        try:
+            raise ValueError
+        except ValueError:
+            raise KeyError("x") from None
+    assert caught.value.args == ("x",)
+
+
 def test_within_a_loop_the_step_is_kept_first() -> None:
     kept = Kept()
     with Stopping().listen().of(ALONE, orphan_minutes=10) as told:
