@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,6 +33,7 @@ CLIPModel = Any  # open_clip's `CLIP`, which is not imported before it is needed
 START, END = 49406, 49407  # of CLIP's byte-pair vocabulary
 VOCABULARY = 49408
 CACHED_CAPTIONS = 8192  # text states kept by an encoder, least recently used first to go
+CAPTIONS_READ = 1 << 16  # whose ids are kept, in the same way
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -161,17 +163,13 @@ def text_mask(ids: Int[Tensor, "B S"]) -> Bool[Tensor, "B S"]:
     return (torch.arange(ids.shape[1], device=ids.device) <= end[:, None]) & (end > 1)[:, None]
 
 
-def _byte_pairs() -> Any:
-    """open_clip's tokenizer (its vocabulary ships in the wheel), made once."""
-    global _tokenizer
-    if _tokenizer is None:
-        import open_clip  # seconds to import
+@cache
+def _byte_pairs() -> Callable[[str], list[int]]:
+    """open_clip's tokenizer (its vocabulary ships in the wheel), made once. It keeps what it has read: a GPU
+    waits longer for the captions of a step than it computes on them, and they come again in every epoch."""
+    import open_clip  # seconds to import
 
-        _tokenizer = open_clip.SimpleTokenizer()
-    return _tokenizer.encode
-
-
-_tokenizer: Any = None
+    return lru_cache(CAPTIONS_READ)(open_clip.SimpleTokenizer().encode)
 
 
 # ── models ──────────────────────────────────────────────────────────────────────────────────────────────
