@@ -81,6 +81,7 @@ class Setup:
     seen: int  # pictures of each split that are measured on, at most
     samples: int  # drawn for each caption
     row: Mapping[str, Any]  # settings of its rows that are none of `Row`'s defaults
+    needs_gpu: bool = False
 
 
 SETUPS = {
@@ -108,6 +109,7 @@ SETUPS = {
         seen=256,
         samples=4,
         row={"steps": 3000, "dropout": 0.1},
+        needs_gpu=True,
     ),
 }
 
@@ -191,7 +193,11 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="rows trained side by side, a thread each")
     parser.add_argument("--minutes", type=float, default=0, help="until no more rows begin; 0: no limit")
     parser.add_argument("--first", type=int, default=0, help="so many rows of the plan; 0: all of them")
-    parser.add_argument("--data", choices=SETUPS, help="rows of this alone; all by default")
+    parser.add_argument(
+        "--data",
+        choices=SETUPS,
+        help="rows of this alone; by default of all that this machine has the means for",
+    )
     parser.add_argument("--prepare", action="store_true", help="make what the first row shares, and end")
     parser.add_argument("--plan", action="store_true", help="list the rows, and which are there")
     parser.add_argument("--table", action="store_true", help="tabulate what there is")
@@ -207,7 +213,9 @@ def main() -> int:
         row = Row(**json.loads(arguments.row))
         run(row, row.config(), folder, lines)
         return 0
-    rows = [row for row in plan() if arguments.data in (None, row.data)][: arguments.first or None]
+    able = [data for data, setup in SETUPS.items() if DEVICE.type == "cuda" or not setup.needs_gpu]
+    rows = [row for row in plan() if row.data in ([arguments.data] if arguments.data else able)]
+    rows = rows[: arguments.first or None]
     if arguments.plan:
         for number, row in enumerate(rows):
             print(number, row.name, "" if lines.has(row) else "(missing)")
