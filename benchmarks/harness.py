@@ -407,7 +407,7 @@ def _short(value: float) -> str:
 
 @functools.cache
 def commit() -> str:
-    """Of the clone; what `LATENT_GPT_REVISION` says where there is none, as on a machine that is lent."""
+    """What `LATENT_GPT_REVISION` says, as on a lent machine, which has no clone; else that of the clone."""
     if said := environment.REVISION.get():
         return said
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=10", "HEAD"]

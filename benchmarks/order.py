@@ -309,17 +309,11 @@ def run(row: Row, config: RunConfig, folder: Path, lines: Lines) -> None:
     made = shared(row, config, folder)
     measuring = Measuring(row, config, made, folder)
     assert config.transformer
-    began, spent = time.monotonic(), 0.0
 
     def watch(gpt: GPT, step: int, figures: Mapping[str, float]) -> None:
-        nonlocal spent
-        if lines.has(row, step):
-            return
-        then = time.monotonic()
-        line = measuring.line(step) | {"seconds": round(then - began - spent, 1)} | dict(figures)
-        line |= measuring.figures(gpt, figures["temperature"] if step == row.steps else None)
-        spent += time.monotonic() - then
-        lines.add(line | {"measuring_seconds": round(time.monotonic() - then, 1)})
+        if not lines.has(row, step):
+            measured = measuring.figures(gpt, figures["temperature"] if step == row.steps else None)
+            lines.add(measuring.line(step) | dict(figures) | measured)
 
     inputs = {name: made[name] for name in steps.STEPS["transformer"].needs}
     spec = steps.job("transformer", config, "order", inputs)
@@ -588,7 +582,6 @@ COLUMNS: Columns = {
     "copies seen": ("train/near_duplicates", 100),
     "copies held out": ("validation/near_duplicates", 100),
     "filled lower": ("validation/retrieval_filled_lower", 100),
-    "seconds": ("seconds", 1),
 }
 
 

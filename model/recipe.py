@@ -566,16 +566,16 @@ def _clip(book: _Book, survey: Survey, hardware: _Hardware) -> None:
     book.pick("clip.training.precision", "bf16" if hardware.gpu else "fp32", "tuned for this size")
 
 
-# Depth, width, heads of transformers; those of the presets, and some between them.
+# Depth, width, heads of transformers; most are those of presets.
 TRANSFORMERS = (
     *((3, 128, 4), (4, 128, 4), (5, 160, 5), (6, 192, 6), (6, 256, 8), (8, 384, 6), (12, 512, 8)),
     *((9, 768, 12), (12, 768, 12), (19, 1024, 16), (29, 1280, 20)),
 )
 PER_BLOCK = 16  # weights of a block, in squares of the width: 4 self-, 4 cross-attention, 8 of the MLP
 TOKENS_PER_WEIGHT = 12  # openmoji-tiny sees 3, shapes-tiny 16; Hoffmann et al. 2022, arXiv:2203.15556, say 20
-WEIGHTS_PER_CODE = 200  # at most; openmoji has 130 for each code of its pictures, openmoji-tiny 42
-SMALL = 256  # width up to which Muon was measured
-RANDOM_ORDER = 0.9  # of the transformer's steps; measured in docs/EXPERIMENTS.md
+WEIGHTS_PER_CODE = 200  # at most; openmoji has 140 for each code of its pictures, openmoji-tiny 42
+SMALL = 256  # width up to which Muon was compared
+RANDOM_ORDER = 0.9  # of the transformer's steps; measured at 32 px and a width of 128
 COMPILED = (
     12  # minutes of a run on a CPU, from which a third less of the transformer's time is worth a minute
 )
@@ -612,7 +612,7 @@ def _transformer(book: _Book, survey: Survey, hardware: _Hardware, minutes: floa
     book.pick(
         "transformer.optimizer",
         "muon" if small else "adamw",
-        "half the steps of AdamW at this size" if small else "as Muon was not measured at this size",
+        "half the steps of AdamW at this size" if small else "as Muon was not compared at this size",
     )
     book.pick(
         "transformer.random_order",

@@ -166,7 +166,7 @@ def text_mask(ids: Int[Tensor, "B S"]) -> Bool[Tensor, "B S"]:
 @cache
 def _byte_pairs() -> Callable[[str], list[int]]:
     """open_clip's tokenizer (its vocabulary ships in the wheel), made once. It keeps what it has read: a GPU
-    waits longer for the captions of a step than it computes on them, and they come again in every epoch."""
+    waits longer for a step's captions than it computes on them, and few captions come again and again."""
     import open_clip  # seconds to import
 
     return lru_cache(CAPTIONS_READ)(open_clip.SimpleTokenizer().encode)

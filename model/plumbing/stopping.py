@@ -38,15 +38,15 @@ class Keeper(Protocol):
 
 @contextmanager
 def unwrapped() -> Iterator[None]:
-    """Within the block `Stopped` leaves as itself where a library caught it and raised an error of its own, as
-    torch.compile does: what is told to end while it compiles has not failed."""
+    """Within the block `Stopped` leaves as itself where torch made an error of its own of it, as it does of
+    all that ends a compilation. What others raise stays as it is, as it may say more."""
     try:
         yield
     except Exception as error:
         within: BaseException | None = error
-        while within and not isinstance(within, Stopped):
+        while within is not None and type(within).__module__.startswith("torch."):
             within = within.__cause__ or within.__context__
-        if within and within is not error:
+        if within is not error and isinstance(within, Stopped):
             raise within from None
         raise
 

@@ -79,7 +79,8 @@ def open_job(spec: JobSpec, track: bool = True, stopping: Stopping | None = None
         tracker.reads(inputs.values(), spec.name)
         if not processes.is_main:  # whose log says all that follows
             print(f"rank {processes.rank} of {processes.world}, on {processes.device}", flush=True)
-        yield Job(spec, inputs, output, processes, tracker, checkpoints, heard)
+        with unwrapped():  # before the tracker learns how it ended
+            yield Job(spec, inputs, output, processes, tracker, checkpoints, heard)
 
 
 def run(spec: JobSpec, main: Main, track: bool = True, stopping: Stopping | None = None) -> Manifest | None:
@@ -111,7 +112,7 @@ def run_worker(main: Main) -> None:
     for chatty in ("botocore", "boto3", "s3transfer", "urllib3", "httpx"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        with outcome.recorded(str(rank)), unwrapped():
+        with outcome.recorded(str(rank)):
             stopping = Stopping().listen()
             if len(sys.argv) != 2:
                 raise UserError(f"usage: python -m {main.__module__} SPEC_URI")

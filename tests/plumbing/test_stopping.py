@@ -66,13 +66,15 @@ def test_what_is_told_to_end_while_it_compiles_is_stopped_and_not_failed() -> No
         compiled(torch.ones(2))
 
 
-def test_other_errors_leave_as_they_are() -> None:
-    with pytest.raises(KeyError) as caught, stopping.unwrapped():
+def test_what_goes_wrong_at_the_end_is_not_hidden() -> None:
+    def unwound() -> None:
         try:
-            raise ValueError
-        except ValueError:
-            raise KeyError("x") from None
-    assert caught.value.args == ("x",)
+            raise Stopped("told to end")
+        finally:
+            raise UserError("what it had cannot be stored")
+
+    with pytest.raises(UserError, match="cannot be stored"), stopping.unwrapped():
+        unwound()
 
 
 def test_within_a_loop_the_step_is_kept_first() -> None:
