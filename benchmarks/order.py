@@ -66,6 +66,7 @@ from model.training import transformer
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 LOOKS = 3  # times that a net is measured, the last time at its end
+SHARED: tuple[Kind, ...] = ("text", "judge", "tokenizer", "tokens")  # made once for all rows of some data
 SHOWN = 12  # captions of a split on a sheet of samples
 LIKELY = 64  # pictures of a split of which each caption's likelihood is asked
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -204,14 +205,19 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "order", help="of assets and logs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the lines and the table")
     parser.add_argument("--row", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--make", choices=SHARED, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    lines, folder = Lines(arguments.out / "order.jsonl"), arguments.folder.absolute()
+    arguments.folder = folder = arguments.folder.absolute()
+    lines = Lines(arguments.out / "order.jsonl")
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     os.environ["LATENT_GPT_STORE"] = str(folder)
     if arguments.row:
         tie_to_parent()
         row = Row(**json.loads(arguments.row))
-        run(row, row.config(), folder, lines)
+        if arguments.make:
+            shared(row, row.config(), folder, [arguments.make])
+        else:
+            run(row, row.config(), folder, lines)
         return 0
     able = [data for data, setup in SETUPS.items() if DEVICE.type == "cuda" or not setup.needs_gpu]
     rows = [row for row in plan() if row.data in ([arguments.data] if arguments.data else able)]
@@ -222,7 +228,7 @@ def main() -> int:
         return 0
     failed = False
     if not arguments.table:
-        shared(rows[0], rows[0].config(), folder)  # with all cores, as every row needs it
+        prepare(rows[0], arguments)
         if not arguments.prepare:
             missing = [row for row in rows if not lines.has(row)]
             until = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
@@ -233,6 +239,12 @@ def main() -> int:
     return int(failed)
 
 
+def command(row: Row, arguments: argparse.Namespace) -> list[str]:
+    """What runs one row, in a process of its own."""
+    places = ["--folder", str(arguments.folder), "--out", str(arguments.out)]
+    return [sys.executable, "-m", "benchmarks.order", "--row", json.dumps(asdict(row)), *places]
+
+
 def beside(rows: Sequence[Row], arguments: argparse.Namespace, until: float) -> Iterator[bool]:
     """Run rows, each in a process with one thread, some side by side; whether each went well."""
 
@@ -241,13 +253,10 @@ def beside(rows: Sequence[Row], arguments: argparse.Namespace, until: float) -> 
             print(f"left out: {row.name}", flush=True)
             return True
         began = time.monotonic()
-        command = [sys.executable, "-m", "benchmarks.order", "--row", json.dumps(asdict(row))]
-        command += ["--folder", str(arguments.folder), "--out", str(arguments.out)]
         log = arguments.folder / "logs" / f"{row.file}.log"
         with log.open("a") as out:
-            code = subprocess.call(
-                command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=out, stderr=out
-            )
+            alone = os.environ | {"OMP_NUM_THREADS": "1"}
+            code = subprocess.call(command(row, arguments), cwd=ROOT, env=alone, stdout=out, stderr=out)
         ended = f"FAILED with status {code}, see {log}" if code else "done"
         print(f"{row.name}: {ended} after {time.monotonic() - began:.0f} s", flush=True)
         return code == 0
@@ -290,17 +299,31 @@ def locked(path: Path) -> Iterator[IO[str]]:
 # ── a row ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def shared(row: Row, config: RunConfig, folder: Path) -> dict[Kind, Manifest]:
+def prepare(row: Row, arguments: argparse.Namespace) -> None:
+    """Make what rows of its data share: side by side on a GPU, else one after the other with all cores."""
+    if DEVICE.type == "cuda":
+        apart = [
+            subprocess.Popen([*command(row, arguments), "--make", kind], cwd=ROOT) for kind in SHARED[:-1]
+        ]
+        codes = [process.wait() for process in apart]
+        if any(codes):
+            raise SystemExit(1)
+    shared(row, row.config(), arguments.folder)
+
+
+def shared(row: Row, config: RunConfig, folder: Path, kinds: Sequence[Kind] = SHARED) -> dict[str, Manifest]:
     """What rows of the same data have in common, made where it is missing; of seed 0, whatever theirs."""
     config = config.model_copy(update={"seed": 0})
-    with locked(folder / f"{row.data}.lock"):
+    made: dict[str, Manifest] = {}
+    with locked(folder / f"{row.data}-images.lock"):
         images = steps.writer("images", config, {})
-        made: dict[Kind, Manifest] = {"images": assets.find(images.uri) or ingest(config.data, images)}
-        for kind in ("text", "judge", "tokenizer", "tokens"):
-            spec = steps.job(kind, config, "order", {name: made[name] for name in steps.STEPS[kind].needs})
+        made["images"] = assets.find(images.uri) or ingest(config.data, images)
+    for kind in kinds:
+        spec = steps.job(kind, config, "order", {name: made[name] for name in steps.STEPS[kind].needs})
+        with locked(folder / f"{row.data}-{kind}.lock"):
             manifest = worker.run(spec, importlib.import_module(spec.module).main, track=False)
-            assert manifest
-            made[kind] = manifest
+        assert manifest
+        made[kind] = manifest
     return made
 
 
@@ -330,7 +353,7 @@ def run(row: Row, config: RunConfig, folder: Path, lines: Lines) -> None:
 class Measuring:
     """What is measured of the nets of a row."""
 
-    def __init__(self, row: Row, config: RunConfig, made: Mapping[Kind, Manifest], folder: Path) -> None:
+    def __init__(self, row: Row, config: RunConfig, made: Mapping[str, Manifest], folder: Path) -> None:
         self.row, self.config, self.folder, self.setup = row, config, folder, SETUPS[row.data]
         self.tokenizer: Tokenizer = load_tokenizer(cache.folder(made["tokenizer"]), DEVICE)
         self.text: TextEncoder = load_text_encoder(cache.folder(made["text"]), DEVICE)
