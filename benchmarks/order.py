@@ -181,10 +181,7 @@ def plan() -> list[Row]:
     rows += [of(order=0.5, steps=4200), of(order=0.5, steps=4200, dropout=0.2, views=64)]
     rows += [of("shapes", seed=seed, **order) for seed in (1, 2) for order in ORDERS]
     rows += [of("openmoji-64", **order) for order in ORDERS]
-    rows += [
-        of("openmoji-64", **order)
-        for order in ({"order": 0.5, "dropout": 0.2}, {"order": 0.9, "dropout": 0.2})
-    ]
+    rows += [of("openmoji-64", order=share, dropout=0.2) for share in (0.5, 0.9)]
     return [*dict.fromkeys(rows)]
 
 
@@ -563,7 +560,7 @@ def _held_out(line: Line, figure: str) -> float:
 
 
 Columns = Mapping[str, tuple[str, float]]  # of a row: figure, and what it is shown times
-HIDDEN = ("lower", "upper", "left", "right", "scattered")  # halves, see `halves`
+HIDDEN = tuple(halves((2, 2)))
 FILLED: Columns = {
     f"{what} {half}": (f"validation/retrieval_{what}_{half}", 100)
     for half in HIDDEN

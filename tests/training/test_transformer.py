@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 from model.config import AssetRef, RecipeConfig, RunConfig
 from model.data.token_shards import TokenReader, TokenShard
-from model.errors import UserError
+from model.errors import Stopped, UserError
 from model.nets.clip import architecture, build_clip, load_text_encoder, tokenize
 from model.nets.gpt import GPT, load_gpt
 from model.nets.metrics import TEMPERATURES, token_nll
@@ -22,6 +22,7 @@ from model.plumbing import assets
 from model.plumbing.assets import START, AssetWriter, Manifest
 from model.plumbing.checkpoints import Checkpointer
 from model.plumbing.distributed import setup
+from model.plumbing.tracking import Tracker
 from model.plumbing.worker import open_job
 from model.steps import job as make_spec
 from model.training import transformer
@@ -178,6 +179,23 @@ def test_who_watches_sees_the_averaged_net_of_each_validation(store: str) -> Non
     assert made
     assert [[step, nll] for step, nll, _ in seen] == history(made)["validation/nll"]
     assert torch.equal(seen[-1][2], load_gpt(made.uri).embedding.weight)
+
+
+def test_who_is_told_to_end_while_torch_compiles_ends_as_stopped_for_the_tracker_too(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[type[BaseException] | None] = []
+    monkeypatch.setattr(Tracker, "__exit__", lambda self, kind, error, trace: ended.append(kind))
+    run = run_config()
+
+    def backend(*_: object) -> None:
+        raise Stopped("told to end")
+
+    compiled = torch.compile(lambda x: x + 1, backend=backend)
+    spec = make_spec("transformer", run, "test", publish(run))
+    with pytest.raises(Stopped, match="told to end"), open_job(spec, track=False):
+        compiled(torch.ones(2))
+    assert ended == [Stopped]
 
 
 @pytest.mark.slow
