@@ -293,14 +293,17 @@ def are_finite(logits: Float[Tensor, "*rows K"], config: SamplingConfig) -> Bool
     return (logits / (config.temperature or 1.0)).isfinite().all()
 
 
+LARGEST = 1 - 2.0**-24  # in fp32 below 1, to which half a step above the last of 24 bits is rounded
+
+
 def gumbel(
     seeds: Int[Tensor, "*#rows"], at: int | Int[Tensor, "*#rows"], keys: Int[Tensor, " K"]
 ) -> Float[Tensor, "*#rows K"]:
     """Standard Gumbel noise as a pure function of (seed, position, code)."""
     stream = _scramble(_scramble(seeds) + at)  # (*rows)
     bits = _scramble(stream[..., None] ^ keys)  # (*rows, K)
-    uniform = ((bits >> 40) & 0xFFFFFF).float().add_(0.5).mul_(2.0**-24)  # 24 bits, never 0 or 1
-    return -(-uniform.log()).log()
+    uniform = ((bits >> 40) & 0xFFFFFF).float().add_(0.5).mul_(2.0**-24)  # 24 bits, never 0
+    return -(-uniform.clamp_max_(LARGEST).log()).log()
 
 
 def noise_keys(vocabulary: int, device: torch.device | str = "cpu") -> Int[Tensor, " K"]:

@@ -12,7 +12,7 @@ from model.config import SamplingConfig, TrainingConfig, TransformerConfig
 from model.errors import Diverged
 from model.nets.attention import StaticCache
 from model.nets.gpt import GPT
-from model.nets.sampler import AHEAD, Sampler, candidate_seed, guidance, gumbel, noise_keys, sample
+from model.nets.sampler import AHEAD, Sampler, candidate_seed, draw, guidance, gumbel, noise_keys, sample
 
 TRAINING = TrainingConfig(steps=10, batch_size=4, warmup_steps=1)
 GREEDY = SamplingConfig(temperature=0, cfg_scale=1)
@@ -198,6 +198,18 @@ def test_noise_is_gumbel_and_independent_across_its_three_counters() -> None:
         assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.01
     few = noise_keys(50)
     assert torch.equal(gumbel(torch.tensor([5]), torch.tensor(3), few), gumbel(torch.tensor([5]), 3, few))
+
+
+def test_noise_is_finite_where_all_its_bits_are_set() -> None:
+    """Half a step above the largest of 24 bits fp32 rounds to 1; this is a draw of seed 1234 that met it."""
+    K, code = 16384, 8449
+    noise = gumbel(torch.tensor([1234]), 29, noise_keys(K))
+    assert noise.isfinite().all()
+    assert noise[0, code] == noise.max() == pytest.approx(16.6, abs=0.1)
+    logits = torch.full((1, K), -60.0)
+    logits[0, :2] = 60.0
+    for config in (SamplingConfig(), SamplingConfig(top_k=2), SamplingConfig(top_p=0.9)):
+        assert draw(logits, config, torch.tensor([1234]), 29, noise_keys(K)) in (0, 1)
 
 
 def test_a_prefix_is_kept_and_continued_as_if_drawn() -> None:
