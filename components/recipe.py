@@ -164,8 +164,10 @@ def speeds_of(config: RunConfig) -> Speeds:
     if not config.recipe.minutes:
         return _of_the_table(config)
     from components.launch import launch
+    from components.preflight import check_compiler
     from model.training import speed
 
+    check_compiler(config)
     job = steps.job("speed", config, "", {})
     uses.use("prepare", "", job.output)
     known = assets.find(job.output)

@@ -120,6 +120,24 @@ def check_writable(folder: Path) -> None:
         )
 
 
+def check_compiler(config: RunConfig) -> None:
+    """Check that torch can compile here, where a training wants that.
+
+    Raises:
+        UserError: what it lacks for that.
+    """
+    sections = {"clip": config.clip, "tokenizer": config.tokenizer, "transformer": config.transformer}
+    trainings = {name: getattr(section, "training", None) for name, section in sections.items()}
+    compiled = [
+        f"{name}.training.compile" for name, training in trainings.items() if training and training.compile
+    ]
+    if compiled and (lacking := environment.lacks_to_compile()):
+        raise UserError(
+            f"{compiled[0]}: torch cannot compile here without {lacking}; install it (on Debian g++ and"
+            f" python3-dev), or set {' and '.join(f'{one}=false' for one in compiled)}"
+        )
+
+
 def check_state(folder: Path) -> None:
     """Check that the state folder may be written, and has room for a run, with S3 if that is started there.
 
@@ -153,6 +171,7 @@ def _weights(config: RunConfig) -> None:
 
 PROBES = [
     Probe("disk", "has room", _temporary),
+    Probe("compiler", "is there", check_compiler),
     Probe("source", "can be read", _source),
     Probe("storage", "is written to and read from", services.writes, first=True),
     Probe("storage", "lists", services.lists),

@@ -9,8 +9,11 @@ from __future__ import annotations
 import locale
 import math
 import os
+import shlex
+import shutil
 import socket
 import sys
+import sysconfig
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -162,6 +165,7 @@ KFP_ENDPOINT = Variable(
 )
 KFP_TOKEN = Variable("KFP_TOKEN", "token for a KFP with a login", "none")
 OVERLAY = Variable("OVERLAY", "what `make deploy` applies of `k8s/overlays`", "`local`", default="local")
+CXX = Variable("CXX", "C++ compiler with which torch compiles what is trained", "`g++`", default="g++")
 DEBUG = Variable("LATENT_GPT_DEBUG", "anything: every error comes with its stack trace", "defects alone do")
 
 # What one of our processes says to another that it starts:
@@ -201,7 +205,7 @@ FOR_PEOPLE = (
     *(MLFLOW_REGISTRY_URI, MLFLOW_UI, KFP_UI, MLFLOW_BACKEND_STORE_URI, MLFLOW_FLASK_SERVER_SECRET_KEY),
     *(HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE),
     *(STATE, CACHE, CACHE_GIB, S3_PATIENCE, LAUNCHER, IMAGE, NAMESPACE, ACCOUNT),
-    *(KUBECONFIG, KFP_ENDPOINT, KFP_TOKEN, OVERLAY, DEBUG),
+    *(KUBECONFIG, KFP_ENDPOINT, KFP_TOKEN, OVERLAY, CXX, DEBUG),
 )
 
 # What steps and training workers of a cluster are told, by a ConfigMap and a Secret of this name:
@@ -314,6 +318,16 @@ def speak_utf8() -> None:
     """Say so to every Python that is started from here on."""
     os.environ["PYTHONUTF8"] = "1"
     os.environ.pop("PYTHONIOENCODING", None)
+
+
+def lacks_to_compile() -> str:
+    """What torch misses here to compile anything, on a GPU or not; "" where it has all."""
+    compiler = (shlex.split(CXX.get()) or [CXX.default])[0]
+    if not shutil.which(compiler):
+        return f"the C++ compiler {compiler}"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "the headers of Python"
+    return ""
 
 
 def under_torchrun() -> bool:

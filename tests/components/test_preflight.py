@@ -24,6 +24,7 @@ from components.preflight import (
     PROBES,
     Finding,
     __main__,
+    check_compiler,
     check_disk,
     check_state,
     findings,
@@ -105,6 +106,28 @@ def test_weights_that_are_not_where_the_config_says(
     config = load_config("smoke", [override.format(tmp_path / "none.safetensors")])
     with pytest.raises(UserError, match=rf"^{field}: .*none\.safetensors does not exist"):
         preflight(config)
+
+
+def test_what_torch_lacks_to_compile_is_named_where_a_training_compiles(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = load_config("smoke", [f"{net}.training.compile=true" for net in ("clip", "transformer")])
+    check_compiler(compiled)
+    settings = "set clip.training.compile=false and transformer.training.compile=false"
+    for name, value, lacking in (
+        ("CXX", "none-such -O2", "the C\\+\\+ compiler none-such"),
+        ("PATH", str(tmp_path), r"the C\+\+ compiler g\+\+"),
+    ):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(
+            UserError, match=rf"^clip\.training\.compile: .* without {lacking}; .* {settings}$"
+        ):
+            check_compiler(compiled)
+        check_compiler(load_config("smoke"))
+        monkeypatch.undo()
+    monkeypatch.setattr(environment.sysconfig, "get_path", lambda _: str(tmp_path))
+    with pytest.raises(UserError, match=r"without the headers of Python; .*python3-dev"):
+        check_compiler(compiled)
 
 
 def test_a_store_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
