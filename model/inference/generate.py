@@ -23,6 +23,13 @@ from model.nets.sampler import OnToken, Rerank, Sampler
 from model.nets.tokenizers import Tokenizer, load_tokenizer
 
 BATCH_CPU, BATCH_CUDA = 64, 256  # pictures drawn side by side
+CACHED = 0.25  # share of a GPU's memory for their keys and values, of which two programs may have some
+
+
+def fitting(each: int, memory: int) -> int:
+    """Pictures that a GPU with so many bytes of memory draws at once; keys and values of one take `each`."""
+    most = int(CACHED * memory / each)
+    return min(BATCH_CUDA, 2 ** (most.bit_length() - 1)) if most else 1
 
 
 class Unfit(UserError):
@@ -154,8 +161,7 @@ class Generator:
             if not 0 <= seed < 2**63:
                 raise UserError(f"seed {seed} is out of range; a seed is a whole number from 0 to 2^63 - 1")
         sampling = checked(sampling or self.sampling)
-        size = BATCH_CUDA if self.device.type == "cuda" else BATCH_CPU
-        size = max(1, size // sampling.best_of)
+        size = max(1, self._side_by_side() // sampling.best_of)
         images = []
         for start in range(0, len(seeds), size):
             batch, chosen = list(prompts[start : start + size]), list(seeds[start : start + size])
@@ -168,6 +174,14 @@ class Generator:
             if on_batch is not None:
                 on_batch(min(start + size, len(seeds)))
         return torch.cat(images)
+
+    def _side_by_side(self) -> int:
+        """Pictures that are drawn at once."""
+        if self.device.type != "cuda":
+            return BATCH_CPU
+        gpt = self.gpt  # keys and values, with text and without
+        each = 4 * gpt.config.depth * gpt.config.width * gpt.tokens * gpt.embedding.weight.element_size()
+        return fitting(each, torch.cuda.get_device_properties(self.device).total_memory)
 
     def _codes(
         self,

@@ -17,6 +17,7 @@ from model.config import SamplingConfig
 from model.nets.attention import StaticCache
 from model.nets.gpt import GPT, Context
 from model.nets.sampler import OnToken, Program, Sampler, are_finite, draw
+from model.plumbing import environment
 
 # Freezing packs the weights for the CPU's GEMM kernels; without it compilation gains nothing there.
 CPU_OPTIONS: dict[str, Any] = {
@@ -32,8 +33,10 @@ STEPS_COMPILED = 1024  # in a process, at most: to dynamo all are one function, 
 
 def pays(device: torch.device, pictures: int) -> bool:
     """Whether so many pictures, side by side in batches, are worth compiling for: where drawing them step by
-    step, on a GPU a hundred launches each, would take longer than compiling does."""
-    return pictures >= (GPU_PICTURES if device.type == "cuda" else CPU_PICTURES)
+    step, on a GPU a hundred launches each, would take longer than compiling does. It never is where torch
+    lacks what it compiles with: the pictures are no others without."""
+    worth = pictures >= (GPU_PICTURES if device.type == "cuda" else CPU_PICTURES)
+    return worth and not environment.lacks_to_compile()
 
 
 class CompiledSampler(Sampler):
@@ -48,12 +51,13 @@ class CompiledSampler(Sampler):
         self._programs: dict[Any, StaticProgram] = {}
 
     def program(self, context: Context, config: SamplingConfig, batch: int, guided: bool) -> Program:
-        """The program of the first such batch again, or a new one."""
+        """The program of the first such batch again, or a new one; each holds a cache for its whole batch."""
         text_tokens = context.keys_values[0][0].shape[2]
-        drawn_by = (config.temperature, config.top_k, config.top_p)
+        drawn_by = (config.temperature == 0, config.top_k, config.top_p)
         key = (batch, guided, text_tokens, context.mask is None, drawn_by)
         if key not in self._programs:
             self._programs[key] = StaticProgram(self.gpt, config, batch, guided)
+        self._programs[key].config = config
         return self._programs[key]
 
 
@@ -71,6 +75,7 @@ class StaticProgram(Program):
         self.inputs = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.at = torch.zeros((), dtype=torch.long, device=device)
         self.scales = torch.ones(gpt.tokens, device=device)
+        self.temperature = torch.ones((), device=device)  # of what is not greedy
         self.context: Context | None = None
         self.steps: dict[int, Callable[[], None]] = {}
         cache = sum(tensor.nbytes for tensor in [*self.cache.keys, *self.cache.values])
@@ -90,6 +95,7 @@ class StaticProgram(Program):
         self._refill(context)
         self.seeds.copy_(torch.tensor(list(seeds), dtype=torch.long)[:, None])
         self.scales.copy_(scales)
+        self.temperature.fill_(self.config.temperature or 1.0)
         self.codes[:, :first] = inputs[:, 1:]
         self.cache.at = 0
         logits = self.logits(inputs, context, scales[first : first + 1])
@@ -126,8 +132,10 @@ class StaticProgram(Program):
     def _prepare(self, span: int, at: int) -> Callable[[], None]:
         """Compile the step for the first `span` places; on a GPU capture it."""
         cache = StaticCache(self.cache, self.at, span)
-        guided, config, gpt, context = self.guided, self.config, self.gpt, self.context
+        guided, gpt, context = self.guided, self.gpt, self.context
         inputs, codes, scales, position = self.inputs, self.codes, self.scales, self.at
+        temperature, greedy = self.temperature, self.config.temperature == 0
+        config = self.config.model_copy(update={"temperature": 0.0 if greedy else 1.0})  # of divided logits
         seeds, keys, finite = self.seeds, self.keys, self.finite
         assert context is not None
 
@@ -138,6 +146,7 @@ class StaticProgram(Program):
                 with_text, without = logits.chunk(2)
                 scale = scales.index_select(0, position.view(1))  # `scales[position]` breaks PyTorch 2.11
                 logits = torch.lerp(without, with_text, scale)  # (B, 1, K)
+            logits = logits / temperature
             finite.logical_and_(are_finite(logits, config))
             drawn = draw(logits, config, seeds, position, keys)  # (B, 1)
             codes.index_copy_(1, position.view(1), drawn)

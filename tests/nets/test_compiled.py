@@ -29,7 +29,14 @@ def test_compiled_draws_the_same_pictures() -> None:
     again = fast(text[rows], mask[rows], config, seeds, prefix=plain[:, :66])
     assert torch.equal(again, plain)
     (program,) = fast._programs.values()
-    assert sorted(program.steps) == [64, 72]
+    steps = dict(program.steps)
+    assert sorted(steps) == [64, 72]
+    warmer = config.model_copy(update={"temperature": 1.3})
+    plain = sample(gpt, text[rows], mask[rows], warmer, seeds)
+    assert not torch.equal(plain, again)
+    assert torch.equal(fast(text[rows], mask[rows], warmer, seeds), plain)
+    assert [*fast._programs.values()] == [program], "another one would have a cache of its own"
+    assert program.steps == steps
 
 
 def test_a_server_may_compile_for_many_batch_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
