@@ -171,6 +171,8 @@ def validate(net: VQVAE, held_out: Tensor, processes: Distributed) -> dict[str, 
     counts = torch.zeros(net.vocabulary, device=device)
     net.eval()
     for pictures in held_out[processes.rank :: processes.world].split(VALIDATION_BATCH):
+        if not len(pictures):  # there may be fewer than ranks
+            continue
         originals = to_tensor(pictures.to(device))
         codes = net.encode(originals)
         decibels += psnr(net.decode(codes), originals).sum()

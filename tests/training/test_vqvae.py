@@ -3,6 +3,8 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -110,6 +112,10 @@ def test_the_asset_is_the_best_validation_and_loads_as_a_tokenizer(store: str, t
     held_out, _ = vqvae.load_images(made.input("images"), "validation")
     measured = vqvae.validate(tokenizer, held_out, ALONE)
     assert math.isclose(measured["psnr"], made.info["psnr"], abs_tol=1e-4)
+
+    second = cast(Distributed, SimpleNamespace(rank=1, world=2, device="cpu", sum=lambda tensor: tensor))
+    nothing = vqvae.validate(tokenizer, held_out[:1], second)
+    assert nothing == {"psnr": 0.0, "codebook_use": 0.0}, "one picture is the first rank's"
 
 
 def test_finite_scalars_go_the_same_way(store: str, tmp_path: Path) -> None:
