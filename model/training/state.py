@@ -263,7 +263,8 @@ class Clock:
     """Fits the number of steps of a training to the time that there is for it: once, at the end of warm-up.
 
     Before that nothing that is learned depends on it, so a training that is told those steps at its start
-    makes the same weights.
+    makes the same weights. Where no two steps of warm-up were timed (it has one, or was resumed late), the
+    first two that are decide, after it.
     """
 
     FEWEST, MOST = 0.5, 2.0  # times the steps that were foreseen
@@ -279,6 +280,7 @@ class Clock:
         self.training = training  # with the steps as they are fitted
         self.until, self.processes = until, processes
         self._first: tuple[int, float] | None = None
+        self._fitted = False
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -293,17 +295,18 @@ class Clock:
         """
         warmup = self.training.warmup_steps
         if (
-            not self.until or done > warmup or done < warmup // 4
+            not self.until or self._fitted or done < warmup // 4
         ):  # at first comes what comes once: compilation
             return self.training
         if self._first is None:
             self._first = done, self._now()
-        elif done == warmup:
+        elif done >= warmup:
             each = (self._now() - self._first[1]) / (done - self._first[0]) * self.VALIDATIONS
             foreseen, room = self.training.steps, done + int((self.until - time.time()) / each)
             steps = max(int(self.FEWEST * foreseen), min(int(self.MOST * foreseen), room), done + 1)
             agreed = self.processes.gather(torch.tensor(steps, device=self.processes.device))[0]
             self.training = self.training.model_copy(update={"steps": int(agreed)})
+            self._fitted = True
         return self.training
 
     def _now(self) -> float:
@@ -312,12 +315,13 @@ class Clock:
         return time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
-        """The steps, for a checkpoint."""
-        return {"steps": self.training.steps}
+        """The steps, and whether they were fitted, for a checkpoint."""
+        return {"steps": self.training.steps, "fitted": self._fitted}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue what `state_dict` returned."""
         self.training = self.training.model_copy(update={"steps": state["steps"]})
+        self._fitted = state["fitted"]
 
 
 # ── what is kept ────────────────────────────────────────────────────────────────────────────────────────
@@ -385,6 +389,8 @@ def explained(job: Job, section: str, training: TrainingConfig) -> Iterator[None
     try:
         yield
     except Diverged as error:
+        if not error.step:  # of what it was given, and not of what it learned
+            raise
         rate, good = learning_rate(error.step - 1, training), job.checkpoints.newest()
         raise Diverged(
             f"{job.spec.kind} diverged: {error} with learning rate {rate:.3g};"

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,9 +18,20 @@ from model.plumbing import storage
 from model.plumbing.checkpoints import Checkpointer
 from model.plumbing.curves import Curves
 from model.plumbing.distributed import Distributed, setup
+from model.plumbing.worker import Job
 from model.training import state
 from model.training.optim import Ema, adamw, learning_rate, muon
-from model.training.state import Best, Clock, Pace, Patience, Resumable, RunningSums, itstime, not_finite
+from model.training.state import (
+    Best,
+    Clock,
+    Pace,
+    Patience,
+    Resumable,
+    RunningSums,
+    explained,
+    itstime,
+    not_finite,
+)
 from tests.ranks import two_ranks
 
 ALONE = Distributed(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
@@ -248,6 +259,30 @@ def test_who_resumes_has_the_steps_that_were_fitted(tmp_path: Path, now: list[fl
     saved(Resumable(Checkpointer(str(tmp_path)), ALONE, **first.parts), 20)
     assert Resumable(Checkpointer(str(tmp_path)), ALONE, **second.parts).restore() == 20
     assert second.training.steps == first.training.steps != 100
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 2])
+def test_hardly_any_warm_up_will_do(warmup: int, now: list[float]) -> None:
+    fitting = Clock(TrainingConfig(steps=100, batch_size=1, warmup_steps=warmup), 1150.0, ALONE)
+    run(fitting, now, range(1, 20), 1)
+    assert fitting.training.steps == 2 + int(148 / Clock.VALIDATIONS)
+
+
+def test_who_resumes_at_the_end_of_warm_up_is_fitted_by_the_next_two_steps(now: list[float]) -> None:
+    fitting = clock(1150.0)
+    run(fitting, now, range(8, 9), 60)
+    assert fitting.training.steps == 100
+    run(fitting, now, range(9, 20), 1)
+    assert fitting.training.steps == 9 + int(89 / Clock.VALIDATIONS)
+
+
+# ── what a person is told ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_was_broken_before_the_first_step_is_not_blamed_on_the_learning_rate() -> None:
+    training, job = TrainingConfig(steps=10, batch_size=1, warmup_steps=1), cast(Job, None)
+    with pytest.raises(Diverged, match=r"^text: weight x is not finite$"), explained(job, "clip", training):
+        raise Diverged("text: weight x is not finite")
 
 
 # ── sums ────────────────────────────────────────────────────────────────────────────────────────────────
