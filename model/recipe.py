@@ -498,10 +498,10 @@ def _tokenizer(book: _Book, survey: Survey, hardware: _Hardware) -> None:
     if book.get("tokenizer.quantizer", "vq") == "vq":
         book.pick("tokenizer.codebook_size", size, f"about twice the root of {codes:,} codes of all pictures")
     training = "tokenizer.training"
-    rate = 5e-4 if hardware.gpu else 6e-3
-    rate = 1e-4 if near[0] == 256 else rate
-    book.pick(f"{training}.learning_rate", rate, "tuned for this size")
-    book.pick(f"{training}.final_lr_share", 0.1 if hardware.gpu else 0.02, "tuned for this size")
+    large = near[0] == 256
+    rate = 1e-4 if large else 1e-3 if hardware.gpu else 6e-3
+    book.pick(f"{training}.learning_rate", rate, tuned)
+    book.pick(f"{training}.final_lr_share", 0.1 if large else 0.02, tuned)
     book.pick(f"{training}.precision", "bf16", "half the time on GPU and CPU")
     book.pick(f"{training}.compile", hardware.gpu, "pays on a GPU")
 
@@ -614,11 +614,12 @@ def _transformer(book: _Book, survey: Survey, hardware: _Hardware, minutes: floa
         "muon" if small else "adamw",
         "half the steps of AdamW at this size" if small else "as Muon was not compared at this size",
     )
-    book.pick(
-        "transformer.random_order",
-        RANDOM_ORDER,
-        "pictures follow their captions better, also those that training never saw",
-    )
+    if book.get("transformer.positions", "rope2d") == "rope2d":
+        book.pick(
+            "transformer.random_order",
+            RANDOM_ORDER,
+            "pictures follow their captions better, also those that training never saw",
+        )
     training = "transformer.training"
     muon = book.get("transformer.optimizer") == "muon"
     book.pick(
@@ -648,6 +649,8 @@ def _batch(book: _Book, net: str, hardware: _Hardware, needs: Needs) -> None:
         share = max(usual, hardware.unit) / hardware.fewest
         while parts < usual / hardware.unit and need.state + need.sample * share / parts > room:
             parts *= 2
+    if net == "clip":  # captions are told apart within the whole batch
+        usual, parts = max(usual // parts, 1), 1
     parts = _number(book.pick(f"{training}.accumulate", parts, f"what fits into {room / 2**30:.0f} GiB"))
     unit = hardware.unit * max(1, parts)
     size = max(usual, unit) // unit * unit
@@ -697,7 +700,7 @@ def _after(book: _Book, survey: Survey, minutes: float, speeds: Speeds | None) -
 # ── steps ───────────────────────────────────────────────────────────────────────────────────────────────
 
 SHARES = {"tokenizer": 0.36, "text": 0.05, "judge": 0.05, "transformer": 0.54}  # of what is left for training
-MOST_STEPS = {"tokenizer": (6000, 200_000), "clip": (1000, 20_000)}  # on a CPU, on GPUs: those of the presets
+MOST_STEPS = {"tokenizer": (6000, 200_000), "clip": (1000, 20_000)}  # on a CPU, on GPUs
 LEAST_SHARE = 0.25  # of the minutes that are asked for, to train in
 BEYOND = 1.2  # times the minutes that are asked for, that a run may take
 LEAST_STEPS = {"tokenizer": 300, "clip": 150, "transformer": 100}
@@ -705,7 +708,7 @@ NOMINAL = {"tokenizer": 3500, "clip": 200, "transformer": 1000}  # where nobody 
 CADENCE = ("log_every", "eval_every", "checkpoint_every", "ema")
 OF_DIAL = ("steps", "warmup_steps", "batch_size", "accumulate", *CADENCE)  # of each training
 NETS = ("tokenizer", "clip", "transformer")  # sections that have one
-EMA = ((6000, 0.999), (1000, 0.99), (0, 0.98))  # decay of the average by steps, of the presets
+EMA = ((6000, 0.999), (1000, 0.99), (0, 0.98))  # decay of the average by steps
 # What a run takes beside training, in starts of a process of ours (two seconds on the machine where it was
 # found out; see `Speeds.start`): so a slow machine's is longer.
 OF_START, OF_PICTURES, OF_JOB, OF_EVALUATION, OF_END = 8.0, 2.5, 5.0, 6.0, 11.0

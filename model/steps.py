@@ -160,15 +160,17 @@ def _evaluation(config: RunConfig) -> Settings:
 
 STEPS: dict[Kind, Step] = {  # in the order of the pipeline
     # How a config came about that is derived: no part of what a run makes.
-    "speed": Step("Speed", _speed, module="model.training.speed", taken=lambda _: False, within="prepare"),
-    "recipe": Step("Recipe", _recipe, version=2, taken=lambda _: False, within="prepare"),
+    "speed": Step(
+        "Speed", _speed, module="model.training.speed", version=2, taken=lambda _: False, within="prepare"
+    ),
+    "recipe": Step("Recipe", _recipe, version=3, taken=lambda _: False, within="prepare"),
     "images": Step("Pictures and captions", _images, version=3, taken=lambda _: True),
     "tokenizer": Step("Tokenizer", _tokenizer, ("images",), "model.training.vqvae", taken=lambda _: True),
     "text": Step("Text encoder", _clip, ("images",), "model.training.clip"),
     "judge": Step("Judge", _clip, ("images",), "model.training.clip"),
     "tokens": Step("Tokens", _tokens, ("images", "tokenizer", "text"), "model.training.tokenize"),
     "transformer": Step(
-        "Transformer", _transformer, ("tokens", "text", "tokenizer"), "model.training.transformer", version=3
+        "Transformer", _transformer, ("tokens", "text", "tokenizer"), "model.training.transformer", version=4
     ),
     "sampling": Step(
         "Sampling settings",

@@ -218,6 +218,21 @@ def test_a_batch_that_does_not_fit_a_gpu_is_taken_in_parts() -> None:
     assert of(found, "transformer.training.batch_size") == 256
 
 
+def test_a_clip_that_does_not_fit_a_gpu_has_a_smaller_batch() -> None:
+    needs = {"text": Memory(2**30, 2**30)}
+    found = derive(values(jobs={"gpus_per_worker": 1, "gpu": "l4"}), SURVEY, None, needs)
+    parse_config(found.values)
+    assert of(found, "clip.training.accumulate") == 1
+    batch = of(found, "clip.training.batch_size")
+    assert 1 + batch <= 0.8 * HARDWARE["l4"]["memory"] / 2**30 < 1 + 2 * batch
+
+
+def test_where_a_token_does_not_say_where_it_lies_the_order_is_raster() -> None:
+    assert of(derived(), "transformer.random_order") == 0.9
+    found = derived(transformer={"positions": "learned"})
+    assert "random_order" not in found.values["transformer"]
+
+
 def test_a_codebook_grows_with_the_pictures_up_to_what_their_size_can_use() -> None:
     sizes = [
         of(derived(replace(SURVEY, pictures=pictures), recipe={"minutes": 60}), "tokenizer.codebook_size")

@@ -107,6 +107,9 @@ def train(job: Job, config: TransformerConfig, watch: Watch | None = None) -> Ma
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────
     done = start
+    reorders = (
+        config.random_order > 0 or config.random_order_left > 0
+    )  # to the end: no order is another program
     while done < training.steps:
         step = done
         seed_all(seed, "gpt", rank, step)
@@ -118,7 +121,7 @@ def train(job: Job, config: TransformerConfig, watch: Watch | None = None) -> Ma
             codes = batch.codes.to(device, non_blocking=True)  # (B, T)
             states, mask = text.encode(batch.ids)  # (B, S, W), (B, S)
             drop = torch.rand(len(codes), device=device) < config.condition_dropout  # (B,)
-            codes, order = _reorder(codes, _mixed(config, step, training))
+            codes, order = _reorder(codes, _mixed(config, step, training)) if reorders else (codes, None)
             with (
                 synced(model, last=micro + 1 == training.accumulate),
                 torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"),
@@ -242,11 +245,9 @@ def _begin_from(gpt: GPT, begun: Manifest) -> None:
         raise UserError(f"{error}; retrain.start=scratch begins without them") from None
 
 
-def _reorder(codes: Tensor, share: float) -> tuple[Tensor, Tensor | None]:
+def _reorder(codes: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Codes (B, T) in the order they are to be learned in, and that order: a share of the pictures in an
     order of its own each, the others in raster order."""
-    if share == 0:
-        return codes, None
     B, T = codes.shape
     raster = torch.arange(T, device=codes.device)
     mixed = torch.rand(B, T, device=codes.device).argsort(dim=1)
