@@ -173,7 +173,7 @@ class TrainingConfig(Section):
     steps: Positive  # optimiser steps
     batch_size: Positive  # samples per optimiser step, over all processes
     accumulate: Positive = 1  # micro-batches per optimiser step and process
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-4  # peak, AdamW
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4  # peak; with Muon of both optimisers
     warmup_steps: Annotated[int, Field(ge=0)] = 100  # linear warm-up; cosine to `final_lr_share` after it
     final_lr_share: Share = 0.1  # last learning rate as a share of the peak
     weight_decay: Annotated[float, Field(ge=0)] = 0.05  # on matrices only
@@ -293,6 +293,11 @@ class TrainedCLIPConfig(Section):
             raise ValueError(
                 f"text_width ({self.text_width}) must be a multiple of text_heads ({self.text_heads})"
             )
+        if self.training.accumulate > 1:
+            raise ValueError(
+                f"training.accumulate ({self.training.accumulate}) must be 1, as captions are told apart"
+                " within the whole batch; lower training.batch_size instead"
+            )
         if self.vision_width > HEAD_WIDTH and self.vision_width % HEAD_WIDTH:
             raise ValueError(f"vision_width ({self.vision_width}) must be a multiple of {HEAD_WIDTH}")
         return self
@@ -338,6 +343,11 @@ class TransformerConfig(Section):
             raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
         if self.positions == "rope2d" and (self.width // self.heads) % 4:
             raise ValueError(f"rope2d needs width / heads ({self.width // self.heads}) to be a multiple of 4")
+        if self.positions == "learned" and (self.random_order or self.random_order_left):
+            raise ValueError(
+                "random_order and random_order_left need positions: rope2d, by which a token says where it"
+                " lies"
+            )
         if self.arch == "gpt2" and (self.mlp, self.positions, self.qk_norm) != ("gelu", "learned", False):
             raise ValueError("arch gpt2 needs mlp: gelu, positions: learned, qk_norm: false")
         return self
@@ -547,6 +557,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.image_size ({self.data.image_size}) must be a multiple of clip.patch_size"
                 f" ({self.clip.patch_size})"
+            )
+        if self.gate.metric == "oracle" and self.data.source.kind != "shapes":
+            raise ValueError(
+                f"gate.metric oracle reads drawn shapes alone, and data.source.kind is"
+                f" {self.data.source.kind}; take auto, retrieval or clip_score"
             )
         if tokenizer.kind == "pretrained" and self.transformer is None:
             raise ValueError("transformer: null leaves nothing to train when the tokenizer is pretrained")

@@ -70,9 +70,10 @@ class Plan:
         for stage in self.stages:
             needed = stage.bytes * processes
             if needed > 0.9 * room:
+                raised = "" if stage.name in ("text", "judge") else "raise accumulate, or "
                 lines.append(
-                    f"{stage.name} needs {needed / 2**30:.0f} GiB of {room / 2**30:.0f} GiB: raise"
-                    f" accumulate, or lower batch_size"
+                    f"{stage.name} needs {needed / 2**30:.0f} GiB of {room / 2**30:.0f} GiB: {raised}lower"
+                    " batch_size"
                 )
         return "\n".join(lines)
 

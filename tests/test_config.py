@@ -41,6 +41,21 @@ RULES = {  # overrides of `smoke`, and what is said
         ["transformer.training.accumulate=3"],
         "transformer.training: batch_size (8) must be a multiple of accumulate (3)",
     ),
+    "accumulate of a CLIP": (
+        ["clip.training.accumulate=2"],
+        "clip: training.accumulate (2) must be 1, as captions are told apart within the whole batch; lower"
+        " training.batch_size instead",
+    ),
+    "order without places": (
+        ["transformer.positions=learned", "transformer.random_order=0.9"],
+        "transformer: random_order and random_order_left need positions: rope2d, by which a token says where"
+        " it lies",
+    ),
+    "oracle of photographs": (
+        ["data.source={kind: folder, path: pictures}", "gate.metric=oracle"],
+        "gate.metric oracle reads drawn shapes alone, and data.source.kind is folder; take auto, retrieval or"
+        " clip_score",
+    ),
     "levels": (
         ["tokenizer.multipliers=[1, 2]"],
         "tokenizer: multipliers has 2 entries; factor 4 with stem 1 needs 3",
@@ -111,8 +126,8 @@ RULES = {  # overrides of `smoke`, and what is said
         "transformer.training.batch_size (8) must be a multiple of processes x accumulate (6 x 1)",
     ),
     "ranks and micro-batches": (
-        ["clip.training.accumulate=8"],
-        "clip.training.batch_size (8) must be a multiple of processes x accumulate (2 x 8)",
+        ["transformer.training.accumulate=8"],
+        "transformer.training.batch_size (8) must be a multiple of processes x accumulate (2 x 8)",
     ),
 }
 POSITIVE = [
