@@ -218,6 +218,8 @@ def _first(gate: GateConfig, challenger: Measured, plain: Verdict) -> Verdict:
     metric = "retrieval" if plain.metric == "clip_score" else plain.metric  # which says nothing by itself
     if not _finite(challenger.scores.get(metric)):
         return _with(plain, "refused", f"{WORDS[metric]} is missing, or no finite number")
+    if metric != plain.metric:  # whose margin is in points of the score
+        gate = gate.model_copy(update={"margin": GateConfig.model_fields["margin"].default})
     pools = _pools(challenger.scores[metric])
     enough = (pool for pool in pools if len(pool.values) >= _needed(pool.values, metric, gate))
     pool = next(enough, pools[-1])

@@ -209,6 +209,14 @@ class TestFirst:
         found = decide(gate, measured(0).model_copy(update={"scores": scores}))
         assert (found.outcome, found.metric) == ("refused", "retrieval")
 
+    def test_its_margin_is_none_of_the_figure_in_its_place(self) -> None:
+        """Two right of eight held out are too few to be above chance, which those seen are for."""
+        right = {"validation": [1.0] * 2 + [0.0] * 6, "train": [1.0] * 64}
+        scores = {"clip_score": {name: [20.0] * len(one) for name, one in right.items()}, "retrieval": right}
+        ours = measured(0).model_copy(update={"scores": scores})
+        found = decide(GateConfig(metric="clip_score", margin=1.0), ours)
+        assert (found.outcome, found.count) == ("first", 72)
+
     def test_one_that_copies_is_refused(self) -> None:
         for figures, said in (
             ({"validation/near_duplicates": 0.41}, "(all that is held out): 0.41 is above 0.4"),
