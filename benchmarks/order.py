@@ -232,7 +232,7 @@ def main() -> int:
         if not arguments.prepare:
             missing = [row for row in rows if not lines.has(row)]
             until = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
-            failed = not all(beside(missing, arguments, until))
+            failed = not all([*beside(missing, arguments, until)])  # all of them, also after one that failed
     if lines.read():
         write(arguments.out / "order.md", table(lines.read()))
         print((arguments.out / "order.md").read_text())

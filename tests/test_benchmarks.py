@@ -436,6 +436,20 @@ def test_no_row_of_the_plan_comes_twice_and_each_has_a_config_of_its_own() -> No
     assert len(set(configs)) == len(configs)
 
 
+def test_a_row_that_fails_keeps_no_other_from_its_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes = iter([0, 1, 0, 0])
+    monkeypatch.setattr(order.subprocess, "call", lambda *_, **__: next(codes))
+    monkeypatch.setattr(order, "prepare", lambda *_: None)
+    places = ["--workers", "1", "--first", "4", "--folder", str(tmp_path), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["order", "--data", "openmoji", *places])
+    monkeypatch.setenv("LATENT_GPT_STORE", "")
+    assert order.main() == 1
+    ended = [line.rpartition(": ")[2].split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert ended == ["done", "FAILED", "done", "done"]
+
+
 def test_the_lower_half_is_filled_as_the_sampler_goes_on_from_the_upper_one() -> None:
     torch.manual_seed(0)
     gpt = GPT(instances.config().transformer, 16, (4, 4), 16).eval()
