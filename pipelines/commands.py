@@ -145,8 +145,7 @@ def generate(
     if not unconditional:
         check_prompt(prompt)
     needs_services = not model or model.startswith(("models:/", "s3://"))
-    shared = _shared()
-    with _services() if needs_services else contextlib.nullcontext():
+    with _services_of_runs() if needs_services else contextlib.nullcontext(False) as shared:
         left_out = not model
         if left_out:
             model = f"models:/{registry.last_registered(shared)}@{registry.CHAMPION}"
