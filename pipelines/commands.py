@@ -402,7 +402,7 @@ def evaluate(
 
 
 def presets() -> None:
-    """List the shipped presets and what each promises."""
+    """List the shipped presets; the header of each file has its command, hardware, duration and promise."""
     from model.config import PRESETS, preset_names
 
     for name in preset_names():

@@ -130,7 +130,7 @@ STATE = Variable("LATENT_GPT_STATE", "folder of the embedded services and of run
 CACHE = Variable(
     "LATENT_GPT_CACHE",
     "folder for copies of what lies in S3, and for what is unpacked",
-    "`cache` in that folder",
+    "`cache` in that folder, or `~/.cache/latent-gpt` where no services are started",
 )
 CACHE_GIB = Number("LATENT_GPT_CACHE_GIB", "how large it may become, in GiB", 64, "GiB")
 S3_PATIENCE = Number(
@@ -161,12 +161,14 @@ ACCOUNT = Variable(
 )
 KUBECONFIG = Variable("KUBECONFIG", "file that names the cluster of training jobs", "the one this pod is in")
 KFP_ENDPOINT = Variable(
-    "KFP_ENDPOINT", "address of the KFP API, e.g. `http://localhost:8888`", "nothing is uploaded or submitted"
+    "KFP_ENDPOINT", "address of the KFP API, e.g. `http://localhost:8080`", "nothing is uploaded or submitted"
 )
 KFP_TOKEN = Variable("KFP_TOKEN", "token for a KFP with a login", "none")
 OVERLAY = Variable("OVERLAY", "what `make deploy` applies of `k8s/overlays`", "`local`", default="local")
 CXX = Variable("CXX", "C++ compiler with which torch compiles what is trained", "`g++`", default="g++")
-DEBUG = Variable("LATENT_GPT_DEBUG", "anything: every error comes with its stack trace", "defects alone do")
+DEBUG = Variable(
+    "LATENT_GPT_DEBUG", "anything: every error comes with its stack trace", "in logs, defects alone do"
+)
 
 # What one of our processes says to another that it starts:
 LOGS = Variable("LATENT_GPT_LOGS", "folder for the logs of training jobs", "a temporary one")

@@ -29,7 +29,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and kernels decay; gains, biases and other vectors do not."""
+    """Matrices and kernels decay, and QK-norm's gains, which are one tensor for queries and keys; biases and
+    other vectors do not."""
     learning = [parameter for parameter in parameters if parameter.requires_grad]
     return [
         {"params": [p for p in learning if p.ndim >= 2], "weight_decay": weight_decay},
