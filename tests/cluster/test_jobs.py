@@ -291,6 +291,15 @@ def test_a_suspended_job_waits_and_goes_on(training: Training) -> None:
     step.terminate()
 
 
+def test_it_compiles_in_its_pods(train: Callable[..., Training]) -> None:
+    """With the compiler that its image has, as every preset for GPUs does."""
+    compiled = ("transformer.training.compile=true", "transformer.random_order=0.9", "jobs.memory=3Gi")
+    step = train("compiled", SHORT, *compiled).start()
+    code, why = step.ended(600)
+    assert code == 0, why + step.log
+    assert "transformer | step 400/400" in step.log
+
+
 # ── tells why ───────────────────────────────────────────────────────────────────────────────────────────
 
 
