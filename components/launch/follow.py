@@ -214,8 +214,9 @@ class Followed:
             return
         say(self.spec.name, f"adopts {self.name}, a job that is there already")
         self._list_pods()
-        self.idle_since = min(self.idle_since, job.created)
-        there, _ = self._pods()
+        there, ended = self._pods()
+        at_work = [job.created, *(pod.since for pod in there)]
+        at_work += [pod.ended.when for pod in ended if pod.ended]
         self.before = {pod.uid for pod in there if pod.since}
         if self._enough(job, there):
             self.ran = time.time() - max(pod.since for pod in there)
@@ -223,12 +224,15 @@ class Followed:
             earlier = [one for one in attempts.attempts(self.spec.output) if one.when >= job.created]
             self.restarts = attempts.restarts(earlier)
             self.ran += sum(one.outcome.when - one.when for one in earlier if one.outcome and not one.worker)
+            at_work += [one.outcome.when if one.outcome else one.when for one in earlier]
+        self.idle_since = min(self.idle_since, max(at_work))
 
     def _clock(self, job: Job | None, there: tuple[Pod, ...]) -> float:
         """Count the time with all workers running; returns it."""
         now = time.time()
         if job and self._enough(job, there):
             self.ran += now - self.looked
+        if job and sum(pod.running for pod in there) >= (self.spec.jobs.min_workers or job.workers):
             self.idle_since = now
         self.looked = now
         return self.ran

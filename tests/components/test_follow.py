@@ -335,6 +335,37 @@ def test_who_adopts_a_job_counts_its_starts_and_its_hours(
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize("pods_are_gone", [False, True])
+def test_who_adopts_a_job_counts_no_time_at_work_as_waiting(server: ApiServer, pods_are_gone: bool) -> None:
+    """It is hours old, and one of its workers, or each, waits for room again."""
+    one = spec()
+    there_already(server, one)
+    job = pytorchjob.name(one)
+    server.get(JOBS, job)["metadata"]["creationTimestamp"] = "2026-01-01T00:00:00Z"
+    server.restart(job, 1)
+    if pods_are_gone:
+        server.restart(job, 0)
+        folder = storage.join(one.output, "attempts", "20261126T091500-0-0")
+        start = json.dumps({"worker": 0, "pod": "p", "when": time.time() - 7200, "step": 0})
+        storage.write_bytes(storage.join(folder, "start.json"), start.encode())
+        evicted = Outcome(kind="stopped", reason="evicted").model_dump_json()
+        storage.write_bytes(storage.join(folder, "outcome.json"), evicted.encode())
+    followed = follow.Followed(one, pytorchjob, cluster.here(), NoLease())
+    assert followed._look().waited < 60
+    followed.server.end.set()
+
+
+def test_the_workers_that_a_job_goes_on_with_are_at_work(server: ApiServer) -> None:
+    running = pods.Pod(name="p", uid="u", worker=0, created=1.0, since=2.0)
+    job = pytorchjob.read(pytorchjob.job(spec(), "s3://b/job.json", "image", "ns", {}) | {"status": {}})
+    for least, waits in ((1, False), (0, True)):
+        followed = follow.Followed(spec(min_workers=least), pytorchjob, cluster.here(), NoLease())
+        followed.idle_since = 0.0
+        followed._clock(job, (running,))
+        assert (followed.idle_since == 0.0) == waits
+        assert followed.ran == 0.0, "with all workers"
+
+
 class NoLease:
     """Of nobody else."""
 
