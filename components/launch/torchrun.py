@@ -11,6 +11,7 @@ from __future__ import annotations
 import signal
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from components.launch.elastic import blamed
@@ -70,16 +71,21 @@ def _run(spec: JobSpec, folder: Path) -> Outcome:
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "PYTHONUNBUFFERED": "1",  # a line must arrive when it is written, not when a buffer is full
     }
+    ours = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)}
     try:
         with environment.within(told):
             elastic_launch(config, sys.executable)("-m", spec.module, write_spec(spec))
     except SignalException as error:
-        if error.sigval != signal.SIGTERM:
-            raise
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
         sys.exit(outcome.EXIT_CODES["stopped"])
     except ChildFailedError as error:
         left = {int(who): end for who, end in outcome.left_in(str(outcomes)).items()}
         end = blamed(error.failures, left, folder)
         where = "" if end.expected else f"; its log is under {folder}"
         return end.model_copy(update={"reason": end.reason + where})
+    finally:  # torch leaves its own, which raise what anybody may catch
+        if threading.current_thread() is threading.main_thread():
+            for one, handler in ours.items():
+                signal.signal(one, handler)
     return Outcome(kind="finished")
