@@ -16,7 +16,8 @@ from typing import NamedTuple
 import yaml
 
 from components.parameters import TEXT_TO_IMAGE, resolve
-from components.recipe import resolved
+from components.recipe import resolved, with_end
+from components.step import end_given_up_runs
 from model import steps
 from model.config import AssetRef, Origin, RunConfig, config_hash
 from model.data.sources import remembered
@@ -66,6 +67,7 @@ def look(model: str, start: str, asked: Mapping[str, str | int]) -> News:
     asked = {**asked, "overrides": with_start(start, str(asked["overrides"])), "pipeline": TEXT_TO_IMAGE}
     config = resolve(**asked)  # type: ignore[arg-type]
     name = model or config.registered_model
+    end_given_up_runs("news")
     versions = registry.tags_of_all(name)
     champion = registry.version_of(registry.CHAMPION, name)
     verdict, former = _none_in_use(name, versions, champion), None
@@ -75,7 +77,7 @@ def look(model: str, start: str, asked: Mapping[str, str | int]) -> News:
     if former:
         settings = yaml.safe_dump(former.model_copy(update={"origin": {}}).model_dump(mode="json"))
         asked["config"] = settings
-    config = resolved(asked).config
+    config = with_end(resolved(asked), time.time()).config  # as the run will say, to the second
     if config.registered_model != name:
         config = config.model_copy(update={"model_name": name})
     parts = steps.parts(config)

@@ -530,7 +530,7 @@ def reopen_pipeline_run(run: str) -> None:
 def failed_runs(experiment: str, tags: Mapping[str, str]) -> list[tuple[float, str]]:
     """The last runs of a pipeline that have these tags, as far back as they failed; the newest comes first.
 
-    Those that were told to end say nothing, and are passed over.
+    Those that were told to end say nothing, and are passed over; those that were given up have failed.
 
     Returns:
         Of each, when it ended in seconds since 1970, and why.
@@ -547,7 +547,7 @@ def failed_runs(experiment: str, tags: Mapping[str, str]) -> list[tuple[float, s
         ids = [known.experiment_id] if known else []
         order = ["attributes.start_time DESC"]
         for one in client.search_runs(ids, query, order_by=order, max_results=AT_ONCE) if ids else ():
-            if one.info.status == "FAILED":
+            if one.info.status == "FAILED" or one.data.tags.get(FAILURE_TAG) == GIVEN_UP:
                 found.append((one.info.end_time / 1000, one.data.tags.get(FAILURE_TAG, "nobody knows")))
             elif one.info.status != "KILLED":
                 break

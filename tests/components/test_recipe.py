@@ -15,12 +15,13 @@ from components import page, recipe
 from components.beginning import begin
 from components.parameters import TEXT_TO_IMAGE, VQVAE
 from components.recipe import Resolved, lines, looked, planned, resolved, with_end
+from components.retraining import look
 from model.config import RunConfig, load_config, parse_config
 from model.data import survey
 from model.errors import UserError
 from model.plumbing import uses
 from model.recipe import Speeds
-from model.steps import STEPS
+from model.steps import STEPS, parts
 from tests.components.test_retraining import Version, source, version
 from tests.data.test_ingest import picture, write
 
@@ -264,6 +265,25 @@ def test_a_model_that_exists_has_its_minutes_and_the_steps_that_somebody_says_no
     assert exact.recipe.until == 0
     assert "steps" not in STEPS["transformer"].settings(exact)
     assert STEPS["transformer"].settings(again.config)["steps"] == "fitted to the time"
+
+
+def test_a_schedule_has_its_minutes_from_the_first_training_on(
+    services: dict[str, str], folder: Path, timed: list[RunConfig], version: Version, name: str
+) -> None:
+    def seen(overrides: str) -> RunConfig:
+        config = look(name, "", asked(folder) | {"overrides": f"model_name={name}\n{overrides}"}).config
+        whole = yaml.safe_dump(config.model_dump(mode="json"))
+        run = with_end(resolved({"pipeline": TEXT_TO_IMAGE, "preset": "", "config": whole}), 5e9).config
+        assert parts(config) == parts(run), "the next look is to find what the run notes of itself"
+        return run
+
+    first = seen("recipe.minutes=10")
+    assert first.recipe
+    assert first.recipe.until > 5e9
+    version(first, 1)
+    by_effort = seen("recipe.minutes=0\nrecipe.effort=2")
+    assert by_effort.recipe
+    assert by_effort.recipe.until == 0
 
 
 def test_hardware_is_timed_by_a_job_where_the_run_has_its_minutes(

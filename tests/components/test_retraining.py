@@ -24,7 +24,13 @@ from model.errors import UserError
 from model.plumbing import environment, registry, storage
 from model.plumbing.assets import AssetWriter, Kind, Manifest
 from model.plumbing.jobs import TrackingIds
-from model.plumbing.tracking import FAILURE_TAG, finish_pipeline_run, mlflow_client, open_pipeline_run
+from model.plumbing.tracking import (
+    FAILURE_TAG,
+    GIVEN_UP,
+    finish_pipeline_run,
+    mlflow_client,
+    open_pipeline_run,
+)
 from tests.data.test_ingest import picture, write
 
 pytestmark = pytest.mark.slow
@@ -134,18 +140,19 @@ def test_what_failed_three_times_in_a_row_is_left_for_a_while(
     begun = begin("job", pipeline=TEXT_TO_IMAGE, preset="", config=settings(seen))
     finish_pipeline_run(begun.name, "FAILED", {FAILURE_TAG: "no memory"})
 
-    def fails(status: str = "FAILED") -> None:
+    def fails(status: str = "FAILED", why: str = "a loss of NaN") -> None:
         assert asked(name).new
         run = uuid.uuid4().hex
         open_pipeline_run(seen.config.experiment, run, {}, {MARK_TAG: mark(seen.config)})
-        finish_pipeline_run(run, status, {FAILURE_TAG: "a loss of NaN"})
+        finish_pipeline_run(run, status, {FAILURE_TAG: why})
 
-    for status in ("FAILED", "KILLED", "FAILED"):
+    for status in ("FAILED", "KILLED"):
         fails(status)
+    fails("KILLED", GIVEN_UP)  # as by a step that was killed for its memory, without a word
     left = asked(name)
     assert not left.new
     assert re.match(r"left for (12h00m|11h59m), unless pictures, settings", left.said[0])
-    assert "3 runs of the same failed in a row, the last as a loss of NaN; new since" in left.said[0]
+    assert f"3 runs of the same failed in a row, the last as {GIVEN_UP}; new since" in left.said[0]
     assert asked(name, "scratch").new, "another start may end otherwise"
     monkeypatch.setenv(environment.IMAGE.name, "registry/latent-gpt@sha256:mended")
     assert asked(name).new
