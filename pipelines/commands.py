@@ -208,12 +208,16 @@ def gc(
 ) -> None:
     """List what no registered model and no run needs any more, or delete it."""
     from model.plumbing import environment
+    from pipelines.cluster import settings
     from pipelines.cluster.kubectl import Kubectl
     from pipelines.gc import gc
     from pipelines.run import state_folder
 
+    settings.read()
+    # An MLflow that somebody names need not be our namespace's, whose pod would delete for good.
+    ours = environment.KFP_ENDPOINT.get() and not environment.MLFLOW_TRACKING_URI.get()
     with _services_of_runs():
-        cluster = Kubectl(environment.NAMESPACE.get()) if environment.KFP_ENDPOINT.get() else None
+        cluster = Kubectl(environment.NAMESPACE.get()) if ours else None
         gc(delete, hours, versions, state_folder(), cluster)
 
 
