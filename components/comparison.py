@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from components.registration import counts, measure, measured, raced, there
@@ -12,6 +15,7 @@ from model.evaluation import gate
 from model.evaluation.gate import Measured, Verdict
 from model.plumbing import assets, registry
 from model.plumbing.assets import Input, Kind, Manifest
+from model.plumbing.tracking import finish_pipeline_run
 
 
 class Side(NamedTuple):
@@ -35,8 +39,6 @@ def compare(model: str, against: str) -> Verdict:
     Raises:
         UserError: one of them is not there, or they cannot be measured on the same.
     """
-    from model.evaluation.benchmark import moved_into_training
-
     ours, theirs = _side(model), _side(against)
     benchmark = _benchmark(theirs) or _benchmark(ours)
     config = theirs.config or ours.config
@@ -45,22 +47,52 @@ def compare(model: str, against: str) -> Verdict:
             f"neither {model} nor {against} is a registered version whose benchmark is there still"
         )
     pictures = [there(side.lineage.get("images")) for side in (ours, theirs)]
-    run = f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
+    run = f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    with _ended(run):
+        sides = _sides(config, run, (ours, theirs), pictures, benchmark)
+    verdict = gate.decide(config.gate, *sides)
+    judge = benchmark.inputs["judge"].key
+    return verdict.model_copy(
+        update={"against": theirs.version, "benchmark": benchmark.key, "judge": f"{judge}, pinned with it"}
+    )
+
+
+@contextmanager
+def _ended(run: str) -> Iterator[None]:
+    """Say how a run ended, below which jobs may have logged in MLflow."""
+    status = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        finish_pipeline_run(run, status)
+
+
+def _sides(
+    config: RunConfig,
+    run: str,
+    both: tuple[Side, Side],
+    pictures: list[Manifest | None],
+    benchmark: Manifest,
+) -> list[Measured]:
+    """Both models, measured on one benchmark."""
+    from model.evaluation.benchmark import moved_into_training
+
+    ours, theirs = both
     sides = []
     for side, own, other in zip((ours, theirs), pictures, reversed(pictures), strict=True):
         if own and (moved := moved_into_training(benchmark, own)):
             raise UserError(f"{side.ref} was trained on {len(moved)} of the pictures that are held out")
         images = own or other
         if images is None:
-            raise UserError(f"the pictures of neither {model} nor {against} are in the store any more")
+            raise UserError(f"the pictures of neither {ours.ref} nor {theirs.ref} are in the store any more")
         sides.append(_measured(config, run, side, images, benchmark))
     if config.gate.speed_ratio:
         sides = list(raced(config, run, ours.model, theirs.model, benchmark, *sides))
-    verdict = gate.decide(config.gate, *sides)
-    judge = benchmark.inputs["judge"].key
-    return verdict.model_copy(
-        update={"against": theirs.version, "benchmark": benchmark.key, "judge": f"{judge}, pinned with it"}
-    )
+    return sides
 
 
 def _side(ref: str) -> Side:

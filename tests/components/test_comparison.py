@@ -8,6 +8,7 @@ import pytest
 
 from components.comparison import compare
 from model.evaluation.gate import SPEED, Guard, Verdict
+from model.plumbing.tracking import mlflow_client
 from tests.components.test_registration import GATE, Bench, register
 
 pytestmark = pytest.mark.slow
@@ -34,3 +35,7 @@ def test_pictures_per_second_are_measured_where_they_count(
     named = compare(f"models:/{bench.name}/1", f"models:/{bench.name}/2")
     assert named.outcome == "not better"
     assert None not in named.columns[SPEED]
+    client = mlflow_client()
+    ids = [one.experiment_id for one in client.search_experiments()]
+    query = "attributes.status = 'RUNNING' and attributes.run_name LIKE 'evaluate-%'"
+    assert not client.search_runs(ids, query), "nobody would ever end it"
