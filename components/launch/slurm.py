@@ -39,7 +39,10 @@ def run(spec: JobSpec) -> Outcome:
             return Outcome(kind="finished")
         before = {one.uri for one in attempts.attempts(spec.output)}
         code = _srun(spec)
-        return judged((one for one in attempts.attempts(spec.output) if one.uri not in before), code)
+        end = judged((one for one in attempts.attempts(spec.output) if one.uri not in before), code)
+        if end.kind == "stopped":  # its time is up: the next turn goes on
+            sys.exit(outcome.EXIT_CODES["stopped"])
+        return end
 
 
 def _srun(spec: JobSpec) -> int:

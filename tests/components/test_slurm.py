@@ -100,6 +100,13 @@ def test_the_worker_that_is_to_blame_is_named(calls: Path) -> None:
 
 
 @pytest.mark.slow
+def test_workers_whose_time_is_up_have_not_failed(calls: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        launch(spec(calls.parent, "stopped"))
+    assert ended.value.code == 143
+
+
+@pytest.mark.slow
 def test_a_group_that_is_told_to_end_leaves_srun_its_time(calls: Path) -> None:
     """As `latent-gpt run` ends a step: SIGTERM to the whole group, at which the real srun kills its tasks."""
     code = f"""
