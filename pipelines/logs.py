@@ -17,6 +17,7 @@ from model.plumbing import assets, attempts, outcome, storage, tracking
 from model.plumbing.attempts import Attempt
 from model.plumbing.outcome import EXIT_CODES, Outcome
 
+ENDED = "ended"  # file in a run's folder, when the run is over
 LOOK = 2.0  # seconds between two looks of who follows
 AGAIN = 90.0  # seconds in which an attempt that was broken off is followed by another one, if at all
 
@@ -161,7 +162,8 @@ def local_logs(runs: Path, run: str) -> Logs | None:
     return Logs(
         lambda: [_local(attempt) for attempt in (folder / "jobs").glob("*-*")],
         lambda step: _over(folder, step),
-        f"{folder} has no logs of training jobs: it reused what they make, or has not come to them",
+        f"{folder} has no logs of training jobs: it reused what they make, or has not come to them; those of"
+        " Slurm's jobs are found by MLflow's name of the run",
     )
 
 
@@ -185,5 +187,7 @@ def _local(attempt: Path) -> Try:
 
 
 def _over(folder: Path, step: str) -> bool:
+    if (folder / ENDED).exists():
+        return True
     ends = outcome.left_in(str(folder / "outcomes"))
     return step in ends or "register" in ends or any(not end.well for end in ends.values())

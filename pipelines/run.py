@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from model.data.sources import recognise
 from model.errors import UserError
 from model.plumbing import environment, outcome
 from model.plumbing.processes import session, stopping_on_sigterm, tie_to_parent
+from pipelines.logs import ENDED
 from pipelines.terminal import Follower, summary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,7 +98,7 @@ def _run(pipeline: str, parameters: dict[str, str], names: list[str]) -> None:
     check_state(state)
     folder = _new_folder(state / "runs")
     began = time.monotonic()
-    with stopping_on_sigterm(), services(state) as found:
+    with _ending(folder), stopping_on_sigterm(), services(state) as found:
         follower = Follower(names)
         told = {
             environment.LOGS.name: str(folder / "jobs"),
@@ -123,6 +125,15 @@ def _run(pipeline: str, parameters: dict[str, str], names: list[str]) -> None:
         if missing := [name for name in follower.steps if name not in follower.seconds]:
             raise RuntimeError(f"the pipeline ended without {', '.join(missing)}; see {folder}/log.txt")
     print(summary(follower, folder, time.monotonic() - began, _registered(folder)))
+
+
+@contextlib.contextmanager
+def _ending(folder: Path) -> Iterator[None]:
+    """Leave a mark when a run is over, whichever step was its last: who reads its logs waits no longer."""
+    try:
+        yield
+    finally:
+        (folder / ENDED).touch()
 
 
 def _why(follower: Follower, folder: Path, status: int) -> str:

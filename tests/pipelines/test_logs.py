@@ -17,7 +17,7 @@ from model.plumbing import assets, attempts, storage, tracking
 from model.plumbing.attempts import Attempt
 from model.plumbing.outcome import Outcome
 from pipelines import logs
-from pipelines.logs import local_logs, print_logs, stored_logs
+from pipelines.logs import ENDED, local_logs, print_logs, stored_logs
 
 NOW = time.time()
 
@@ -185,5 +185,9 @@ def test_a_run_here_is_over_with_its_last_step_or_a_failure(runs: Path) -> None:
         f"{folder}/outcomes/register.json", Outcome(kind="finished").model_dump_json().encode()
     )
     assert found.over("text")
+    storage.delete(f"{folder}/outcomes/register.json")
+    assert not found.over("")
+    (folder / ENDED).touch()
+    assert found.over(""), "of a run that has no register"
     with pytest.raises(UserError, match="has no logs of training jobs: it reused what they make"):
         print_logs(found, "", None, True)
