@@ -36,7 +36,7 @@ inputs() {
     # shellcheck disable=SC2086
     files=$(find $sources -type f ! -path '*/__pycache__/*' | sort)
     # shellcheck disable=SC2086
-    { sha256sum $files; echo "$REGISTRY $revision ${BASE:-} ${TORCH_INDEX:-}"; } | sha256sum
+    { sha256sum $files; echo "$REGISTRY $revision ${BASE:-} ${TORCH_INDEX:-} ${BUILD_FLAGS:-}"; } | sha256sum
 }
 
 is_here() { # IMAGE
@@ -59,6 +59,10 @@ made() { # TARGET OPTION…
 pushed() { # SUFFIX
     [ -s "build/tag$1" ] || { echo "error: build/tag$1 is missing, so nothing was built; \`make build\` first" >&2; exit 2; }
     image=$(cat "build/tag$1")
+    case $image in
+    "$REGISTRY"/*) ;;
+    *) echo "error: $image was built, for another registry than $REGISTRY; \`make build\` first" >&2; exit 2 ;;
+    esac
     name=${image%:*}
     if [ "$(basename "$builder")" = docker ]; then
         # shellcheck disable=SC2086

@@ -47,6 +47,9 @@ Temperature = Annotated[float, Field(ge=0), AfterValidator(lambda value: _not_be
 QUANTITY = r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?"
 Quantity = Annotated[str, Field(pattern=f"^{QUANTITY}$", coerce_numbers_to_str=True)]  # of Kubernetes
 MaybeQuantity = Annotated[str, Field(pattern=f"^({QUANTITY})?$", coerce_numbers_to_str=True)]
+UNITS = {"": 1.0, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12} | {
+    f"{letter}i": 1024.0**power for power, letter in enumerate("KMGT", 1)
+}
 LONGEST_PROMPT = 1000  # characters: far beyond any text encoder's context
 HEAD_WIDTH = 32  # channels of an attention head in the pictures' tower of a CLIP that is trained here
 
@@ -413,6 +416,11 @@ class Toleration(Section):
     effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = ""
 
 
+def _number(quantity: str) -> float:
+    unit = quantity.lstrip("0123456789.")
+    return float(quantity.removesuffix(unit)) * UNITS[unit]
+
+
 class JobConfig(Section):
     """Where training jobs run: PyTorchJob pods on a cluster, torchrun processes on one machine."""
 
@@ -435,6 +443,12 @@ class JobConfig(Section):
     deadline_hours: Annotated[float, Field(gt=0)] = 72.0  # with all workers running
     orphan_minutes: Annotated[float, Field(ge=2)] = 10.0  # without a step that wants it, until a job ends
     grace_seconds: Positive = 120  # to save a checkpoint when told to end
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.cpu_limit and _number(self.cpu_limit) < _number(self.cpu):
+            raise ValueError(f"cpu_limit ({self.cpu_limit}) must be at least cpu ({self.cpu}), or empty")
+        return self
 
     @property
     def hardware(self) -> str:

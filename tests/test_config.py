@@ -41,6 +41,10 @@ RULES = {  # overrides of `smoke`, and what is said
         ["transformer.training.accumulate=3"],
         "transformer.training: batch_size (8) must be a multiple of accumulate (3)",
     ),
+    "a limit below the request": (
+        ["jobs.cpu=1500m", "jobs.cpu_limit=1"],
+        "jobs: cpu_limit (1) must be at least cpu (1500m), or empty",
+    ),
     "accumulate of a CLIP": (
         ["clip.training.accumulate=2"],
         "clip: training.accumulate (2) must be 1, as captions are told apart within the whole batch; lower"

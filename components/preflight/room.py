@@ -77,6 +77,8 @@ def has_nodes(there: Cluster, config: RunConfig) -> str | None:
         return (
             f"{NOTE}{why}; a job waits for {config.jobs.pending_hours:g} hours for one (jobs.pending_hours)"
         )
+    if config.jobs.queue:
+        return f"{NOTE}{why}, unless the queue's flavour gives it to workers (jobs.queue)"
     raise UserError(
         f"cluster: {why}; where an autoscaler brings such nodes, say in jobs.pending_hours how long to wait"
     )

@@ -316,6 +316,11 @@ def wait(kubectl: Kubectl, servers: list[Object], say: Say, limit: float = LONGE
         if not waiting and not missing:
             return
         away = time.monotonic() - began
+        if missing and away > limit:
+            raise UserError(
+                f"{', '.join(missing)} cannot be seen after {speech.duration(away)}: either somebody deleted"
+                f" it, or it has no label {LABEL}"
+            )
         for name, server in waiting.items():
             why, hopeless = _why(kubectl, server, [one for one in found if one["kind"] == "Pod"])
             if hopeless or away > limit:

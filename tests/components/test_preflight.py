@@ -491,7 +491,10 @@ TOLERATED = "jobs.tolerations=[{key: gpu, operator: Exists}]"
             r"no node has 8 nvidia.com/gpu for a worker, at most 0 .* device plugin",
         ),
         (["jobs.node_selector={gpu: h100}"], r"of the 1 nodes is labelled gpu=h100; mend jobs.node_selector"),
-        (["jobs.cpu=9"], r"no node has 9 cpu for a worker, at most 8 cpu; lower jobs.cpu"),
+        (
+            ["jobs.cpu=9", "jobs.cpu_limit=9"],
+            r"no node has 9 cpu for a worker, at most 8 cpu; lower jobs.cpu",
+        ),
         (["jobs.memory=64Gi"], r"no node has 64 GiB of memory for a worker, at most 32 GiB"),
     ],
 )
@@ -502,6 +505,8 @@ def test_a_worker_for_which_no_node_is_large_enough_is_refused(
     (found,) = (one for one in on_cluster(*overrides, "jobs.pending_hours=2") if "node" in one.said)
     assert re.search(rf"^worth knowing: .*{says}", found.said)
     assert "waits for 2 hours" in found.said
+    (found,) = (one for one in on_cluster(*overrides, "jobs.queue=q") if "node" in one.said)
+    assert re.search(rf"^worth knowing: .*{says}.*, unless the queue's flavour gives it", found.said)
 
 
 def test_a_node_of_gpus_is_taken_if_its_taint_is_tolerated(whole: ApiServer) -> None:
@@ -512,7 +517,9 @@ def test_a_node_of_gpus_is_taken_if_its_taint_is_tolerated(whole: ApiServer) -> 
 
 def test_two_nodes_are_no_one(whole: ApiServer) -> None:
     node(whole, "small", memory="4Gi", cpu="32")
-    assert "no single node has 16 cpu, 16 GiB of memory" in stopping("jobs.cpu=16", "jobs.memory=16Gi")
+    assert "no single node has 16 cpu, 16 GiB of memory" in stopping(
+        "jobs.cpu=16", "jobs.cpu_limit=16", "jobs.memory=16Gi"
+    )
 
 
 def quota(server: ApiServer, used: str, **spec: Any) -> None:

@@ -160,6 +160,14 @@ def test_what_is_built_is_not_built_again(clone: Path) -> None:
     assert builds(BASE="another") == 3, "the same tag, -dirty, and another program"
     (clone / "README.md").write_text("more words")
     assert builds(BASE="another") == 0
+    assert builds(BASE="another", BUILD_FLAGS="--no-cache") == 3
+
+
+def test_what_was_built_for_another_registry_is_not_pushed(clone: Path) -> None:
+    image(clone, "build")
+    done = told(clone, "push", REGISTRY="elsewhere")
+    assert done.returncode == 2
+    assert "was built, for another registry than elsewhere" in done.stderr
 
 
 def test_the_tag_is_the_commit_that_changed_a_program(clone: Path) -> None:

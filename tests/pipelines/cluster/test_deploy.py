@@ -286,6 +286,9 @@ def test_nobody_waits_for_what_never_comes(kubectl: FakeKubectl, monkeypatch: py
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     with pytest.raises(UserError, match="not healthy after 0s: pod a is unschedulable"):
         wait(kubectl, [server()], lambda text: None, limit=0)
+    kubectl.there.clear()  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"Deployment mlflow cannot be seen after 0s: .* has no label"):
+        wait(kubectl, [server()], lambda text: None, limit=0)
 
 
 # ── kubectl ─────────────────────────────────────────────────────────────────────────────────────────────
