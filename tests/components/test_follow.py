@@ -10,11 +10,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from components.launch import cluster, follow, launch, pytorchjob
+from components.launch import cluster, follow, launch, pods, pytorchjob
 from model.config import JobConfig, load_config
 from model.errors import UserError
 from model.plumbing import storage
@@ -357,7 +358,7 @@ def test_who_adopts_a_job_counts_no_time_at_work_as_waiting(server: ApiServer, p
 
 def test_the_workers_that_a_job_goes_on_with_are_at_work(server: ApiServer) -> None:
     running = pods.Pod(name="p", uid="u", worker=0, created=1.0, since=2.0)
-    job = pytorchjob.read(pytorchjob.job(spec(), "s3://b/job.json", "image", "ns", {}) | {"status": {}})
+    job = cast(follow.Job, SimpleNamespace(workers=2))
     for least, waits in ((1, False), (0, True)):
         followed = follow.Followed(spec(min_workers=least), pytorchjob, cluster.here(), NoLease())
         followed.idle_since = 0.0

@@ -137,7 +137,7 @@ def test_what_failed_three_times_in_a_row_is_left_for_a_while(
     source.append("fifty pictures")
 
     seen = asked(name)
-    begun = begin("job", pipeline=TEXT_TO_IMAGE, preset="", config=settings(seen))
+    begun = begin(uuid.uuid4().hex, pipeline=TEXT_TO_IMAGE, preset="", config=settings(seen))
     finish_pipeline_run(begun.name, "FAILED", {FAILURE_TAG: "no memory"})
 
     def fails(status: str = "FAILED", why: str = "a loss of NaN") -> None:
