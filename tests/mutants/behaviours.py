@@ -291,10 +291,17 @@ MUTANTS = [
     Mutant(
         "leases: a lock is renewed",
         "model/plumbing/leases.py",
-        '_Renewal(name, "its lock", renew)',
+        '_Renewal(name, "its lock", lock.renew)',
         '_Renewal(name, "its lock", lambda: None)',
         "tests/plumbing/test_leases.py"
         "::test_one_that_dies_elsewhere_keeps_others_waiting_until_its_lock_runs_out[local]",
+    ),
+    Mutant(
+        "leases: a lock that another took is lost",
+        "model/plumbing/leases.py",
+        "_highest(self._ages()) > self._number or ",
+        "",
+        "tests/plumbing/test_leases.py::test_a_lock_that_another_took_meanwhile_is_lost_for_good[local]",
     ),
     Mutant(
         "checkpoints: what is stored is a copy",
