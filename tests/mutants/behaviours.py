@@ -178,6 +178,13 @@ MUTANTS = [
         "tests/plumbing/test_assets.py::test_an_input_with_other_bytes_is_refused",
     ),
     Mutant(
+        "assets: the files of a finished one stay",
+        "model/plumbing/assets.py",
+        "if self._finished is not None and ",
+        "if False and ",
+        "tests/plumbing/test_assets.py::test_another_result_does_not_replace_the_first[local]",
+    ),
+    Mutant(
         "assets: no metric that is not finite is kept",
         "model/plumbing/assets.py",
         "if not _finite(value):",
