@@ -332,6 +332,14 @@ MUTANTS = [
         "tests/plumbing/test_stopping.py::test_a_store_that_does_not_answer_is_no_expired_lease",
     ),
     Mutant(
+        "stopping: who wants it has the time to say so",
+        "model/plumbing/stopping.py",
+        "if over and time.monotonic() - over >= leases.LIVE:",
+        "if over:",
+        "tests/plumbing/test_stopping.py"
+        "::test_a_lease_that_is_renewed_soon_after_a_store_was_away_has_not_run_out",
+    ),
+    Mutant(
         "stopping: within a loop the step is kept first",
         "model/plumbing/stopping.py",
         "if not self._heeded and not self._raised:",
