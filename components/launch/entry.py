@@ -212,13 +212,16 @@ def _while_wanted(spec: JobSpec, told: Told) -> Iterator[None]:
 
     def look() -> None:
         wait = 0.0
+        unwanted = None  # since when, as looks have found
         while not over.wait(wait):
             wait = WANTED
             try:
-                age = leases.age(spec.leases)
+                age = leases.age(spec.leases) or 0.0
             except (UserError, OSError):
-                continue  # nobody knows
-            if age is not None and age > 60 * spec.jobs.orphan_minutes and not over.is_set():
+                age = 0.0  # nobody knows
+            unwanted = (unwanted or time.monotonic()) if age > 60 * spec.jobs.orphan_minutes else None
+            # Its lease may be late, as in `Stopping`.
+            if unwanted and time.monotonic() - unwanted >= leases.LIVE and not over.is_set():
                 told.unwanted = True
                 os.kill(os.getpid(), signal.SIGTERM)  # raises where the main thread is
                 return

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -274,7 +275,8 @@ class AssetWriter:
     """Writes an asset: files first, in any order; then the manifest.
 
     Repeating the same work writes the same bytes to the same names, so a writer that was killed needs no
-    cleaning up after.
+    cleaning up after. Two that do it at once may write other bytes, as training does: who adds its
+    first file when the other one has finished replaces none of them.
     """
 
     def __init__(
@@ -300,14 +302,20 @@ class AssetWriter:
         self._files: dict[str, File] = {}
 
     def add_bytes(self, name: str, data: bytes) -> File:
-        """Store `data` as a file of the asset."""
+        """Store `data` as a file of the asset.
+
+        Raises:
+            UserError: another run has finished this asset, with other content; its file stays.
+        """
         file = File(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest())
+        self._check(file)
         storage.write_bytes(storage.join(self.uri, name), data)
         return self.add(file)
 
     def add_file(self, name: str, path: str | Path) -> File:
-        """Store a local file as a file of the asset."""
+        """Store a local file as a file of the asset. Raises as `add_bytes`."""
         file = File(name=name, size=Path(path).stat().st_size, sha256=storage.file_sha256(path))
+        self._check(file)
         storage.upload_file(path, storage.join(self.uri, name))
         return self.add(file)
 
@@ -315,6 +323,24 @@ class AssetWriter:
         """Count a file in that is stored already: by another process of the job, or in another asset."""
         self._files[file.name] = file
         return file
+
+    @cached_property
+    def _finished(self) -> dict[str, str] | None:
+        """SHA-256 of each file, by name, if another run had finished before our first one was stored."""
+        try:
+            return {file.name: file.sha256 for file in load(self.uri).files}
+        except storage.NotFound:
+            return None
+
+    def _check(self, file: File) -> None:
+        if self._finished is not None and self._finished.get(file.name) != file.sha256:
+            raise self._too_late()
+
+    def _too_late(self) -> UserError:
+        return UserError(
+            f"{self.uri} was finished by another run while this one was writing, with other content; delete"
+            " it and run once more"
+        )
 
     def finish(self, info: dict[str, Any], scratch: str = "checkpoints") -> Manifest:
         """Write the manifest, and delete what led here; returns what is now stored.
@@ -344,10 +370,7 @@ class AssetWriter:
         except FileExistsError:
             existing = load(self.uri)
             if existing.sha256 != manifest.sha256:
-                raise UserError(
-                    f"{self.uri} was finished by another run while this one was writing, with"
-                    " other content; delete it and run once more"
-                ) from None
+                raise self._too_late() from None
             manifest = existing
         try:
             storage.delete_prefix(storage.join(self.uri, scratch))

@@ -160,24 +160,17 @@ def alone(name: str, work: str) -> Iterator[Callable[[], None]]:
         work: URI of what is made, or any name: the same for all who are not to do it at once.
 
     Yields:
-        What raises a UserError once the lock may soon be another's, as it was not renewed: before what must
-        not be done by two.
+        What raises a UserError once the lock may soon be another's, as it was not renewed, and from then on:
+        before what must not be done by two.
     """
     lock = _Lock(work)
     _wait_while(lambda: not lock.take(), lock, name, "waits for another run that does the same")
-    renewed = _now()
-
-    def renew() -> None:
-        nonlocal renewed
-        began = _now()
-        lock.renew()
-        renewed = began
 
     def still_ours() -> None:
-        if _now() - renewed > 2 * RENEWAL:
+        if lock.may_be_anothers():
             raise UserError(f"{name}: its lock was not renewed in time, and may be another's; run it again")
 
-    renewal = _Renewal(name, "its lock", renew)
+    renewal = _Renewal(name, "its lock", lock.renew)
     renewal.start()
     try:
         yield still_ours
@@ -256,12 +249,15 @@ class _Lock:
         self._content = json.dumps(self._holder).encode()
         self._number = self._seen = 0  # ours, and the highest at the last look
         self._holders: dict[int, dict[str, Any]] = {}  # as they were read
+        self._renewed = 0.0  # when the writing of ours began that came through last
+        self._lost = False
 
     def take(self) -> bool:
         """Whether it is ours from now on."""
         if self.is_held():
             return False
         self._number = self._seen + 1
+        self._renewed = _now()
         try:
             storage.write_bytes(self._at(self._number), self._content, if_absent=True)
         except FileExistsError:
@@ -293,8 +289,16 @@ class _Lock:
             time.sleep(min(left, GLANCE))
 
     def renew(self) -> None:
-        """Make it young again."""
+        """Make it young again. Once it may have been another's it is lost, and only keeps others waiting."""
+        began = _now()
         storage.write_bytes(self._at(self._number), self._content)
+        # Too late is lost, too: the higher number may be about to be written, or gone again.
+        self._lost = _highest(self._ages()) > self._number or self.may_be_anothers()
+        self._renewed = began
+
+    def may_be_anothers(self) -> bool:
+        """Whether it is another's, may be so soon, or may have been so; asks nobody."""
+        return self._lost or _now() - self._renewed > 2 * RENEWAL
 
     def release(self) -> None:
         """Let the next one have it."""

@@ -151,6 +151,7 @@ class Stopping:
     def _look(self, uri: str) -> None:
         """Until the job is over, or orphaned."""
         alone = None  # since when there has been no lease at all
+        over = None  # since when looks have found that nobody wants it
         while True:
             try:
                 age = leases.age(uri)
@@ -161,7 +162,9 @@ class Stopping:
                 age = time.monotonic() - alone
             else:
                 alone = None
-            if age > 60 * self._orphan_minutes:
+            over = (over or time.monotonic()) if age > 60 * self._orphan_minutes else None
+            # Who was cut off from the store as well, or slept, is given the time to renew its lease.
+            if over and time.monotonic() - over >= leases.LIVE:
                 self.why = UNWANTED
                 if self._listens and not self._heeded:
                     os.kill(os.getpid(), signal.SIGTERM)  # raises where the main thread is

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import pytest
 
+from components.launch import entry
 from model.config import JobConfig, load_config
-from model.plumbing import assets, attempts, outcome
+from model.plumbing import assets, attempts, leases, outcome
 from model.plumbing.attempts import Attempt
 from model.plumbing.jobs import JobSpec, TrackingIds, write_spec
 from tests import ROOT
@@ -32,7 +33,7 @@ JOB = """
 import os, signal, sys, time
 from pathlib import Path
 from model.errors import Diverged, Unavailable, UserError
-from model.plumbing import stopping, tracking, worker
+from model.plumbing import leases, stopping, tracking, worker
 
 STEPS = 3000
 
@@ -97,7 +98,7 @@ def main(job):
     job.processes.barrier()
 
 if __name__ == "__main__":
-    stopping.EVERY = 1.0
+    stopping.EVERY = leases.LIVE = 1.0
     worker.Tracker = lambda ids, params, enabled: tracking.Tracker(ids, params, False)
     worker.run_worker(main)
 """
@@ -107,11 +108,11 @@ CONTAINER = """
 import sys
 from pathlib import Path
 from components.launch import entry
-from model.plumbing import cgroups, outcome
+from model.plumbing import cgroups, leases, outcome
 
 outcome.TERMINATION_LOG = Path(sys.argv.pop(1))
 cgroups.MEMBERSHIP, cgroups.MOUNT = Path(sys.argv[1]).with_name("membership"), Path(sys.argv.pop(1))
-entry.UPLOAD, entry.WANTED = 0.5, 0.5
+entry.UPLOAD, entry.WANTED, leases.LIVE = 0.5, 0.5, 1.0
 entry.main()
 """
 
@@ -408,6 +409,26 @@ def test_a_worker_that_waits_for_the_others_ends_when_nobody_wants_the_asset(
     os.utime(lease, (time.time() - 3600,) * 2)
     assert ended([alone], within=20) == [0]
     assert job.message(0)["kind"] == "orphaned"
+
+
+def test_a_lease_that_is_renewed_when_the_worker_has_looked_once_has_not_run_out(
+    pods: Callable[..., Pods], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ages = iter([700.0, 700.1])
+    looked = threading.Event()
+
+    def age(uri: str) -> float:
+        if (found := next(ages, 5.0)) == 5.0:
+            looked.set()
+        return found
+
+    monkeypatch.setattr(leases, "age", age)
+    monkeypatch.setattr(entry, "WANTED", 0.01)
+    monkeypatch.setattr(os, "kill", lambda *_: looked.set())
+    told = entry.Told()
+    with entry._while_wanted(pods("train").spec, told):
+        assert looked.wait(20)
+    assert not told.unwanted
 
 
 def test_a_worker_does_not_end_well_before_the_asset_is_there(pods: Callable[..., Pods]) -> None:

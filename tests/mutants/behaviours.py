@@ -178,6 +178,13 @@ MUTANTS = [
         "tests/plumbing/test_assets.py::test_an_input_with_other_bytes_is_refused",
     ),
     Mutant(
+        "assets: the files of a finished one stay",
+        "model/plumbing/assets.py",
+        "if self._finished is not None and ",
+        "if False and ",
+        "tests/plumbing/test_assets.py::test_another_result_does_not_replace_the_first[local]",
+    ),
+    Mutant(
         "assets: no metric that is not finite is kept",
         "model/plumbing/assets.py",
         "if not _finite(value):",
@@ -291,10 +298,17 @@ MUTANTS = [
     Mutant(
         "leases: a lock is renewed",
         "model/plumbing/leases.py",
-        '_Renewal(name, "its lock", renew)',
+        '_Renewal(name, "its lock", lock.renew)',
         '_Renewal(name, "its lock", lambda: None)',
         "tests/plumbing/test_leases.py"
         "::test_one_that_dies_elsewhere_keeps_others_waiting_until_its_lock_runs_out[local]",
+    ),
+    Mutant(
+        "leases: a lock that another took is lost",
+        "model/plumbing/leases.py",
+        "_highest(self._ages()) > self._number or ",
+        "",
+        "tests/plumbing/test_leases.py::test_a_lock_that_another_took_meanwhile_is_lost_for_good[local]",
     ),
     Mutant(
         "checkpoints: what is stored is a copy",
@@ -316,6 +330,14 @@ MUTANTS = [
         "age = 0.0  # nobody knows",
         "age = 10.0**9",
         "tests/plumbing/test_stopping.py::test_a_store_that_does_not_answer_is_no_expired_lease",
+    ),
+    Mutant(
+        "stopping: who wants it has the time to say so",
+        "model/plumbing/stopping.py",
+        "if over and time.monotonic() - over >= leases.LIVE:",
+        "if over:",
+        "tests/plumbing/test_stopping.py"
+        "::test_a_lease_that_is_renewed_soon_after_a_store_was_away_has_not_run_out",
     ),
     Mutant(
         "stopping: within a loop the step is kept first",

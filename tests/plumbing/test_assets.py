@@ -84,6 +84,24 @@ def test_another_result_does_not_replace_the_first(root: str) -> None:
     with pytest.raises(UserError, match="was finished by another run"):
         write(data=b"tada")
     assert assets.load(first.uri) == first
+    assert storage.read_bytes(first.where("b/train-00000.tar")) == b"data"
+
+
+def test_another_result_that_was_begun_before_the_first_was_finished_is_refused(root: str) -> None:
+    late = AssetWriter("images", {"size": 64}, {})
+    late.add_bytes("c.jsonl", b"")
+    first = write()
+    with pytest.raises(UserError, match="was finished by another run"):
+        late.finish({"pictures": 3})
+    assert assets.find(first.uri) == first
+
+
+def test_whether_another_run_was_quicker_is_asked_once(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    load = assets.load
+    monkeypatch.setattr(assets, "load", lambda uri: asked.append(uri) or load(uri))
+    made = write()
+    assert asked == [made.uri]
 
 
 def test_finishing_deletes_the_checkpoints(root: str) -> None:

@@ -327,6 +327,60 @@ def test_who_comes_late_with_a_number_that_was_used_has_lost(
         assert not later.take(), "and so has who comes second with the same"
 
 
+@pytest.fixture
+def renewed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Waits for a whole renewal of a lock, by a thread that renews often."""
+    renew, done = leases._Lock.renew, 0
+
+    def counted(lock: leases._Lock) -> None:
+        nonlocal done
+        renew(lock)
+        done += 1
+
+    def wait() -> None:
+        enough = done + 2  # one may be under way
+        until(lambda: done >= enough)
+
+    monkeypatch.setattr(leases, "RENEWAL", 0.05)
+    monkeypatch.setattr(leases._Lock, "renew", counted)
+    return wait
+
+
+def test_a_lock_that_another_took_meanwhile_is_lost_for_good(
+    work: str, monkeypatch: pytest.MonkeyPatch, renewed: Callable[[], None]
+) -> None:
+    monkeypatch.setattr(leases, "_now", lambda: 0.0)  # nothing is late by our clock
+    other = leases._Lock("gc")
+    with leases.alone("gc", "gc") as still_ours:
+        renewed()
+        still_ours()
+        with monkeypatch.context() as patch:
+            patch.setattr(leases, "LIVE", 0.0)  # it has run out
+            assert other.take()
+        renewed()
+        with pytest.raises(UserError, match="may be another's; run it again"):
+            still_ours()
+        storage.delete(other._at(2))  # as a sweep does long afterwards
+        renewed()
+        with pytest.raises(UserError, match="may be another's; run it again"):
+            still_ours()
+
+
+def test_a_lock_that_was_renewed_too_late_is_lost_for_good_and_keeps_others_waiting(
+    work: str, monkeypatch: pytest.MonkeyPatch, renewed: Callable[[], None]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(leases, "_now", lambda: now)
+    with leases.alone("gc", "gc") as still_ours:
+        renewed()
+        still_ours()
+        now = 1000.0  # a laptop slept; another may have come and gone
+        renewed()
+        with pytest.raises(UserError, match="may be another's; run it again"):
+            still_ours()
+        assert not leases._Lock("gc").take()
+
+
 def test_an_answer_that_is_lost_locks_nobody_out(work: str, monkeypatch: pytest.MonkeyPatch) -> None:
     written = storage.write_bytes
 

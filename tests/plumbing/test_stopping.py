@@ -143,6 +143,7 @@ def goes_on(told: Stopping, seconds: float = 2.0) -> Kept:
 def answered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Leases of these ages, one after the other, the last one for ever."""
     monkeypatch.setattr(stopping, "EVERY", 0.05)
+    monkeypatch.setattr(leases, "LIVE", 0.1)
     monkeypatch.setenv("LATENT_GPT_LEASES", "s3://bucket/tokens/key/leases")
 
     def answer(*ages: float | UserError | None) -> None:
@@ -178,6 +179,15 @@ def test_without_any_lease_the_time_counts_from_the_first_look(answered: Callabl
 def test_a_store_that_does_not_answer_is_no_expired_lease(answered: Callable[..., None]) -> None:
     answered(0.0, UserError("s3://bucket cannot be reached"))
     with Stopping().of(ALONE, orphan_minutes=0.1 / 60) as told:
+        assert goes_on(told, seconds=1.0).steps == []
+
+
+def test_a_lease_that_is_renewed_soon_after_a_store_was_away_has_not_run_out(
+    answered: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "LIVE", 60.0)
+    answered(5.0, UserError("s3://bucket cannot be reached"), 700.0, 700.1, 5.0)
+    with Stopping().of(ALONE, orphan_minutes=10) as told:
         assert goes_on(told, seconds=1.0).steps == []
 
 

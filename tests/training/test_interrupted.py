@@ -24,7 +24,7 @@ from torch import nn
 
 from model import steps
 from model.config import RunConfig, load_config
-from model.plumbing import outcome, stopping, storage, worker
+from model.plumbing import leases, outcome, stopping, storage, worker
 from model.plumbing.assets import AssetWriter, Kind, Manifest
 from model.plumbing.checkpoints import Checkpointer
 from model.plumbing.jobs import write_spec
@@ -75,7 +75,7 @@ def _rank(rank: int, world: int, store: str, spec: str, attempt: str, moment: Mo
         "LATENT_GPT_MEETING": f"{attempt}/meeting", "LATENT_GPT_OUTCOMES": f"{attempt}/outcomes",
         "LATENT_GPT_LEASES": f"{attempt}/leases" if os.path.exists(f"{attempt}/leases") else "",
     }  # fmt: skip
-    stopping.EVERY = 0.02
+    stopping.EVERY, leases.LIVE = 0.02, 0.1
     module = import_module(steps.STEPS[Path(spec).parents[1].name].module)  # type: ignore[index]
     tracker = worker.Tracker
     worker.Tracker = lambda ids, params, enabled: tracker(ids, params, False)  # type: ignore[misc,assignment]
@@ -138,9 +138,9 @@ def _prepare(module: Any, moment: Moment) -> None:
             raise ValueError(place)
 
 
-def _renewed(leases: Path, seconds_ago: float) -> None:
-    (leases / "step.json").touch()
-    os.utime(leases / "step.json", 2 * (time.time() - seconds_ago,))
+def _renewed(folder: Path, seconds_ago: float) -> None:
+    (folder / "step.json").touch()
+    os.utime(folder / "step.json", 2 * (time.time() - seconds_ago,))
 
 
 def _no_space(_: int) -> None:
