@@ -194,6 +194,16 @@ def test_token_ordered_is_the_plain_view_once(tmp_path, monkeypatch):
     assert shared == [batch.codes.tolist() for batch in got]  # the same parts whatever the number of ranks
 
 
+@pytest.mark.parametrize(("limit", "shards"), [(3, 1), (10, 1), (11, 2), (14, 2), (15, 3), (0, 3)])
+def test_shards_beyond_the_limit_are_not_fetched(tmp_path, monkeypatch, limit, shards):
+    manifest = token_set(tmp_path, monkeypatch=monkeypatch)
+    fetched, use = [], cache.use
+    monkeypatch.setattr(cache, "use", lambda of, names, do: fetched.extend(names) or use(of, names, do))
+    got = list(TokenReader(manifest, "train", 8).ordered(limit))
+    assert sum(len(batch.codes) for batch in got) == (limit or 31)
+    assert fetched == [f"train-{number:06d}.safetensors" for number in range(shards)]
+
+
 def test_long_captions_are_cut_to_the_context(tmp_path, monkeypatch):
     monkeypatch.setenv("LATENT_GPT_STORE", str(tmp_path))
     writer = AssetWriter("tokens", {}, {})
