@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from model.config import DataConfig, ShapesSource
+from model.data import image_shards
 from model.data.image_shards import image_batches, load_images
 from model.data.images import to_tensor
 from model.data.order import share_of, shuffled
@@ -117,6 +118,24 @@ def test_resident_and_streamed_agree(images, monkeypatch):
     for a, b in zip(streamed, image_batches(images, "train", 8, seed=3), strict=False):
         assert torch.equal(a.images, b.images)
         assert a.captions == b.captions
+
+
+def test_one_tiny_shard_does_not_have_all_indexes_held(images, monkeypatch):
+    sizes = [size for name, size in images.info["shards"].items() if name.startswith("train-")]
+    assert len(sizes) == 3
+    assert 2 * min(sizes) < max(sizes)
+    read = []
+    index = image_shards.shard_index
+    monkeypatch.setattr(image_shards, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(image_shards, "IMAGE_WINDOW", min(sizes))
+    monkeypatch.setattr(image_shards, "shard_index", lambda *what: read.append(what) or index(*what))
+    batches = image_batches(images, "train", 1, seed=1)
+    for _ in islice(batches, sum(sizes)):
+        pass
+    read.clear()
+    for _ in islice(batches, 8 * sum(sizes)):
+        pass
+    assert read
 
 
 def test_empty_split_is_named(images):
