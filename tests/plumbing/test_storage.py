@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import os
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -200,6 +202,55 @@ def test_folders_list_and_go(root: str) -> None:
     assert storage.list_sizes(root) == {"set-2/d": 3}
     storage.delete_prefix(storage.join(root, "set"))  # nothing there is no error
     assert storage.list_sizes(storage.join(root, "set")) == {}
+
+
+@pytest.mark.parametrize("look", [storage.listing, storage.list_sizes, storage.unfinished])
+def test_what_is_deleted_while_a_folder_is_listed_is_passed_over(
+    store: str, monkeypatch: pytest.MonkeyPatch, look: Callable[[str], dict[object, object]]
+) -> None:
+    for name in ("a/kept", "a/.partial-kept", "a/gone", "a/.partial-gone", "b/step-1/file"):
+        Path(store, name).parent.mkdir(parents=True, exist_ok=True)
+        Path(store, name).write_bytes(b"")
+    scan, is_file = os.scandir, Path.is_file
+
+    def scan_late(folder: str | Path) -> object:
+        if Path(folder).name == "step-1":
+            Path(folder, "file").unlink()
+            Path(folder).rmdir()
+        return scan(folder)
+
+    def gone_then(path: Path) -> bool:
+        found = is_file(path)
+        if path.name.endswith("gone"):
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(os, "scandir", scan_late)
+    monkeypatch.setattr(Path, "is_file", gone_then)
+    here = look(store)
+    assert not Path(store, "b/step-1").exists()
+    assert list(here) == [("a/.partial-kept", "") if look is storage.unfinished else "a/kept"]
+
+
+def test_a_folder_that_goes_before_it_is_listed_holds_nothing(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_folder = Path.is_dir
+    monkeypatch.setattr(Path, "is_dir", lambda path: is_folder(path) and not path.rmdir())
+    assert storage.listing(store) == {}
+    assert not Path(store).exists()
+
+
+@pytest.mark.parametrize("look", [storage.listing, storage.unfinished])
+def test_a_folder_that_the_disk_does_not_give_is_not_taken_for_empty(
+    store: str, monkeypatch: pytest.MonkeyPatch, look: Callable[[str], dict[object, object]]
+) -> None:
+    def broken(_: str | Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "scandir", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        look(store)
 
 
 def test_ages_are_by_the_clock_of_the_store(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
