@@ -751,6 +751,8 @@ def _client(surroundings: object, patience: float, attempts: int) -> S3Client:
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, PartialCredentialsError
+    from botocore.retries import standard
+    from botocore.retries.quota import RetryQuota
 
     endpoint = environment.S3_ENDPOINT_URL.get()
     if endpoint and not endpoint.startswith(("http://", "https://")):
@@ -774,6 +776,11 @@ def _client(surroundings: object, patience: float, attempts: int) -> S3Client:
         ) from None
     except (BotoCoreError, ValueError) as error:
         raise UserError(f"S3: {error}; check AWS_PROFILE, AWS_CONFIG_FILE and S3_ENDPOINT_URL") from None
+
+    # botocore gives all threads together some 35 retries, which a second's restart would use up.
+    made.meta.events.unregister("needs-retry.s3", unique_id="retry-config-s3")
+    retries: Any = standard.register_retry_handler(made, attempts)
+    retries._retry_quota._quota = RetryQuota(math.inf)  # type: ignore[arg-type]
 
     def send(request: Any, event_name: str, **_: Any) -> Any:
         if event_name.endswith(AT_LEISURE):

@@ -11,18 +11,21 @@ import socket
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from botocore.exceptions import ClientError
+from botocore.retries.standard import ExponentialBackoff
 
 from model.errors import Unavailable, UserError
 from model.plumbing import storage
 from model.plumbing.storage import MIB
-from tests.proxies import certificate, proxy
+from tests.proxies import Answer, Request, certificate, proxy
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
@@ -393,6 +396,29 @@ def test_an_unreachable_s3_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     with pytest.raises(Unavailable, match=r"s3://bucket: http://127.0.0.1:\d+ cannot be reached"):
         storage.check_store("s3://bucket")
+
+
+def test_every_request_has_all_its_tries_however_many_are_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tries: Counter[str] = Counter()
+
+    def refuse(request: Request, _: Callable[[], Answer]) -> Answer:
+        tries[request.key] += 1
+        return Answer.error(503, "ServiceUnavailable")
+
+    def read(key: str) -> None:
+        with pytest.raises(Unavailable, match="answers GetObject with 503"):
+            storage.read_bytes(f"s3://bucket/{key}")
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.0)
+    keys = [str(number) for number in range(2 * storage.THREADS)]
+    with proxy("", refuse) as url, ThreadPoolExecutor(storage.THREADS) as pool:
+        monkeypatch.setenv("S3_ENDPOINT_URL", url)
+        list(pool.map(read, keys))
+    assert tries == dict.fromkeys(keys, storage.ATTEMPTS)
 
 
 def test_half_of_the_credentials_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
