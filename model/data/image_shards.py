@@ -103,7 +103,8 @@ def image_batches(
             chosen = [_choose(captions[i], c) for i, c in zip(index, chance, strict=True)]
             yield ImageBatch(images[torch.from_numpy(index)], chosen)
     names = list(shards)
-    index_of = lru_cache(maxsize=2 * IMAGE_WINDOW // max(1, min(shards.values())) + 2)(
+    # Two windows of shards of the mean size: by the smallest one, one tiny shard would have all indexes held.
+    index_of = lru_cache(maxsize=2 * IMAGE_WINDOW * len(shards) // sum(shards.values()) + 2)(
         lambda number: shard_index(manifest, names[number])
     )
 

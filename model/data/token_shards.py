@@ -178,6 +178,8 @@ class TokenReader:
         """
         left, share = limit or self.count, self.batch_size // self.world
         for name in self.names:
+            if not left:
+                return
             shard = self._shard(name)
             rows = np.arange(min(left, len(shard.codes)))
             left -= len(rows)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -28,14 +28,11 @@ from model.plumbing.assets import File, Input, Kind, Manifest
 from model.plumbing.jobs import TrackingIds
 from model.plumbing.provenance import DIGEST
 from model.plumbing.sweeping import Needed
-from model.plumbing.tracking import AT_ONCE, Tracker, explained, log_data, mlflow_client
+from model.plumbing.tracking import AT_ONCE, Tracker, all_found, explained, log_data, mlflow_client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
-    from mlflow.store.entities import PagedList
-
-T = TypeVar("T")
 
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous-champion"
 MODEL_TAG = "latent_gpt.model"  # of a version: hash of its manifest
@@ -457,11 +454,11 @@ def needed(newest: int) -> tuple[dict[str, Needed], list[str]]:
     wanted: dict[str, Needed] = {}
     others = []
     with explained():
-        for model in _all(client.search_registered_models):
+        for model in all_found(client.search_registered_models):
             names: dict[int, list[str]] = {}
             for alias, number in model.aliases.items():
                 names.setdefault(int(number), []).append(alias)
-            found = _all(client.search_model_versions, f"name='{model.name}'")
+            found = all_found(client.search_model_versions, filter_string=f"name='{model.name}'")
             versions = sorted(
                 (one for one in found if one.tags.keys() & {MODEL_TAG, OLD_TAG}),
                 key=lambda one: int(one.version),
@@ -496,7 +493,7 @@ def in_deleted_experiments() -> list[str]:
     client = mlflow_client()
     held = []
     with explained():
-        for one in _all(client.search_model_versions):
+        for one in all_found(client.search_model_versions):
             with suppress(MlflowException):  # its run is gone for good already
                 experiment = client.get_run(one.run_id or "").info.experiment_id
                 if client.get_experiment(experiment).lifecycle_stage == "deleted":
@@ -509,18 +506,6 @@ def _needs(tags: dict[str, str], current: str) -> Needed:
     keys: dict[str, str] = json.loads(tags.get(KEYS_TAG, "{}"))
     hashes = (value for tag, value in tags.items() if tag.removeprefix("latent_gpt.") in get_args(Kind))
     return Needed(frozenset(f"{kind}/{key}" for kind, key in keys.items()), frozenset(hashes), current)
-
-
-def _all(search: Callable[..., PagedList[T]], query: str | None = None) -> list[T]:
-    """All that a search finds, page by page."""
-    found: list[T] = []
-    page = ""
-    while True:
-        some = search(query, max_results=1000, page_token=page)
-        found += some
-        page = some.token or ""
-        if not page:
-            return found
 
 
 class Listed(BaseModel):

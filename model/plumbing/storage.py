@@ -261,10 +261,9 @@ def list_sizes(uri: str) -> dict[str, int]:
             for item in page.get("Contents", []):
                 found[_told(uri, item, "Key").removeprefix(prefix)] = _told(uri, item, "Size")
     else:
-        for folder, _, names in walk(uri):
-            for path in (Path(folder, name) for name in names if not name.startswith(TEMPORARY)):
-                if path.is_file():
-                    found[path.relative_to(uri).as_posix()] = path.stat().st_size
+        for name, status in _files(uri):
+            if not _is_partial(name):
+                found[name] = status.st_size
     return dict(sorted(found.items()))
 
 
@@ -305,6 +304,30 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+def _files(
+    folder: str, closed: Callable[[OSError], object] = lambda error: None
+) -> Iterator[tuple[str, os.stat_result]]:
+    """Names, relative to a local folder, of the files below it, with what is known of each.
+
+    What somebody deletes meanwhile is passed over; `closed` as in `walk`.
+    """
+    for here, _, names in walk(folder, closed):
+        for path in (Path(here, name) for name in names):
+            with contextlib.suppress(FileNotFoundError):
+                if path.is_file():
+                    yield path.relative_to(folder).as_posix(), path.stat()
+
+
+def _is_partial(name: str) -> bool:
+    return name.rpartition("/")[2].startswith(TEMPORARY)
+
+
+def _unreadable(error: OSError) -> None:
+    """Raises OSError: a folder is neither gone nor closed to us; who takes what it holds for gone deletes."""
+    if not isinstance(error, FileNotFoundError | PermissionError):
+        raise error
+
+
 @dataclass(frozen=True)
 class Stored:
     """What is known of an object without reading it."""
@@ -329,16 +352,21 @@ def listing(uri: str) -> dict[str, Stored]:
                 age = max(0.0, (now - _told(uri, item, "LastModified")).total_seconds())
                 found[_told(uri, item, "Key").removeprefix(prefix)] = Stored(_told(uri, item, "Size"), age)
     elif Path(uri).is_dir():
-        with explained(uri), tempfile.TemporaryFile(prefix=TEMPORARY, dir=uri) as probe:
-            now_here = os.fstat(probe.fileno()).st_mtime  # a folder of the network has a clock of its own
-            for path in Path(uri).rglob("*"):
-                if not path.name.startswith(TEMPORARY):
-                    with contextlib.suppress(FileNotFoundError):  # somebody has just deleted it
-                        status = path.stat()
-                        if stat.S_ISREG(status.st_mode):
-                            age = max(0.0, now_here - status.st_mtime)
-                            found[path.relative_to(uri).as_posix()] = Stored(status.st_size, age)
+        with explained(uri):
+            try:
+                now_here = _clock(uri)
+            except FileNotFoundError:  # the folder has just gone
+                return {}
+            for name, status in _files(uri, _unreadable):
+                if not _is_partial(name):
+                    found[name] = Stored(status.st_size, max(0.0, now_here - status.st_mtime))
     return dict(sorted(found.items()))
+
+
+def _clock(folder: str) -> float:
+    """Seconds since 1970, by a folder's own clock: that of the network has one. Raises as `open`."""
+    with tempfile.TemporaryFile(prefix=TEMPORARY, dir=folder) as probe:
+        return os.fstat(probe.fileno()).st_mtime
 
 
 def unfinished(uri: str) -> dict[tuple[str, str], Stored]:
@@ -351,11 +379,9 @@ def unfinished(uri: str) -> dict[tuple[str, str], Stored]:
     """
     found: dict[tuple[str, str], Stored] = {}
     if not is_s3(uri):
-        for path in Path(uri).rglob(f"{TEMPORARY}*"):
-            with contextlib.suppress(FileNotFoundError):  # it was finished just now
-                status = path.stat()
-                age = max(0.0, time.time() - status.st_mtime)
-                found[path.relative_to(uri).as_posix(), ""] = Stored(status.st_size, age)
+        for name, status in _files(uri, _unreadable):
+            if _is_partial(name):
+                found[name, ""] = Stored(status.st_size, max(0.0, time.time() - status.st_mtime))
         return found
     bucket, key = split(uri)
     prefix = f"{key}/" if key else ""
@@ -725,6 +751,8 @@ def _client(surroundings: object, patience: float, attempts: int) -> S3Client:
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, PartialCredentialsError
+    from botocore.retries import standard
+    from botocore.retries.quota import RetryQuota
 
     endpoint = environment.S3_ENDPOINT_URL.get()
     if endpoint and not endpoint.startswith(("http://", "https://")):
@@ -748,6 +776,11 @@ def _client(surroundings: object, patience: float, attempts: int) -> S3Client:
         ) from None
     except (BotoCoreError, ValueError) as error:
         raise UserError(f"S3: {error}; check AWS_PROFILE, AWS_CONFIG_FILE and S3_ENDPOINT_URL") from None
+
+    # botocore gives all threads together some 35 retries, which a second's restart would use up.
+    made.meta.events.unregister("needs-retry.s3", unique_id="retry-config-s3")
+    retries: Any = standard.register_retry_handler(made, attempts)
+    retries._retry_quota._quota = RetryQuota(math.inf)  # type: ignore[arg-type]
 
     def send(request: Any, event_name: str, **_: Any) -> Any:
         if event_name.endswith(AT_LEISURE):

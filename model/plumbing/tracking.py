@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from model.errors import Stopped, Unavailable, UserError
 from model.plumbing import environment, provenance
@@ -29,11 +29,13 @@ from model.plumbing.jobs import TrackingIds
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
+    from mlflow.store.entities import PagedList
     from PIL import Image
 
     from model.plumbing.assets import Manifest
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 RUN_TAG, STEP_TAG = "latent_gpt.pipeline_run", "latent_gpt.step"
 FAILURE_TAG = "latent_gpt.failure"  # why a run has failed
@@ -45,7 +47,7 @@ PIPELINE = "pipeline"  # STEP_TAG of a parent run
 PATIENCE = 120.0  # seconds to get through what is left when a run ends: longer than a server's restart
 HASTE = 20.0  # the same for a process that was told to end
 AGAIN = 2.0  # seconds until a message is sent again
-AT_ONCE = 1000  # figures in one message, at most; MLflow's limit
+AT_ONCE = 1000  # figures in one message, at most: MLflow's limit; finds in one answer
 TRIAL = "preflight"  # name of what is made only to see whether it can be
 
 # Set wherever MLflow is used, by us and by the servers we start. Artifacts go through the tracking server:
@@ -506,7 +508,7 @@ def kill_pipeline_run(run: str) -> bool:
     client = mlflow_client()
     query = f"tags.`{RUN_TAG}` = '{_quoted(run)}' and attributes.status = 'RUNNING'"
     with explained():
-        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        experiments = _experiments(client)
         found = client.search_runs(experiments, query)
         for one in found:
             client.set_tag(one.info.run_id, FAILURE_TAG, GIVEN_UP)
@@ -563,19 +565,12 @@ def deleted_runs() -> dict[str, str]:
     from mlflow.entities import ViewType
 
     client = mlflow_client()
-    found: dict[str, str] = {}
     with explained():
-        experiments = [one.experiment_id for one in client.search_experiments(ViewType.ALL)]
-        page = ""
-        while experiments:
-            some = client.search_runs(
-                experiments, run_view_type=ViewType.DELETED_ONLY, max_results=AT_ONCE, page_token=page
-            )
-            found |= {one.info.run_id: one.info.artifact_uri for one in some}
-            page = some.token or ""
-            if not page:
-                break
-    return found
+        experiments = _experiments(client, view_type=ViewType.ALL)
+        if not experiments:
+            return {}
+        found = all_found(client.search_runs, experiment_ids=experiments, run_view_type=ViewType.DELETED_ONLY)
+    return {one.info.run_id: one.info.artifact_uri for one in found}
 
 
 def note_asset(run: str, step: str, uri: str) -> None:
@@ -656,9 +651,15 @@ def _as_inputs(data: Iterable[Manifest], context: str) -> dict[str, Any]:
 
 def _runs_quickly(run: str, step: str) -> list[dict[str, Any]]:
     """What MLflow says of the runs with these tags, the first one first; without its client."""
-    found = _ask("experiments/search", QUICK_ANSWER, max_results=1000).get("experiments", [])
+    ids: list[str] = []
+    page = ""
+    while True:
+        found = _ask("experiments/search", QUICK_ANSWER, max_results=AT_ONCE, page_token=page)
+        ids += [one["experiment_id"] for one in found.get("experiments", [])]
+        page = found.get("next_page_token", "")
+        if not page:
+            break
     query = f"tags.`{RUN_TAG}` = '{_quoted(run)}' and tags.`{STEP_TAG}` = '{_quoted(step)}'"
-    ids = [one["experiment_id"] for one in found]
     runs = _ask("runs/search", QUICK_ANSWER, experiment_ids=ids, filter=query).get("runs", [])
     return sorted((one["info"] for one in runs), key=lambda one: (one["start_time"], one["run_id"]))
 
@@ -710,7 +711,7 @@ def pipeline_run(job: str) -> PipelineRun:
     client = mlflow_client()
     query = f"tags.`{RUN_TAG}` LIKE '%-{_quoted(job)}'"
     with explained():
-        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        experiments = _experiments(client)
         found = client.search_runs(experiments, query, order_by=["attributes.start_time ASC"])
     if not found:
         raise UserError(f"MLflow at {environment.MLFLOW_TRACKING_URI.get()} knows no run of {job}")
@@ -779,10 +780,27 @@ def _go_on(client: MlflowClient, found: Run) -> None:
 
 
 def _find(client: MlflowClient, run: str, step: str) -> Run | None:
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    experiments = _experiments(client)
     query = f"tags.`{RUN_TAG}` = '{_quoted(run)}' and tags.`{STEP_TAG}` = '{_quoted(step)}'"
     runs = client.search_runs(experiments, query, order_by=["attributes.start_time ASC"], max_results=10)
     return min(runs, key=lambda one: (one.info.start_time, one.info.run_id), default=None)
+
+
+def _experiments(client: MlflowClient, **query: Any) -> list[str]:
+    """The ids of all experiments; of those that are not marked as deleted, unless `query` says so."""
+    return [one.experiment_id for one in all_found(client.search_experiments, **query)]
+
+
+def all_found(search: Callable[..., PagedList[T]], **query: Any) -> list[T]:
+    """All that a search of MLflow's client finds, page by page. Raises MlflowException: see `explained`."""
+    found: list[T] = []
+    page = ""
+    while True:
+        some = search(**query, max_results=AT_ONCE, page_token=page)
+        found += some
+        page = some.token or ""
+        if not page:
+            return found
 
 
 def _quoted(text: str) -> str:

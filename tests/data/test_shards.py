@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from model.config import DataConfig, ShapesSource
+from model.data import image_shards
 from model.data.image_shards import image_batches, load_images
 from model.data.images import to_tensor
 from model.data.order import share_of, shuffled
@@ -119,6 +120,24 @@ def test_resident_and_streamed_agree(images, monkeypatch):
         assert a.captions == b.captions
 
 
+def test_one_tiny_shard_does_not_have_all_indexes_held(images, monkeypatch):
+    sizes = [size for name, size in images.info["shards"].items() if name.startswith("train-")]
+    assert len(sizes) == 3
+    assert 2 * min(sizes) < max(sizes)
+    read = []
+    index = image_shards.shard_index
+    monkeypatch.setattr(image_shards, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(image_shards, "IMAGE_WINDOW", min(sizes))
+    monkeypatch.setattr(image_shards, "shard_index", lambda *what: read.append(what) or index(*what))
+    batches = image_batches(images, "train", 1, seed=1)
+    for _ in islice(batches, sum(sizes)):
+        pass
+    read.clear()
+    for _ in islice(batches, 8 * sum(sizes)):
+        pass
+    assert read
+
+
 def test_empty_split_is_named(images):
     empty = images.model_copy(update={"info": {"shards": {}, "image_size": 16}})
     with pytest.raises(UserError, match="no picture of split 'validation'"):
@@ -192,6 +211,16 @@ def test_token_ordered_is_the_plain_view_once(tmp_path, monkeypatch):
     ranks = [list(TokenReader(manifest, "train", 16, rank=r, world=2).ordered()) for r in range(2)]
     shared = [part.codes.tolist() for parts in zip(*ranks, strict=True) for part in parts if len(part.codes)]
     assert shared == [batch.codes.tolist() for batch in got]  # the same parts whatever the number of ranks
+
+
+@pytest.mark.parametrize(("limit", "shards"), [(3, 1), (10, 1), (11, 2), (14, 2), (15, 3), (0, 3)])
+def test_shards_beyond_the_limit_are_not_fetched(tmp_path, monkeypatch, limit, shards):
+    manifest = token_set(tmp_path, monkeypatch=monkeypatch)
+    fetched, use = [], cache.use
+    monkeypatch.setattr(cache, "use", lambda of, names, do: fetched.extend(names) or use(of, names, do))
+    got = list(TokenReader(manifest, "train", 8).ordered(limit))
+    assert sum(len(batch.codes) for batch in got) == (limit or 31)
+    assert fetched == [f"train-{number:06d}.safetensors" for number in range(shards)]
 
 
 def test_long_captions_are_cut_to_the_context(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import os
@@ -10,17 +11,21 @@ import socket
 import subprocess
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from botocore.exceptions import ClientError
+from botocore.retries.standard import ExponentialBackoff
 
 from model.errors import Unavailable, UserError
 from model.plumbing import storage
 from model.plumbing.storage import MIB
-from tests.proxies import certificate, proxy
+from tests.proxies import Answer, Request, certificate, proxy
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
@@ -202,6 +207,55 @@ def test_folders_list_and_go(root: str) -> None:
     assert storage.list_sizes(storage.join(root, "set")) == {}
 
 
+@pytest.mark.parametrize("look", [storage.listing, storage.list_sizes, storage.unfinished])
+def test_what_is_deleted_while_a_folder_is_listed_is_passed_over(
+    store: str, monkeypatch: pytest.MonkeyPatch, look: Callable[[str], dict[object, object]]
+) -> None:
+    for name in ("a/kept", "a/.partial-kept", "a/gone", "a/.partial-gone", "b/step-1/file"):
+        Path(store, name).parent.mkdir(parents=True, exist_ok=True)
+        Path(store, name).write_bytes(b"")
+    scan, is_file = os.scandir, Path.is_file
+
+    def scan_late(folder: str | Path) -> object:
+        if Path(folder).name == "step-1":
+            Path(folder, "file").unlink()
+            Path(folder).rmdir()
+        return scan(folder)
+
+    def gone_then(path: Path) -> bool:
+        found = is_file(path)
+        if path.name.endswith("gone"):
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(os, "scandir", scan_late)
+    monkeypatch.setattr(Path, "is_file", gone_then)
+    here = look(store)
+    assert not Path(store, "b/step-1").exists()
+    assert list(here) == [("a/.partial-kept", "") if look is storage.unfinished else "a/kept"]
+
+
+def test_a_folder_that_goes_before_it_is_listed_holds_nothing(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_folder = Path.is_dir
+    monkeypatch.setattr(Path, "is_dir", lambda path: is_folder(path) and not path.rmdir())
+    assert storage.listing(store) == {}
+    assert not Path(store).exists()
+
+
+@pytest.mark.parametrize("look", [storage.listing, storage.unfinished])
+def test_a_folder_that_the_disk_does_not_give_is_not_taken_for_empty(
+    store: str, monkeypatch: pytest.MonkeyPatch, look: Callable[[str], dict[object, object]]
+) -> None:
+    def broken(_: str | Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "scandir", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        look(store)
+
+
 def test_ages_are_by_the_clock_of_the_store(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert storage.ages(storage.join(root, "set")) == {}
     for name in ("set/a/old", "set/b", "set-2/c"):
@@ -342,6 +396,29 @@ def test_an_unreachable_s3_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     with pytest.raises(Unavailable, match=r"s3://bucket: http://127.0.0.1:\d+ cannot be reached"):
         storage.check_store("s3://bucket")
+
+
+def test_every_request_has_all_its_tries_however_many_are_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tries: Counter[str] = Counter()
+
+    def refuse(request: Request, _: Callable[[], Answer]) -> Answer:
+        tries[request.key] += 1
+        return Answer.error(503, "ServiceUnavailable")
+
+    def read(key: str) -> None:
+        with pytest.raises(Unavailable, match="answers GetObject with 503"):
+            storage.read_bytes(f"s3://bucket/{key}")
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.0)
+    keys = [str(number) for number in range(2 * storage.THREADS)]
+    with proxy("", refuse) as url, ThreadPoolExecutor(storage.THREADS) as pool:
+        monkeypatch.setenv("S3_ENDPOINT_URL", url)
+        list(pool.map(read, keys))
+    assert tries == dict.fromkeys(keys, storage.ATTEMPTS)
 
 
 def test_half_of_the_credentials_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

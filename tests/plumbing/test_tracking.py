@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import os
 import signal
 import subprocess
@@ -130,6 +131,40 @@ def test_a_run_on_a_cluster_is_found_by_its_id_there(services: dict[str, str]) -
     assert found.failure == "text: too large"
     with pytest.raises(UserError, match="knows no run of nobody"):
         tracking.pipeline_run("nobody")
+
+
+@pytest.mark.slow
+def test_runs_are_found_however_many_experiments_there_are(
+    services: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = str(uuid.uuid4())
+    run = f"smoke-{job}"
+    parent = tracking.open_pipeline_run(f"older-{job}", run)
+    experiment = mlflow_client().get_run(parent).info.experiment_id
+    gone = mlflow_client().create_run(experiment).info.run_id
+    mlflow_client().delete_run(gone)
+    mlflow_client().create_experiment(f"newer-{job}")
+    known: list[Any] = []
+
+    def one_a_page(request: Request, ask: Callable[[], Answer]) -> Answer:
+        """As a server answers that has a page more of experiments than it tells at once."""
+        asked = json.loads(request.body or b"{}")
+        if not request.path.endswith("experiments/search") or asked["max_results"] == 1:
+            return ask()
+        start = int(asked.get("page_token") or 0)
+        if not start:
+            known[:] = json.loads(ask().body)["experiments"]
+        page = {"experiments": known[start : start + 1]}
+        more = {"next_page_token": str(start + 1)} if start + 1 < len(known) else {}
+        return Answer(200, {"Content-Type": "application/json"}, json.dumps(page | more).encode())
+
+    with proxy(services["MLFLOW_TRACKING_URI"], one_a_page) as url:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        tracking.note_asset(run, "tokenizer", "s3://bucket/tokenizer/1")
+        assert tracking.assets_noted(run) == (True, {"tokenizer": "s3://bucket/tokenizer/1"})
+        assert tracking.pipeline_run(job).assets == {"tokenizer": "s3://bucket/tokenizer/1"}
+        assert gone in tracking.deleted_runs()
+        assert tracking.kill_pipeline_run(run)
 
 
 @pytest.mark.slow
