@@ -395,10 +395,9 @@ import json, sys
 from model.config import DataConfig
 from model.data import sources
 from model.errors import UserError
+from tests import peak
 import pyarrow.parquet, webdataset
 source = DataConfig.model_validate_json(sys.stdin.read()).source
-# `getrusage` would count the memory of the process that started this one
-peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 idle, good, bad = peak(), 0, []
 try:
     sources.fingerprint(source)
