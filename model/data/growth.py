@@ -35,7 +35,7 @@ from model.data.records import Outcome, contents_name, digest, open_shard, read_
 from model.data.sources import Record
 from model.errors import UserError
 from model.plumbing import storage
-from model.plumbing.assets import AssetWriter, Input, Manifest, asset_key
+from model.plumbing.assets import AssetWriter, Input, Manifest, asset_key, find
 
 GROWN_FROM = "grown_from"  # setting of an asset of images: the key of the one that it grows from
 JUDGED_BY = ("image_size", "fit", "background", "min_side", "max_pixels")  # of `data`; they decide the pixels
@@ -49,10 +49,12 @@ def earlier(ref: AssetRef, data: DataConfig, version: int) -> Manifest:
     """The images that those of `data` can grow from.
 
     Raises:
-        Unfit: they are gone, another version of the step made them, or they were judged by other settings.
+        Unfit: they or a file of theirs are gone, another version of the step made them, or they were judged
+            by other settings.
     """
     try:
         manifest = Input(kind="images", key=ref.key, sha256=ref.sha256).load()
+        find(manifest.uri)  # or what is gone would be taken over again, each time that it is missed
     except UserError as error:
         raise Unfit(f"the earlier pictures are not there any more ({error})") from None
     if asset_key("images", manifest.settings, manifest.inputs, version) != manifest.key:

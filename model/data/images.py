@@ -15,6 +15,7 @@ The specification, because other pixels give other codes:
 from __future__ import annotations
 
 import io
+import re
 import warnings
 import zlib
 from collections.abc import Callable
@@ -40,7 +41,9 @@ TURNS: dict[Any, Callable[[np.ndarray], np.ndarray]] = {  # that make pictures o
 }
 THUMBNAIL = 64  # longer side of a small picture for people, pixels
 MOST_READS = 1 << 18  # of a picture's file by its parser; of the largest that are read some 100,000
-MOST_SCANS = 64  # of a JPEG and what is embedded in it; each goes over all pixels, and programs write ten
+MOST_SCANS = 64  # of a JPEG; each goes over all pixels, and programs write ten
+# Where libjpeg looks for parts of a JPEG it passes over all bytes but these: its end, and what has a length.
+MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
 BAND = 1 << 22  # pixels converted at a time: of a large picture, no second copy in another mode is held
 
 # Drawing programs store whole workflows as text; 64 MiB of it, Pillow's own limit for all, is no damage.
@@ -103,9 +106,26 @@ def decode(data: bytes, config: DataConfig) -> np.ndarray:
 
 def _opened(data: bytes) -> Image.Image:
     """A picture of a stranger, of which the header is read. Raises ValueError, and whatever Pillow does."""
-    if is_jpeg(data) and data.count(b"\xff\xda") > MOST_SCANS:
-        raise ValueError(f"more than {MOST_SCANS} scans")
+    if is_jpeg(data):
+        _count_scans(data)
     return Image.open(_Bytes(data), formats=FORMATS)
+
+
+def _count_scans(data: bytes) -> None:
+    """Raises ValueError: a JPEG has more scans or parts before its end than are gone through.
+
+    Scans of what is embedded in its parts do not count, nor what follows: phones put a video there.
+    """
+    scans, at = 0, 2
+    for _ in range(MOST_READS):
+        found = MARKER.search(data, at)
+        if not found or found[0] == b"\xff\xd9":
+            return
+        scans += found[0] == b"\xff\xda"
+        if scans > MOST_SCANS:
+            raise ValueError(f"more than {MOST_SCANS} scans")
+        at = found.end() + max(2, int.from_bytes(data[found.end() : found.end() + 2], "big"))
+    raise ValueError("it has parts without end")
 
 
 def _turn(image: Image.Image) -> Callable[[np.ndarray], np.ndarray] | None:

@@ -240,9 +240,10 @@ def find(uri: str) -> Manifest | None:
         size = sizes[manifest.holder(file)].get(file.name)
         if size != file.size:
             found = "is missing" if size is None else f"has {size} bytes"
+            whose = f", which took it over from {file.asset}" if file.asset else ""
             raise UserError(
                 f"{manifest.where_is(file)} {found}, its manifest says {file.size} bytes;"
-                f" delete {uri}, so that it is made again"
+                f" delete {uri}{whose}, so that it is made again"
             )
     return manifest
 

@@ -474,6 +474,22 @@ def test_what_cannot_be_grown_from_is_read_in_full(store, here, reason, spoil):
     assert ingest(run).uri == ingest(run_of({"kind": "shapes", "count": 22})).uri
 
 
+@pytest.mark.parametrize("spoil", [storage.delete, lambda uri: storage.write_bytes(uri, b"cut off")])
+def test_what_took_over_bytes_that_are_gone_is_made_again_without_them(store, spoil):
+    first = ingest(run_of({"kind": "shapes", "count": 20}))
+    run = run_of({"kind": "shapes", "count": 24}, first)
+    made = ingest(run)
+    lost = min(taken(made))
+    spoil(made.where(lost))
+    way = rf"{lost} .*; delete {made.uri}, which took it over from images/{first.key}, so"
+    with pytest.raises(UserError, match=way):
+        ingest(run)
+    storage.delete_prefix(made.uri)
+    again = ingest(run)
+    assert not taken(again)
+    assert ingest(run) == again == ingest(run_of({"kind": "shapes", "count": 24}))
+
+
 def test_another_release_is_not_grown_from_but_its_contents_are_known(store):
     run = run_of({"kind": "shapes", "count": 20})
     first = ingest(run)

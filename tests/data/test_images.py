@@ -200,22 +200,48 @@ def test_decompression_bomb_is_refused_from_its_header(bombs_raise):
             decode(data, config())
 
 
-def test_parts_and_scans_without_end_are_not_gone_through(monkeypatch):
+def test_parts_without_end_are_not_gone_through(monkeypatch):
     monkeypatch.setattr(images, "MOST_READS", 1000)
-    monkeypatch.setattr(images, "MOST_SCANS", 15)
     red = plain("RGB", "red")
     for kind in ("PNG", "JPEG", "WEBP"):
         decode(save(red, kind), config())
     png, jpeg = save(red), save(red, "JPEG")
     text = b"\0\0\0\3tEXta\0b" + struct.pack(">I", zlib.crc32(b"tEXta\0b"))
-    for data in (png[:33] + text * 1000 + png[33:], jpeg[:2] + b"\xff\xfe\0\2" * 1000 + jpeg[2:]):
+    parts = b"\xff\xfe\0\2" * 1000
+    for data in (png[:33] + text * 1000 + png[33:], jpeg[:2] + parts + jpeg[2:], jpeg[:-2] + parts):
         with pytest.raises(BadImage, match="it has parts without end"):
             decode(data, config())
         assert thumbnail(data, config()) == b""
-    scans = jpeg + b"\xff\xda" * 15
+
+
+@pytest.mark.parametrize(
+    "before", [b"", b"\xff", b"\xff\xff", b"\xff\xd3", b"\xff\x01", b"\xff\x00\xff\xff", b"\xff\xe7\0\4xx"]
+)
+def test_scans_without_end_are_not_gone_through(monkeypatch, before):
+    """Whatever stands before each of them."""
+    monkeypatch.setattr(images, "MOST_SCANS", 15)
+    whole = save(plain("RGB", "red"), "JPEG", progressive=True)
+    scan = whole.rindex(b"\xff\xda")
+    few, many = (whole[:scan] + (before + whole[scan:-2]) * count + whole[-2:] for count in (3, 15))
+    assert whole.count(b"\xff\xda") + 2 < 15
+    assert near(decode(few, config()), (254, 0, 0))
     with pytest.raises(BadImage, match="more than 15 scans"):
-        decode(scans, config())
-    assert thumbnail(scans, config()) == b""
+        decode(many, config())
+    assert thumbnail(many, config()) == b""
+
+
+@pytest.mark.parametrize("kind", ["baseline", "progressive"])
+def test_scans_are_those_of_the_picture_and_not_of_what_is_put_behind_or_into_it(kind):
+    """A video has such pairs of bytes, one of 65,536; a part has pictures of its own."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    whole = save(noise, "JPEG", progressive=kind == "progressive", quality=95)
+    assert b"\xff\0" in whole
+    scan = b"\xff\xda\0\x0c" + bytes(10)
+    part = b"\xff\xe1" + (2 + 99 * len(scan)).to_bytes(2, "big") + scan * 99
+    expected = decode(whole, config())
+    for data in (whole + b"\0\x10ftypmp42" + scan * 99, whole[:2] + part + whole[2:], whole + part + whole):
+        assert (decode(data, config()) == expected).all()
+        assert thumbnail(data, config())
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])

@@ -26,7 +26,7 @@ import pytest
 from model.config import DataConfig, FolderSource, ParquetSource, Source, WebDatasetSource
 from model.data import sources
 from model.data.ingest import IN_FLIGHT, _chunks
-from model.data.sources import LARGEST_PICTURE
+from model.data.sources import LARGEST_PICTURE, webdataset
 from model.errors import UserError
 from model.plumbing.assets import Manifest
 from tests import ROOT
@@ -333,6 +333,48 @@ def test_metadata_behind_all_captions_are_no_bad_pictures(store, here):
     assert made.info["others"] == {"texts of complete samples": 9}
 
 
+def test_what_waits_at_a_time_is_bounded_and_not_what_ever_waited(monkeypatch):
+    """Of each two samples the pictures come first; one more waits from the beginning to the end."""
+    monkeypatch.setattr(webdataset, "MOST_SPOOLED", 8000)
+    monkeypatch.setattr(webdataset, "LARGEST_PICTURE", 4000)
+    long = sample("long", 100)
+    members = long[:1]
+    for number in range(0, 100, 2):
+        one, other = sample(f"{number}", number), sample(f"{number + 1}", number + 1)
+        members += [one[0], other[0], one[1], other[1]]
+    samples, found, most = webdataset._Samples(), [], 0
+    for name, content in [*members, long[1]]:
+        found += samples.add(webdataset._Member(name, len(content), sources.suffix(name), content))
+        most = max(most, os.fstat(samples._spool.fileno()).st_size)
+    found += samples.rest()
+    pictures = {name.removesuffix(".jpg"): content for name, content in members if name.endswith(".jpg")}
+    assert [record.problem for record in found if record.problem] == []
+    assert {record.key: record.image for record in found} == pictures
+    assert most < 2 * 8000 + 2 * 4000 < sum(map(len, pictures.values())) / 2
+
+
+@pytest.mark.parametrize("limit", ["MOST_WAITING", "MOST_SPOOLED"])
+def test_what_there_is_no_room_for_costs_itself_alone(store, here, monkeypatch, limit):
+    monkeypatch.setattr(webdataset, limit, 0)
+    members = [*sample("0", 0), sample("1", 1)[0], *sample("2", 2), sample("3", 3)[0], *sample("4", 4)]
+    made = shard(here / "0.tar", members)
+    assert captions(made) == [["cap 0"], ["cap 2"], ["cap 4"]]
+    told = "what belongs to it is not near it; sort the tar by name"
+    assert quarantine(made) == {"1": told, "3": told}
+
+
+@pytest.mark.parametrize("room", [50, 0])
+def test_parts_of_a_sample_are_parts_even_where_there_is_no_room_for_them(store, here, monkeypatch, room):
+    monkeypatch.setattr(webdataset, "MOST_WAITING", room)
+    members = [("00.mask.png", picture(99)), *sample("00", 0)]  # as sorted tars have it
+    for number in range(1, 60):
+        members += [*sample(f"{number:02d}", number), (f"{number:02d}.seg.png", picture(100 + number))]
+    made = shard(here / "0.tar", members)
+    assert quarantine(made) == {}
+    assert made.info["others"] == {"parts of a sample": 60}
+    assert len(captions(made)) == 60
+
+
 def test_json_that_cannot_be_read_names_its_picture(store, here):
     made = shard(here / "0.tar", [*sample("a", 1), *sample("b", 2), ("b.json", b"[" * 10**6)])
     assert captions(made) == [["cap 1"]]
@@ -395,10 +437,9 @@ import json, sys
 from model.config import DataConfig
 from model.data import sources
 from model.errors import UserError
+from tests import peak
 import pyarrow.parquet, webdataset
 source = DataConfig.model_validate_json(sys.stdin.read()).source
-# `getrusage` would count the memory of the process that started this one
-peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 idle, good, bad = peak(), 0, []
 try:
     sources.fingerprint(source)

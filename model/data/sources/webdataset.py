@@ -54,7 +54,7 @@ LARGEST_UNPACKED = 1 << 30  # bytes of a member of a compressed shard: to pass o
 MOST_SHARDS = 1 << 20
 MOST_WAITING = 1 << 17  # samples that are not complete
 MOST_TEXT = 1 << 26  # characters of their captions
-MOST_SPOOLED = 1 << 33  # bytes of their pictures, on disk
+MOST_SPOOLED = 1 << 33  # bytes of their pictures; what they take on disk is some twice that at most
 TEXTS = (".txt", ".json")
 
 
@@ -261,7 +261,7 @@ class _Sample:
     name: str
     kind: str = ""  # of its picture; "" where there is none yet
     image: bytes = b""
-    spooled: tuple[int, int] | None = None  # where the picture waits, and its size
+    spooled: tuple[int, int] = (0, 0)  # where the picture waits, and its size; 0 where it does not
     texts: list[str] = field(default_factory=list)
     notes: list[Any] = field(default_factory=list)  # captions of its JSON
     problem: str = ""
@@ -286,7 +286,7 @@ class _Sample:
         if member.size > _most(member.kind):
             self.problem = f"{member.kind}: {too_large(member.size, _most(member.kind))}"
         if member.kind not in TEXTS:
-            self.kind, self.image, self.spooled = member.kind, member.data, None
+            self.kind, self.image, self.spooled = member.kind, member.data, (0, 0)
         elif member.kind == ".txt":
             self.texts.append(decode(member.data))
         elif not self.problem:
@@ -319,11 +319,13 @@ class _Samples:
         self.others: Counter[str] = Counter()
         self.unfinished = 0  # samples that wait for the rest of them; not a cat.mask.png, part of another
         self._spool = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the samples
+        self._end = 0  # of what is written there
         self._group = ""
         self._near: dict[str, _Sample] = {}  # of the group that is being read
         self._near_bytes = 0
         self._waiting: dict[str, _Sample] = {}  # incomplete ones of others
         self._text = 0  # characters of their captions
+        self._spooled = 0  # bytes of their pictures
         self._done: set[int] = set()  # hashes of names: a hostile shard has millions
 
     def add(self, member: _Member) -> Iterator[Record]:
@@ -362,8 +364,7 @@ class _Samples:
         for name in list(self._waiting):
             sample = self._called(name)
             if sample and sample.kind and sample.group != name:
-                whole = self._waiting.get(sample.group)
-                if hash(sample.group) in self._done or (whole and whole.kind):
+                if self._is_part(sample):
                     pass_over(self.others, "parts of a sample")
                     continue
                 if dotted[sample.group] == 1 and (text := self._called(sample.group)):
@@ -373,35 +374,44 @@ class _Samples:
 
     def _settle(self) -> Iterator[Record]:
         """What is complete goes out; the rest waits, but not without end."""
+        before = self._end
         for name, sample in self._near.items():
             if sample.kind and sample.captioned:
                 self._done.add(hash(name))
                 yield sample.record(self._image(sample))
                 continue
             if sample.image:
-                sample.spooled = (self._spool.seek(0, os.SEEK_END), len(sample.image))
-                self._spool.write(sample.image)
-                sample.image = b""
+                self._spool_out(sample, sample.image)
             self._waiting[name] = sample
             self._text += sample.size
+            self._spooled += sample.spooled[1]
             self.unfinished += sample.group == name
-            while (
-                len(self._waiting) > MOST_WAITING
-                or self._text > MOST_TEXT
-                or self._spool.tell() > MOST_SPOOLED
-            ):
+            while len(self._waiting) > MOST_WAITING or self._text > MOST_TEXT or self._spooled > MOST_SPOOLED:
                 name, oldest = next(iter(self._waiting.items()))
                 self._called(name)
+                if self._is_part(oldest):
+                    pass_over(self.others, "parts of a sample")
+                    continue
                 yield from self._incomplete(oldest, "what belongs to it is not near it; sort the tar by name")
         self._near.clear()
         self._near_bytes = 0
+        if self._end > max(before, 2 * self._spooled + LARGEST_PICTURE):
+            self._close_ranks()
 
     def _called(self, name: str) -> _Sample | None:
         """Take a sample out of those that wait."""
         if sample := self._waiting.pop(name, None):
             self._text -= sample.size
+            self._spooled -= sample.spooled[1]
             self.unfinished -= sample.group == name
         return sample
+
+    def _is_part(self, sample: _Sample) -> bool:
+        """Whether one that has no captions is a mask or the like of another, which has a picture."""
+        if not sample.kind or sample.group == sample.name:
+            return False
+        whole = self._waiting.get(sample.group) or self._near.get(sample.group)
+        return hash(sample.group) in self._done or bool(whole and whole.kind)
 
     def _incomplete(self, sample: _Sample, problem: str = "") -> Iterator[Record]:
         if not sample.kind and sample.captioned:
@@ -411,8 +421,23 @@ class _Samples:
         else:
             pass_over(self.others, sample.kind or ".json")
 
+    def _spool_out(self, sample: _Sample, image: bytes) -> None:
+        """Put a sample's picture at the end of the spool."""
+        self._spool.seek(self._end)
+        self._spool.write(image)
+        sample.image, sample.spooled = b"", (self._end, len(image))
+        self._end += len(image)
+
+    def _close_ranks(self) -> None:
+        """Move pictures that wait to the places of those that do not any more."""
+        self._end = 0
+        for sample in sorted(self._waiting.values(), key=lambda sample: sample.spooled):
+            if sample.spooled[1]:
+                self._spool_out(sample, self._image(sample))
+        self._spool.truncate(self._end)
+
     def _image(self, sample: _Sample) -> bytes:
-        if not sample.spooled:
+        if not sample.spooled[1]:
             return sample.image
         self._spool.seek(sample.spooled[0])
         return self._spool.read(sample.spooled[1])
