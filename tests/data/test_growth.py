@@ -261,8 +261,8 @@ def test_an_asset_that_lacks_what_it_names_is_refused(store):
     spoiled = AssetWriter("images", before.settings, {}, steps.STEPS["images"].version)
     for file in before.files:
         spoiled.add(file)
-    spoiled.add_bytes(contents_name(first), b"")
     storage.delete(storage.join(before.uri, assets.NAME))
+    spoiled.add_bytes(contents_name(first), b"")
     made = spoiled.finish({**before.info, "shards": {**before.info["shards"], first: 0}})
     with pytest.raises(UserError, match=r"has not all pictures that its records name: \d are missing"):
         ingest(run_of({"kind": "shapes", "count": 21}, made))

@@ -30,7 +30,7 @@ from tests.instances import config, make, make_in_rank
 from tests.ranks import two_ranks
 
 COLOURS = ["red", "blue", "green", "black"]
-GOLDEN = [2.5541, 1.8721, 1.2487, 0.9561]  # train/nll of `run_config()`, mean of six steps each
+GOLDEN = [2.5541, 1.8347, 1.1957, 0.9208]  # train/nll of `run_config()`, mean of six steps each
 
 
 def run_config(**training: object) -> RunConfig:
@@ -318,13 +318,12 @@ def test_random_order_ends_when_it_should() -> None:
 
     codes = torch.arange(16).repeat(64, 1)
     mixed, order = transformer._reorder(codes, 1.0)
-    assert order is not None
     assert torch.equal(mixed, order)  # a code is its own position here
     assert (order.sort(dim=1).values == codes).all()
     assert (order != codes).any(dim=1).all()
-    same, none = transformer._reorder(codes, 0.0)
-    assert none is None
-    assert same is codes
+    same, raster = transformer._reorder(codes, 0.0)
+    assert torch.equal(same, codes)
+    assert torch.equal(raster, codes)
 
 
 @pytest.mark.slow
