@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from model.errors import UserError
 from model.plumbing import registry
 from model.plumbing.registry import Aliases
 from pipelines import commands
+from pipelines import gc as sweeps
 from pipelines import plan as plans
+from pipelines.cluster import reach
 from pipelines.commands import evaluate, generate, models, promote, rollback
 from tests.data.test_ingest import picture, write
 from tests.instances import config, write_models
@@ -126,6 +128,30 @@ def test_preflight_looks_at_ones_own_pictures(
     with pytest.raises(UserError, match="minutes and effort change nothing"):
         commands.preflight("openmoji-tiny", minutes=5)
     assert len(started) == 1, "what is wrong with it is said before anything starts"
+
+
+def test_pictures_are_drawn_by_the_clusters_model_where_there_is_a_cluster(
+    started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KFP_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="kubectl"):  # by which its MLflow is reached
+        generate("a cat", tmp_path / "a.png", "")
+    assert not started
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_gc_uses_a_pod_of_ours_only_for_an_mlflow_that_nobody_named(
+    started: list[str], monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    used: list[object] = []
+    monkeypatch.setattr(sweeps, "gc", lambda *told: used.append(told[-1]))
+    monkeypatch.setattr(reach, "services", lambda kubectl: nullcontext())
+    monkeypatch.setenv("KFP_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere" if named else "")
+    commands.gc(delete=True)
+    (pod,) = used
+    assert (pod is None) == named
 
 
 @pytest.fixture
