@@ -5,6 +5,7 @@ The loop that looks and acts is `follow.py`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from components.launch.pods import Pod
@@ -79,6 +80,11 @@ class End:
 Action = Create | Wait | Remove | End
 
 
+def at_work(jobs: JobConfig, job: Job, pods: Iterable[Pod]) -> bool:
+    """Whether so many workers run that the job goes on."""
+    return sum(pod.running for pod in pods) >= (jobs.min_workers or job.workers)
+
+
 def decide(jobs: JobConfig, seen: Seen) -> Action:
     """What to do next."""
     job = seen.job
@@ -99,8 +105,7 @@ def decide(jobs: JobConfig, seen: Seen) -> Action:
         reason = f"not done after jobs.deadline_hours ({jobs.deadline_hours:g}) with all workers running"
         reason += "; raise it, and it goes on from the last checkpoint"
         return End(Outcome(kind="failed", reason=reason), remove=True)
-    running = sum(pod.running for pod in seen.pods)
-    if running >= (jobs.min_workers or job.workers):
+    if at_work(jobs, job, seen.pods):
         return Wait()
     why = _waits_for(job, seen)
     for pod in seen.pods:

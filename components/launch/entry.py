@@ -212,16 +212,14 @@ def _while_wanted(spec: JobSpec, told: Told) -> Iterator[None]:
 
     def look() -> None:
         wait = 0.0
-        unwanted = None  # since when, as looks have found
+        unwanted = leases.Unwanted(spec.jobs.orphan_minutes)
         while not over.wait(wait):
             wait = WANTED
             try:
                 age = leases.age(spec.leases) or 0.0
             except (UserError, OSError):
                 age = 0.0  # nobody knows
-            unwanted = (unwanted or time.monotonic()) if age > 60 * spec.jobs.orphan_minutes else None
-            # Its lease may be late, as in `Stopping`.
-            if unwanted and time.monotonic() - unwanted >= leases.LIVE and not over.is_set():
+            if unwanted.by(age) and not over.is_set():
                 told.unwanted = True
                 os.kill(os.getpid(), signal.SIGTERM)  # raises where the main thread is
                 return

@@ -20,7 +20,7 @@ from kubernetes.client.exceptions import ApiException  # type: ignore[import-unt
 
 from components.launch import cluster, pods
 from components.launch.cluster import ALL, DELETED, NETWORK, Cluster, Farewell, Kind, Object
-from components.launch.decide import Create, End, Job, Remove, Seen, Wait, decide, waited
+from components.launch.decide import Create, End, Job, Remove, Seen, Wait, at_work, decide, waited
 from components.launch.pods import Pod
 from components.step import told_to_end
 from model.errors import Unavailable, UserError
@@ -215,8 +215,8 @@ class Followed:
         say(self.spec.name, f"adopts {self.name}, a job that is there already")
         self._list_pods()
         there, ended = self._pods()
-        at_work = [job.created, *(pod.since for pod in there)]
-        at_work += [pod.ended.when for pod in ended if pod.ended]
+        moments = [job.created, *(pod.since for pod in there)]
+        moments += [pod.ended.when for pod in ended if pod.ended]
         self.before = {pod.uid for pod in there if pod.since}
         if self._enough(job, there):
             self.ran = time.time() - max(pod.since for pod in there)
@@ -224,15 +224,15 @@ class Followed:
             earlier = [one for one in attempts.attempts(self.spec.output) if one.when >= job.created]
             self.restarts = attempts.restarts(earlier)
             self.ran += sum(one.outcome.when - one.when for one in earlier if one.outcome and not one.worker)
-            at_work += [one.outcome.when if one.outcome else one.when for one in earlier]
-        self.idle_since = min(self.idle_since, max(at_work))
+            moments += [one.outcome.when if one.outcome else one.when for one in earlier]
+        self.idle_since = min(self.idle_since, max(moments))
 
     def _clock(self, job: Job | None, there: tuple[Pod, ...]) -> float:
         """Count the time with all workers running; returns it."""
         now = time.time()
         if job and self._enough(job, there):
             self.ran += now - self.looked
-        if job and sum(pod.running for pod in there) >= (self.spec.jobs.min_workers or job.workers):
+        if job and at_work(self.spec.jobs, job, there):
             self.idle_since = now
         self.looked = now
         return self.ran

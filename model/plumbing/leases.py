@@ -72,6 +72,28 @@ class _Renewal:
                         speech.warn(self._name, f"{self._what} is not renewed for now: {error}")
 
 
+class Unwanted:
+    """Whether nobody wants a job any more, by looks at the age of its newest lease.
+
+    They have to say so for as long as a lease may be late: who was cut off from the store as well, or slept,
+    is given the time to renew.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        """
+        Args:
+            minutes: without a lease, after which nobody does.
+        """
+        self._limit = 60 * minutes
+        self._since: float | None = None
+
+    def by(self, age: float) -> bool:
+        """Whether that is so after one more look, which found the newest lease of this age, in seconds."""
+        now = time.monotonic()
+        self._since = (self._since or now) if age > self._limit else None
+        return self._since is not None and now - self._since >= LIVE
+
+
 class Lease:
     """Wants what a job makes, while the block runs; learns thereby whether others want it, too.
 

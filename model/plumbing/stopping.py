@@ -151,7 +151,7 @@ class Stopping:
     def _look(self, uri: str) -> None:
         """Until the job is over, or orphaned."""
         alone = None  # since when there has been no lease at all
-        over = None  # since when looks have found that nobody wants it
+        unwanted = leases.Unwanted(self._orphan_minutes)
         while True:
             try:
                 age = leases.age(uri)
@@ -162,9 +162,7 @@ class Stopping:
                 age = time.monotonic() - alone
             else:
                 alone = None
-            over = (over or time.monotonic()) if age > 60 * self._orphan_minutes else None
-            # Who was cut off from the store as well, or slept, is given the time to renew its lease.
-            if over and time.monotonic() - over >= leases.LIVE:
+            if unwanted.by(age):
                 self.why = UNWANTED
                 if self._listens and not self._heeded:
                     os.kill(os.getpid(), signal.SIGTERM)  # raises where the main thread is

@@ -43,7 +43,7 @@ MUTANTS = [
     rule("nothing to train", 'tokenizer.kind == "pretrained" and self.transformer is None'),
     rule(
         "ranks of the transformer",
-        "training and training.batch_size % (processes * training.accumulate)",
+        "training.batch_size % (processes * training.accumulate)",
     ),
     Mutant(
         "config: a preset is a mapping",
@@ -131,7 +131,7 @@ MUTANTS = [
     Mutant(
         "step: a failed run is FAILED in MLflow",
         "components/step.py",
-        '        if run:\n            _record(name, run, "FAILED", end.reason)\n',
+        '        if run:\n            record(name, run, "FAILED", end.reason)\n',
         "",
         "tests/components/test_step.py::test_a_failed_step_fails_the_run_in_mlflow[defect]",
     ),
@@ -333,9 +333,9 @@ MUTANTS = [
     ),
     Mutant(
         "stopping: who wants it has the time to say so",
-        "model/plumbing/stopping.py",
-        "if over and time.monotonic() - over >= leases.LIVE:",
-        "if over:",
+        "model/plumbing/leases.py",
+        "return self._since is not None and now - self._since >= LIVE",
+        "return self._since is not None",
         "tests/plumbing/test_stopping.py"
         "::test_a_lease_that_is_renewed_soon_after_a_store_was_away_has_not_run_out",
     ),
