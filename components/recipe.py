@@ -146,9 +146,8 @@ def lines(found: Resolved) -> list[str]:
         )
     if transformer:
         sizes.append(f"a transformer of {transformer.depth} x {transformer.width}")
-    sections = {"tokenizer": config.tokenizer, "CLIPs": config.clip, "transformer": transformer}
-    trained = {name: getattr(one, "training", None) for name, one in sections.items()}
-    steps = ", ".join(f"{training.steps:,} of the {name}" for name, training in trained.items() if training)
+    names = {"clip": "CLIPs"}
+    steps = ", ".join(f"{one.steps:,} of the {names.get(net, net)}" for net, one in config.trainings.items())
     took = sum(part.seconds for part in found.parts)
     return [
         *seen,

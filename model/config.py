@@ -47,9 +47,6 @@ Temperature = Annotated[float, Field(ge=0), AfterValidator(lambda value: _not_be
 QUANTITY = r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?"
 Quantity = Annotated[str, Field(pattern=f"^{QUANTITY}$", coerce_numbers_to_str=True)]  # of Kubernetes
 MaybeQuantity = Annotated[str, Field(pattern=f"^({QUANTITY})?$", coerce_numbers_to_str=True)]
-UNITS = {"": 1.0, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12} | {
-    f"{letter}i": 1024.0**power for power, letter in enumerate("KMGT", 1)
-}
 LONGEST_PROMPT = 1000  # characters: far beyond any text encoder's context
 HEAD_WIDTH = 32  # channels of an attention head in the pictures' tower of a CLIP that is trained here
 
@@ -346,7 +343,7 @@ class TransformerConfig(Section):
             raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
         if self.positions == "rope2d" and (self.width // self.heads) % 4:
             raise ValueError(f"rope2d needs width / heads ({self.width // self.heads}) to be a multiple of 4")
-        if self.positions == "learned" and (self.random_order or self.random_order_left):
+        if self.positions == "learned" and self.reorders:
             raise ValueError(
                 "random_order and random_order_left need positions: rope2d, by which a token says where it"
                 " lies"
@@ -354,6 +351,11 @@ class TransformerConfig(Section):
         if self.arch == "gpt2" and (self.mlp, self.positions, self.qk_norm) != ("gelu", "learned", False):
             raise ValueError("arch gpt2 needs mlp: gelu, positions: learned, qk_norm: false")
         return self
+
+    @property
+    def reorders(self) -> bool:
+        """Whether any picture is learned in another order than raster order."""
+        return self.random_order > 0 or self.random_order_left > 0
 
 
 # ── sampling and evaluation ─────────────────────────────────────────────────────────────────────────────
@@ -416,11 +418,6 @@ class Toleration(Section):
     effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = ""
 
 
-def _number(quantity: str) -> float:
-    unit = quantity.lstrip("0123456789.")
-    return float(quantity.removesuffix(unit)) * UNITS[unit]
-
-
 class JobConfig(Section):
     """Where training jobs run: PyTorchJob pods on a cluster, torchrun processes on one machine."""
 
@@ -446,7 +443,7 @@ class JobConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.cpu_limit and _number(self.cpu_limit) < _number(self.cpu):
+        if self.cpu_limit and recipes.amount(self.cpu_limit) < recipes.amount(self.cpu):
             raise ValueError(f"cpu_limit ({self.cpu_limit}) must be at least cpu ({self.cpu}), or empty")
         return self
 
@@ -584,18 +581,20 @@ class RunConfig(Section):
             raise ValueError(f"jobs.min_workers ({jobs.min_workers}) is above jobs.workers ({jobs.workers})")
         for workers in range(jobs.min_workers or jobs.workers, jobs.workers + 1):
             processes = workers * jobs.processes_per_worker
-            for where, part in (
-                ("tokenizer", tokenizer),
-                ("clip", self.clip),
-                ("transformer", self.transformer),
-            ):
-                training = getattr(part, "training", None)
-                if training and training.batch_size % (processes * training.accumulate):
+            for where, training in self.trainings.items():
+                if training.batch_size % (processes * training.accumulate):
                     raise ValueError(
                         f"{where}.training.batch_size ({training.batch_size}) must be a multiple of processes"
                         f" x accumulate ({processes} x {training.accumulate})"
                     )
         return self
+
+    @property
+    def trainings(self) -> dict[str, TrainingConfig]:
+        """How each net is trained that is, by its section."""
+        sections = {"tokenizer": self.tokenizer, "clip": self.clip, "transformer": self.transformer}
+        found = {name: getattr(section, "training", None) for name, section in sections.items()}
+        return {name: training for name, training in found.items() if training}
 
     @property
     def registered_model(self) -> str:

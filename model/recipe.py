@@ -330,8 +330,19 @@ def _hardware(book: _Book) -> _Hardware:
 
 def _cores(book: _Book) -> float:
     """Cores of each worker: those that somebody asks for, or two."""
-    said = re.fullmatch(r"(\d+(?:\.\d+)?)(m?)", str(book.get("jobs.cpu_limit") or book.get("jobs.cpu") or 2))
-    return float(said[1]) / (1000 if said[2] else 1) if said else 2.0  # whoever validates the config names it
+    said = str(book.get("jobs.cpu_limit") or book.get("jobs.cpu") or 2)
+    return amount(said) or 2.0  # whoever validates the config names what is none
+
+
+UNITS = {"": 1.0, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12} | {
+    f"{letter}i": 1024.0**power for power, letter in enumerate("KMGT", 1)
+}
+
+
+def amount(quantity: str) -> float:
+    """What a quantity of Kubernetes says, such as 500m or 16Gi; 0 where it is none."""
+    said = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([a-zA-Z]*)", quantity)
+    return float(said[1]) * UNITS.get(said[2], 0.0) if said else 0.0
 
 
 GENERIC = {

@@ -126,11 +126,7 @@ def check_compiler(config: RunConfig) -> None:
     Raises:
         UserError: what it lacks for that.
     """
-    sections = {"clip": config.clip, "tokenizer": config.tokenizer, "transformer": config.transformer}
-    trainings = {name: getattr(section, "training", None) for name, section in sections.items()}
-    compiled = [
-        f"{name}.training.compile" for name, training in trainings.items() if training and training.compile
-    ]
+    compiled = [f"{name}.training.compile" for name, one in config.trainings.items() if one.compile]
     if compiled and (lacking := environment.lacks_to_compile()):
         raise UserError(
             f"{compiled[0]}: torch cannot compile here without {lacking}; install it (on Debian g++ and"

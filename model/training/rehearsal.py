@@ -201,12 +201,11 @@ def _transformer(config: RunConfig) -> Rehearsal:
         text_tokens, text_width = tower["context_length"], tower["width"]
     vocabulary, factor = codes_of(config)
     side = config.data.image_size // factor
-    reorders = transformer.random_order > 0 or transformer.random_order_left > 0
 
     def predict(batch: int, gpt: nn.Module) -> Tensor:
         codes, drop = torch.zeros(batch, side * side, dtype=torch.long), torch.zeros(batch).bool()
         text, mask = torch.zeros(batch, text_tokens, text_width), torch.ones(batch, text_tokens).bool()
-        order = torch.arange(side * side).expand(batch, -1) if reorders else None
+        order = torch.arange(side * side).expand(batch, -1) if transformer.reorders else None
         logits = gpt(codes, text, mask, drop, order)
         return F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
 

@@ -107,9 +107,6 @@ def train(job: Job, config: TransformerConfig, watch: Watch | None = None) -> Ma
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────
     done = start
-    reorders = (
-        config.random_order > 0 or config.random_order_left > 0
-    )  # to the end: no order is another program
     while done < training.steps:
         step = done
         seed_all(seed, "gpt", rank, step)
@@ -121,7 +118,9 @@ def train(job: Job, config: TransformerConfig, watch: Watch | None = None) -> Ma
             codes = batch.codes.to(device, non_blocking=True)  # (B, T)
             states, mask = text.encode(batch.ids)  # (B, S, W), (B, S)
             drop = torch.rand(len(codes), device=device) < config.condition_dropout  # (B,)
-            codes, order = _reorder(codes, _mixed(config, step, training)) if reorders else (codes, None)
+            order = None
+            if config.reorders:  # also when all is raster again: no order would be another program
+                codes, order = _reorder(codes, _mixed(config, step, training))
             with (
                 synced(model, last=micro + 1 == training.accumulate),
                 torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"),
