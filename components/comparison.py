@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from components.registration import counts, measure, measured, raced, there
+from components.step import record
 from model.config import RunConfig
 from model.errors import UserError
 from model.evaluation import gate
 from model.evaluation.gate import Measured, Verdict
-from model.plumbing import assets, registry
+from model.plumbing import assets, outcome, registry
 from model.plumbing.assets import Input, Kind, Manifest
 from model.plumbing.tracking import finish_pipeline_run
 
@@ -60,15 +61,15 @@ def compare(model: str, against: str) -> Verdict:
 @contextmanager
 def _ended(run: str) -> Iterator[None]:
     """Say how a run ended, below which jobs may have logged in MLflow."""
-    status = "FAILED"
     try:
         yield
-        status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
-        status = "KILLED"
+        record("evaluate", run, "KILLED", "told to end")
         raise
-    finally:
-        finish_pipeline_run(run, status)
+    except Exception as error:
+        record("evaluate", run, "FAILED", outcome.of(error).reason)
+        raise
+    finish_pipeline_run(run)
 
 
 def _sides(

@@ -37,7 +37,7 @@ def step(name: str, run: str = "") -> Iterator[None]:
             yield
     except SystemExit as told:
         if run and told.code == EXIT_CODES["stopped"]:
-            _record(name, run, "KILLED", "told to end")
+            record(name, run, "KILLED", "told to end")
         raise
     except Exception as error:
         end = outcome.of(error)
@@ -47,7 +47,7 @@ def step(name: str, run: str = "") -> Iterator[None]:
         print(f"error: {reason}", flush=True)
         outcome.tell_container(reason)
         if run:
-            _record(name, run, "FAILED", end.reason)
+            record(name, run, "FAILED", end.reason)
         sys.exit(2 if end.expected else 1)
     speech.done(name, time.monotonic() - began)
 
@@ -86,7 +86,8 @@ def _attach(name: str, run: str) -> None:
         speech.warn(name, str(error))
 
 
-def _record(name: str, run: str, status: str, reason: str) -> None:
+def record(name: str, run: str, status: str, reason: str) -> None:
+    """Say in MLflow how the run of a pipeline ended at a step, and why; MLflow that is away is warned of."""
     from model.plumbing.tracking import FAILURE_TAG, finish_pipeline_run
 
     try:
