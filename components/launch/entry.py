@@ -42,7 +42,8 @@ UPLOAD = 10.0  # seconds between two uploads of logs; ten times as long as one t
 HASTE = (3.0, 2)  # at the end: seconds for an answer of the store, and tries; a pod's grace is not endless
 SETTLED = 2.0  # seconds between two looks whether rank 0, in another pod, has written the asset
 MEETING = 30 * 86400.0  # seconds for all workers to be there: some may be queued, or pull their image
-WANTED = 30.0  # seconds between two looks, until they are, whether anybody still wants the asset
+WANTED = 30.0  # seconds between two looks whether anybody still wants the asset
+HANGS = 600.0  # seconds until ranks that nobody wants are ended, which should have seen it themselves
 AGAINST_MEMORY = ("killed", "lost", "failed")  # kinds that may stand for: memory was over
 FINAL = ("finished", "orphaned", "refused", "diverged")  # what being told to end does not explain
 
@@ -184,11 +185,13 @@ def _run(spec: JobSpec, attempt: Attempt, told: Told) -> Outcome:
             {rank: environment.of_a_child(told_all, meeting.told(rank)) for rank in meeting.ranks},
             folder,
         )
-        with _kept(spec.name, attempt, ranks.logs):
+        with _kept(spec.name, attempt, ranks.logs), _while_wanted(spec, told, HANGS):
             meeting.watch()
             told_first = _watched(ranks, meeting, told, spec.jobs.grace_seconds + GRACE)
         left = {int(who): end for who, end in outcome.left_in(str(outcomes)).items()}
         end = _judged(ranks, left, folder, meeting)
+    if told.unwanted and end.kind not in FINAL:
+        return Outcome(kind="orphaned", reason="nobody wants the asset any more; its processes hung")
     if end.well:
         end = _settled(spec, meeting, told)
     if told_first and end.kind not in FINAL:
@@ -206,13 +209,20 @@ def _run(spec: JobSpec, attempt: Attempt, told: Told) -> Outcome:
 
 
 @contextmanager
-def _while_wanted(spec: JobSpec, told: Told) -> Iterator[None]:
-    """End this process when nobody wants the asset, as long as there is no rank 0 that looks."""
+def _while_wanted(spec: JobSpec, told: Told, more: float = 0.0) -> Iterator[None]:
+    """Tell this process to end when nobody wants the asset: rank 0, which looks as well, may not be there
+    yet, or wait for a rank of a worker that has ended for this reason.
+
+    Args:
+        spec: of the job.
+        told: learns of it.
+        more: seconds for which that must have been so, beyond what a late lease may take.
+    """
     over = threading.Event()
 
     def look() -> None:
         wait = 0.0
-        unwanted = leases.Unwanted(spec.jobs.orphan_minutes)
+        unwanted = leases.Unwanted(spec.jobs.orphan_minutes, more)
         while not over.wait(wait):
             wait = WANTED
             try:
@@ -221,7 +231,7 @@ def _while_wanted(spec: JobSpec, told: Told) -> Iterator[None]:
                 age = 0.0  # nobody knows
             if unwanted.by(age) and not over.is_set():
                 told.unwanted = True
-                os.kill(os.getpid(), signal.SIGTERM)  # raises where the main thread is
+                os.kill(os.getpid(), signal.SIGTERM)  # raises where the main thread is, if nothing runs yet
                 return
 
     threading.Thread(target=look, name="wanted", daemon=True).start()

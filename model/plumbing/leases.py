@@ -79,19 +79,21 @@ class Unwanted:
     is given the time to renew.
     """
 
-    def __init__(self, minutes: float) -> None:
+    def __init__(self, minutes: float, more: float = 0.0) -> None:
         """
         Args:
             minutes: without a lease, after which nobody does.
+            more: seconds for which looks have to say so beyond that time.
         """
         self._limit = 60 * minutes
+        self._more = more
         self._since: float | None = None
 
     def by(self, age: float) -> bool:
         """Whether that is so after one more look, which found the newest lease of this age, in seconds."""
         now = time.monotonic()
         self._since = (self._since or now) if age > self._limit else None
-        return self._since is not None and now - self._since >= LIVE
+        return self._since is not None and now - self._since >= LIVE + self._more
 
 
 class Lease:
@@ -172,7 +174,9 @@ def age(uri: str) -> float | None:
 
 
 @contextmanager
-def alone(name: str, work: str) -> Iterator[Callable[[], None]]:
+def alone(
+    name: str, work: str, saying: str = "waits for another run that does the same"
+) -> Iterator[Callable[[], None]]:
     """Wait until no other run is at the same work, then do it; the next one finds it done.
 
     One that dies keeps nobody waiting on its own machine, and a minute and a half elsewhere.
@@ -180,13 +184,14 @@ def alone(name: str, work: str) -> Iterator[Callable[[], None]]:
     Args:
         name: of the step, for what is said.
         work: URI of what is made, or any name: the same for all who are not to do it at once.
+        saying: what the step says where it waits.
 
     Yields:
         What raises a UserError once the lock may soon be another's, as it was not renewed, and from then on:
         before what must not be done by two.
     """
     lock = _Lock(work)
-    _wait_while(lambda: not lock.take(), lock, name, "waits for another run that does the same")
+    _wait_while(lambda: not lock.take(), lock, name, saying)
 
     def still_ours() -> None:
         if lock.may_be_anothers():

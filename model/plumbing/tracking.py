@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from model.errors import Stopped, Unavailable, UserError
-from model.plumbing import environment, provenance
+from model.plumbing import environment, leases, provenance
 from model.plumbing.jobs import TrackingIds
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ ASSET_TAG = "latent_gpt.asset."  # and the step's name, on a parent run: URI of 
 REUSED_TAG = "latent_gpt.reused"  # of a step's run: there was nothing to do
 PARENT_TAG = "mlflow.parentRunId"  # MLflow's own: below which run it is shown
 PIPELINE = "pipeline"  # STEP_TAG of a parent run
+OPENING = "mlflow/opening"  # lock: of the finding and creating of runs, by all steps
 PATIENCE = 120.0  # seconds to get through what is left when a run ends: longer than a server's restart
 HASTE = 20.0  # the same for a process that was told to end
 AGAIN = 2.0  # seconds until a message is sent again
@@ -744,20 +745,20 @@ def _open(
     if found := _find(client, run, step):
         _go_on(client, found)
         return found.info.run_id, True
-    tags = {RUN_TAG: run, STEP_TAG: step, **provenance.tags(), **(tags or {})}
-    if named := _named(client, step):
-        for tag, value in tags.items():
-            client.set_tag(named, tag, value)
-        return named, False
-    if parent:
-        tags[PARENT_TAG] = parent
-    name = step if parent else run
-    made = client.create_run(_experiment(client, experiment), tags=tags, run_name=name).info.run_id
-    first = _find(client, run, step)
-    if first and first.info.run_id != made:  # steps that start side by side; the first one's stays
-        client.delete_run(made)
-        return first.info.run_id, True
-    return made, False
+    # Steps may start side by side, and MLflow takes two runs of the same tags, in any order of their times.
+    with leases.alone(step, OPENING, "waits for a step that begins, too"):
+        if found := _find(client, run, step):
+            return found.info.run_id, True
+        tags = {RUN_TAG: run, STEP_TAG: step, **provenance.tags(), **(tags or {})}
+        if named := _named(client, step):
+            for tag, value in tags.items():
+                client.set_tag(named, tag, value)
+            return named, False
+        if parent:
+            tags[PARENT_TAG] = parent
+        name = step if parent else run
+        made = client.create_run(_experiment(client, experiment), tags=tags, run_name=name)
+        return str(made.info.run_id), False
 
 
 def _named(client: MlflowClient, step: str) -> str:

@@ -76,8 +76,8 @@ def main(job):
     if rank == 1 and "kills itself" in end:
         os.kill(os.getpid(), 9)
     done = found[0] if found else 0
-    if end == "train" and not found:
-        for done in range(1, STEPS):
+    if end == "train for ever" or (end == "train" and not found):
+        for done in range(done + 1, STEPS):
             time.sleep(0.02)
             job.processes.barrier()
             if done == 5:
@@ -105,14 +105,16 @@ if __name__ == "__main__":
 
 # As a container would have it: a termination log, and control groups.
 CONTAINER = """
-import sys
+import os, sys
 from pathlib import Path
 from components.launch import entry
 from model.plumbing import cgroups, leases, outcome
 
 outcome.TERMINATION_LOG = Path(sys.argv.pop(1))
 cgroups.MEMBERSHIP, cgroups.MOUNT = Path(sys.argv[1]).with_name("membership"), Path(sys.argv.pop(1))
-entry.UPLOAD, entry.WANTED, leases.LIVE = 0.5, 0.5, 1.0
+entry.UPLOAD, entry.WANTED, entry.HANGS, leases.LIVE = 0.5, 0.5, 3.0, 1.0
+if "TOY_LEAVES" in os.environ:
+    entry.Ranks = lambda *_: os._exit(0)
 entry.main()
 """
 
@@ -379,7 +381,7 @@ def test_who_meets_nobody_says_so(pods: Callable[..., Pods], there: int) -> None
 
 
 def test_what_nobody_wants_any_more_ends_well(pods: Callable[..., Pods]) -> None:
-    job = pods("train")
+    job = pods("train for ever")
     lease = Path(job.spec.leases, "step.json")
     lease.parent.mkdir(parents=True)
     lease.write_text("{}")
@@ -408,6 +410,21 @@ def test_a_worker_that_waits_for_the_others_ends_when_nobody_wants_the_asset(
         time.sleep(0.1)
     os.utime(lease, (time.time() - 3600,) * 2)
     assert ended([alone], within=20) == [0]
+    assert job.message(0)["kind"] == "orphaned"
+
+
+def test_a_rank_that_waits_for_one_of_a_worker_that_has_ended_well_ends_when_nobody_wants_the_asset(
+    pods: Callable[..., Pods], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = pods("train")
+    lease = Path(job.spec.leases, "step.json")
+    lease.parent.mkdir(parents=True)
+    lease.write_text("{}")
+    first = job.start(0)
+    monkeypatch.setenv("TOY_LEAVES", "when they have met, as if it saw just then that nobody wants it")
+    assert ended(job.start(1)) == [0]
+    os.utime(lease, (time.time() - 3600,) * 2)
+    assert ended(first) == [0], job.said(0)
     assert job.message(0)["kind"] == "orphaned"
 
 

@@ -233,11 +233,11 @@ class TestRealServer:
         assert len({one.run_id for one in trackers}) == 4
 
     def test_artifacts_go_through_the_server(self, ids: TrackingIds, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in ("S3_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            monkeypatch.delenv(name)
         from PIL import Image
 
         with Tracker(ids) as tracker:
+            for name in ("S3_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+                monkeypatch.delenv(name)
             tracker.image("samples/one.png", Image.new("RGB", (4, 4)))
             tracker.text("report.html", "<html>")
         assert tracker.lost == 0
