@@ -68,6 +68,7 @@ RESULTS = Path(__file__).parent / "results"
 LOOKS = 3  # times that a net is measured, the last time at its end
 SHARED: tuple[Kind, ...] = ("text", "judge", "tokenizer", "tokens")  # made once for all rows of some data
 SHOWN = 12  # captions of a split on a sheet of samples
+BEST_OF = 4  # draws of which the CLIP that reads captions keeps one, beside those that are kept as they come
 LIKELY = 64  # pictures of a split of which each caption's likelihood is asked
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Line = dict[str, Any]  # a row's settings, the step, and figures
@@ -368,7 +369,7 @@ class Measuring:
 
     def drawn(self, gpt: GPT) -> Drawn:
         """What a net makes of the pictures."""
-        generator = Generator(self.tokenizer, self.text, gpt, self.judge, self.config.sampling)
+        generator = Generator(self.tokenizer, self.text, gpt, lambda: self.reader, self.config.sampling)
         silent = Progress("order", 0, "img", enabled=False)
         return Drawn(generator, self.judge, self.benchmark, self.training, silent)
 
@@ -385,6 +386,8 @@ class Measuring:
             if split in HELD_OUT:
                 of |= likelihood(gpt, self.text, drawn.codes[split][:LIKELY], self._captions(split)[:LIKELY])
             if last:
+                several = sampling.model_copy(update={"best_of": BEST_OF})
+                of |= self._seen("best_of", self._draw(drawn, split, several), split)
                 of |= self._seen("real", drawn.real(split)[None], split)
                 of |= self._seen("reconstructed", drawn.reconstructed[split][None], split)
                 self._show(drawn, split, images)
@@ -594,6 +597,9 @@ COLUMNS: Columns = {
     "held out": ("validation/retrieval", 100),
     "combinations": ("composition/retrieval", 100),
     "all right": ("composition/all_right", 100),
+    "seen, best of 4": ("train/retrieval_best_of", 100),
+    "held out, best of 4": ("validation/retrieval_best_of", 100),
+    "combinations, best of 4": ("composition/retrieval_best_of", 100),
     "held out, calibrated": ("validation/retrieval_fitted", 100),
     "combinations, calibrated": ("composition/retrieval_fitted", 100),
     "CLIP held out": ("validation/clip_score", 1),

@@ -369,7 +369,7 @@ class SamplingConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # 1 keeps all
     cfg_scale: Guidance = 2.0  # classifier-free guidance; 1 is plain conditional
     cfg_schedule: Literal["constant", "power-cosine"] = "constant"
-    best_of: Few = 1  # draws per picture; the CLIP judge keeps the best
+    best_of: Few = 1  # draws per picture; the CLIP that reads prompts keeps the best
 
 
 class SweepConfig(Section):

@@ -185,6 +185,7 @@ STEPS: dict[Kind, Step] = {  # in the order of the pipeline
         "Model",
         lambda config: {"sampling": _plain(config.sampling)},
         ("tokenizer", "text", "judge", "transformer"),
+        version=2,
         also=("sampling",),
         within="evaluation",
     ),

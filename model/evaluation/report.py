@@ -19,7 +19,7 @@ from torch import Tensor
 from model.config import RunConfig, SamplingConfig
 from model.data.ingest import LONGER, SIDES
 from model.evaluation import findings, gate, sheets
-from model.evaluation.benchmark import FEWEST
+from model.evaluation.benchmark import FEWEST, JUDGE
 from model.evaluation.census import Census
 from model.evaluation.gate import Verdict
 from model.evaluation.sheets import Curves, Pairs
@@ -145,7 +145,8 @@ def render(page: Page) -> str:
         swept=swept,
         sweeps=_sweeps(swept),
         robustness=_robustness(page.metrics),
-        judge=judge_name(page.config, page.model),
+        judge=judge_name(page),
+        judge_reads=_judge_reads(page),
         shown=TILE,
         pixelated=side < TILE and TILE % side == 0,
         lineage=_lineage(page),
@@ -316,22 +317,32 @@ def _shown_split(counts: dict[str, int]) -> str:
     return "validation" if counts.get("validation", 0) >= FEWEST else "train"
 
 
-def judge_name(config: RunConfig, model: Manifest) -> str:
+def judge_name(page: Page) -> str:
     """Which CLIP judged, and how independent it is of the one that reads prompts."""
+    config = page.config
     if config.clip.kind == "trained":
         return (
             "a compact CLIP trained in this run from another seed than the one that reads prompts, on all"
             " pictures, the held-out ones included"
         )
     name = f"{config.clip.name} ({config.clip.weights}), pretrained"
-    parts = _parts(model)
-    return f"{name}; the same model reads the prompts" if parts["judge"] == parts["text"] else name
+    return f"{name}; the same model reads the prompts" if _judge_reads(page) else name
 
 
-def _parts(model: Manifest) -> dict[str, dict[str, File]]:
-    """The files of each part of a model, by their names within it; its settings lie in no folder."""
+def _judge_reads(page: Page) -> bool:
+    """Whether the judge is the CLIP that reads the prompts."""
+    parts = _parts(page)
+    return parts["judge"] == parts["text"]
+
+
+def _parts(page: Page) -> dict[str, dict[str, File]]:
+    """The files of each part of the model and of its judge, by their names within; settings lie in no
+    folder."""
     parts: dict[str, dict[str, File]] = defaultdict(dict)
-    for file in model.files:
+    for file in (
+        *page.model.files,
+        *(one for one in page.benchmark.files if one.name.startswith(f"{JUDGE}/")),
+    ):
         part, _, name = file.name.rpartition("/")
         parts[part or "sampling"][name] = file.model_copy(update={"name": name})
     return parts
@@ -401,7 +412,7 @@ def _lineage(page: Page) -> list[dict[str, Any]]:
     """What the evaluation was made from: by key and hash, as places differ from store to store."""
     images, model, benchmark = page.images, page.model, page.benchmark
     files: dict[str, list[File]] = {one.kind: list(one.files) for one in (images, model, benchmark)}
-    files |= {part: list(named.values()) for part, named in _parts(model).items()}
+    files |= {part: list(named.values()) for part, named in _parts(page).items()}
     info = {"images": images.info, **{part: model.info.get(part, {}) for part in model.inputs}}
     named = {"images": images.as_input, **model.inputs}
     named |= {one.kind: one.as_input for one in (model, benchmark)}

@@ -19,6 +19,7 @@ from model.evaluation.benchmark import READ, for_sweeps, look, spread
 from model.inference.bundle import PARTS, SAMPLING
 from model.inference.generate import Generator
 from model.nets import metrics
+from model.nets.clip import Judge, load_judge
 from model.plumbing import cache, speech
 from model.plumbing.assets import Manifest
 from model.plumbing.speech import Progress
@@ -49,9 +50,10 @@ def main(job: Job) -> Manifest:
     temperatures = sorted({own.temperature, *sweep.temperature})
     total = len(prompts) * (len(scales) + len(temperatures) - 1)
     generator = Generator.open(folders, own, pictures=total)
+    judge = load_judge(cache.folder(inputs["judge"]), generator.device)
     shapes = config.data.source.kind == "shapes"
     progress = job.progress(total, "img", counted="picture")
-    tried = Tried(generator, prompts, config.evaluation.seed + SEEDS, shapes, progress)
+    tried = Tried(generator, judge, prompts, config.evaluation.seed + SEEDS, shapes, progress)
     curves, best = {}, own
     for name, values in (("cfg_scale", scales), ("temperature", temperatures)):
         points = [best.model_copy(update={name: value}) for value in values]
@@ -90,18 +92,24 @@ class Tried:
     """The figures of each setting over the same prompts and seeds; nothing is drawn twice."""
 
     def __init__(
-        self, generator: Generator, prompts: Sequence[str], seed: int, shapes: bool, progress: Progress
+        self,
+        generator: Generator,
+        judge: Judge,
+        prompts: Sequence[str],
+        seed: int,
+        shapes: bool,
+        progress: Progress,
     ) -> None:
         """
         Args:
-            generator: the model; its judge scores.
+            generator: the model.
+            judge: scores what it draws.
             prompts: what is drawn.
             seed: of the first, the next ones count on.
             shapes: whether prompts describe scenes that the oracle reads.
             progress: hears of every picture drawn.
         """
-        assert generator.judge is not None
-        self.generator, self.judge, self.prompts = generator, generator.judge, list(prompts)
+        self.generator, self.judge, self.prompts = generator, judge, list(prompts)
         self.seeds = range(seed, seed + len(self.prompts))
         self.scenes = [parse(prompt) for prompt in self.prompts] if shapes else []
         self.text = self.judge.text_features(self.prompts)

@@ -1,7 +1,7 @@
 """The bundle: all that drawing needs in one asset of kind `model`, put together from the assets of its parts.
 
-tokenizer/  text/  transformer/  judge/     config.json, model.safetensors, history.json where there is one
-sampling.json                               the settings that it draws with unless told otherwise
+tokenizer/  text/  transformer/     config.json, model.safetensors, history.json where there is one
+sampling.json                       the settings that it draws with unless told otherwise
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from model.plumbing import assets, storage
 from model.plumbing.assets import Manifest
 from model.plumbing.curves import HISTORY
 
-PARTS = ("tokenizer", "text", "transformer", "judge")
+PARTS = ("tokenizer", "text", "transformer")
 FILES = ("config.json", "model.safetensors")  # of every part
 SAMPLING = "sampling.json"
 
@@ -24,7 +24,8 @@ def make_bundle(config: RunConfig, parts: Mapping[str, Manifest]) -> Manifest:
 
     Args:
         config: `sampling` decides, where no sweep did.
-        parts: the assets `tokenizer`, `text`, `transformer` and `judge`; `sampling` of a run with a sweep.
+        parts: the assets `tokenizer`, `text` and `transformer`; what else the run made of the model, its
+            `judge` and the `sampling` of a sweep, is named among the inputs.
 
     Raises:
         UserError: a part is damaged, or is no model.

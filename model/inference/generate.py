@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,15 @@ class Generator:
         tokenizer: Tokenizer,
         text: TextEncoder,
         gpt: GPT,
-        judge: Judge | None = None,
+        reranker: Callable[[], Judge] | None = None,
         sampling: SamplingConfig | None = None,
         compile: bool = False,
     ) -> None:
         """
         Args:
             tokenizer, text, gpt: on one device, in evaluation mode.
-            judge: chooses where `best_of` asks for several draws.
+            reranker: opens the CLIP that chooses where `best_of` asks for several draws: the one that reads
+                the prompts, so that what the judge says of the chosen means as much as of any.
             sampling: settings of draws that bring none.
             compile: see `model.nets.compiled`.
         """
@@ -61,7 +63,7 @@ class Generator:
                 f" of width {gpt.text_width}, the tokenizer has {tokenizer.vocabulary} codes and the text"
                 f" encoder width {text.width}"
             )
-        self.tokenizer, self.text, self.gpt, self.judge = tokenizer, text, gpt, judge
+        self.tokenizer, self.text, self.gpt, self._reranker = tokenizer, text, gpt, reranker
         self.sampling = sampling or SamplingConfig()
         self.sampler = CompiledSampler(gpt) if compile else Sampler(gpt)
 
@@ -86,10 +88,7 @@ class Generator:
             sampling = SamplingConfig.model_validate(without_retired(stored))
         except ValidationError as error:
             raise UserError(f"{folder / SAMPLING}: {reason(error)}") from None
-        parts = {part: folder / part for part in PARTS}
-        if not parts["judge"].is_dir():
-            del parts["judge"]
-        return cls.open(parts, sampling, device, pictures)
+        return cls.open({part: folder / part for part in PARTS}, sampling, device, pictures)
 
     @classmethod
     def open(
@@ -104,10 +103,12 @@ class Generator:
         gpt = load_gpt(parts["transformer"], device)
         if device.type == "cuda" and gpt.config.training.precision == "bf16":
             gpt = gpt.bfloat16()
-        judge = load_judge(parts["judge"], device) if "judge" in parts else None
         tokenizer = load_tokenizer(parts["tokenizer"], device)
         text = load_text_encoder(parts["text"], device)
-        return cls(tokenizer, text, gpt, judge, sampling, compile=pays(device, pictures))
+        reranker = cache(partial(load_judge, parts["text"], device))
+        if sampling.best_of > 1:  # what does not fit is to be known before anything is drawn
+            reranker()
+        return cls(tokenizer, text, gpt, reranker, sampling, compile=pays(device, pictures))
 
     @property
     def device(self) -> torch.device:
@@ -196,7 +197,7 @@ class Generator:
             alone = sampling.model_copy(update={"best_of": 1})  # there is nothing to judge a picture by
             return self.sampler(None, None, alone, seeds, on_token=on_token)
         states, mask = self.text.encode(self.text.tokenize(prompts))
-        rerank = self._rerank(prompts) if sampling.best_of > 1 else None
+        rerank = self._rerank(prompts, self._reranker()) if self._reranker and sampling.best_of > 1 else None
         return self.sampler(states, mask, sampling, seeds, on_token=on_token, rerank=rerank)
 
     def _decoded(self, codes: Tensor) -> Tensor:
@@ -206,16 +207,12 @@ class Generator:
             raise Diverged("codes are decoded to what is no finite number; train the tokenizer anew")
         return images
 
-    def _rerank(self, prompts: list[str]) -> Rerank:
-        judge = self.judge
-        if judge is None:
-            raise UserError("best_of above 1 needs a judge, and this model has none; set best_of to 1")
-
+    def _rerank(self, prompts: list[str], clip: Judge) -> Rerank:
         def scores(codes: Tensor) -> Tensor:  # (B, n, T) -> (B, n)
-            features = judge.image_features(self._decoded(codes.flatten(0, 1))).view(*codes.shape[:2], -1)
-            found = torch.einsum("bne,be->bn", features, judge.text_features(prompts))
+            features = clip.image_features(self._decoded(codes.flatten(0, 1))).view(*codes.shape[:2], -1)
+            found = torch.einsum("bne,be->bn", features, clip.text_features(prompts))
             if not found.isfinite().all():
-                raise Diverged("pictures are judged by what is no finite number; train the judge anew")
+                raise Diverged("pictures are chosen by what is no finite number; train the text encoder anew")
             return found
 
         return scores

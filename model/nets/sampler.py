@@ -1,7 +1,7 @@
 """Drawing image tokens from the transformer.
 
 This module sees token ids and text states: never pixels, prompts or files. Whoever wants the best of several
-draws hands in the judge as a function.
+draws hands in the reranker as a function.
 
 Randomness is counter-based: the noise of a token is a hash of (seed, position, code), so the picture of a
 seed depends neither on the batch it is drawn in nor on the device, and there is no generator state to carry.

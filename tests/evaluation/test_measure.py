@@ -23,8 +23,9 @@ from model.evaluation.benchmark import (
 from model.inference.bundle import make_bundle
 from model.inference.generate import Generator
 from model.nets import metrics
+from model.nets.clip import load_judge
 from model.nets.tokenizers import neighbours
-from model.plumbing import storage
+from model.plumbing import cache, storage
 from model.plumbing.assets import Manifest
 from model.plumbing.speech import Progress
 from tests.instances import config, ingest, make, publish_models
@@ -85,9 +86,10 @@ def test_measuring_twice_gives_the_same_bytes(
     assert make("measurement", run, inputs) == made
 
 
-def test_the_judge_is_the_benchmarks_and_not_the_models(made: Manifest, drawn: Drawn) -> None:
-    own = drawn.generator.judge
-    assert own
+def test_the_judge_is_the_benchmarks_and_not_the_runs_own(
+    made: Manifest, drawn: Drawn, inputs: dict[str, Manifest]
+) -> None:
+    own = load_judge(cache.folder(inputs["model"].input("judge")))
     captions = drawn.benchmark.splits["train"].captions
     by_own = own.text_features(captions)
     scores = metrics.clip_score(drawn.features("train"), drawn.judge.text_features(captions))

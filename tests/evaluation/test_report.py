@@ -205,7 +205,7 @@ def test_a_judge_that_also_reads_or_chooses_is_named_so(page: Page) -> None:
     changed = {"config": config(clip={"kind": "pretrained"}), "sampling": SamplingConfig(best_of=4)}
     text = " ".join(Reader(report.render(Page(**{**page.__dict__, **changed}))).text.split())
     assert "ViT-L-14 (openai), pretrained; the same model reads the prompts" in text
-    assert "among 4 draws, which flatters its scores" in text
+    assert "best of 4 draws, chosen by the CLIP that reads the prompts, which flatters these scores" in text
 
 
 def test_files_of_the_asset(page: Page) -> None:

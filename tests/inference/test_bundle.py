@@ -43,8 +43,9 @@ def test_a_bundle_holds_its_parts_and_how_they_draw(store: str, tmp_path: Path) 
     assert make_bundle(run, parts) == made
     names = {f"{part}/{name}" for part in PARTS for name in (*FILES, "history.json")}
     assert {file.name for file in made.files} == names | {"sampling.json"}
-    for part, manifest in parts.items():
-        assert made.inputs[part] == manifest.as_input
+    assert made.inputs == {part: manifest.as_input for part, manifest in parts.items()}
+    for part in PARTS:
+        manifest = parts[part]
         for file in manifest.files:
             assert made.file(f"{part}/{file.name}").sha256 == file.sha256
     assert Generator.load(registry.resolve(made.uri)).sampling.cfg_scale == 1.5
@@ -55,7 +56,7 @@ def test_a_bundle_holds_its_parts_and_how_they_draw(store: str, tmp_path: Path) 
 def test_no_bundle_is_made_of_a_damaged_part(store: str, tmp_path: Path) -> None:
     run = config()
     parts = publish_models(tmp_path, run, ingest(run.data))
-    weights = storage.join(parts["judge"].uri, "model.safetensors")
+    weights = storage.join(parts["text"].uri, "model.safetensors")
     data = storage.read_bytes(weights)
     storage.write_bytes(weights, data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(storage.Damaged, match=rf"{weights} is damaged"):

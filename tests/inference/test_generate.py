@@ -14,6 +14,7 @@ from PIL import Image
 from model.config import SamplingConfig
 from model.errors import Diverged, UserError
 from model.inference.generate import Generator, checked
+from model.nets.clip import load_judge
 from model.nets.compiled import CompiledSampler
 from model.plumbing.checkpoints import load_model, save_model
 from tests.instances import config, write_models
@@ -85,31 +86,30 @@ def test_a_compiled_generator_draws_the_same_and_compiles_for_full_batches_alone
     assert [key[0] for key in many.sampler._programs] == [3, 3]
 
 
-def test_best_of_keeps_what_the_judge_prefers(generator: Generator) -> None:
-    judge = generator.judge
-    assert judge
+def test_best_of_keeps_what_the_clip_that_reads_prompts_prefers(generator: Generator, bundle: Path) -> None:
+    clip = load_judge(bundle / "text")
     several = SamplingConfig(best_of=8)
     chosen = generator.draw(TWO[:1], [1], several)
     own = generator.draw(TWO[:1], [1], SamplingConfig())
-    text = judge.text_features(TWO[:1])[0]
-    scores = [float(judge.image_features(image) @ text) for image in (chosen, own)]
+    text = clip.text_features(TWO[:1])[0]
+    scores = [float(clip.image_features(image) @ text) for image in (chosen, own)]
     assert scores[0] >= scores[1]
-    generator.judge = None
-    with pytest.raises(UserError, match="needs a judge"):
-        generator.draw(TWO[:1], [1], several)
+    alone = Generator(generator.tokenizer, generator.text, generator.gpt)
+    with pytest.raises(ValueError, match="needs a rerank function"):
+        alone.draw(TWO[:1], [1], several)
 
 
 @pytest.mark.parametrize(
     ("part", "says"),
-    [("gpt", "codes would be drawn"), ("tokenizer", "codes are decoded"), ("judge", "pictures are judged")],
+    [("gpt", "codes would be drawn"), ("tokenizer", "codes are decoded"), ("clip", "pictures are chosen")],
 )
 def test_weights_so_great_that_nothing_is_a_number_any_more_draw_nothing(
-    generator: Generator, part: str, says: str
+    generator: Generator, bundle: Path, part: str, says: str
 ) -> None:
-    net = getattr(generator, part)
-    for weight in (net.model if part == "judge" else net).parameters():
+    clip = load_judge(bundle / "text")
+    for weight in (clip.model if part == "clip" else getattr(generator, part)).parameters():
         weight.requires_grad_(False).fill_(1e38)
-    spoiled = Generator(generator.tokenizer, generator.text, generator.gpt, generator.judge)
+    spoiled = Generator(generator.tokenizer, generator.text, generator.gpt, lambda: clip)
     with pytest.raises(Diverged, match=f"{says} .* no finite number"):
         spoiled.generate(TWO, [1, 2], SamplingConfig(best_of=2))
 

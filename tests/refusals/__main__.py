@@ -88,7 +88,7 @@ def bundles(scratch: Path, wanted: Wanted) -> Iterator[Refusal]:
 
     def good() -> None:
         write_models(scratch / "good", config())
-        (scratch / "good/sampling.json").write_text("{}")
+        (scratch / "good/sampling.json").write_text('{"best_of": 2}')
         for path in (scratch / "good").rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 WEIGHTS = "transformer/model.safetensors"
-CONFIGS = {part: f"{part}/config.json" for part in ("tokenizer", "text", "judge", "transformer")}
+CONFIGS = {part: f"{part}/config.json" for part in ("tokenizer", "text", "transformer")}
 DEEP = 10**5
 HUGE = 1 << 42  # bytes of a file that is all hole
 
@@ -79,9 +79,9 @@ def pretrained(family: str, **architecture: Any) -> Change:
     return written(CONFIGS["tokenizer"], json.dumps(said))
 
 
-def clip(part: str = "text", vision: dict[str, Any] | None = None, **text: Any) -> Change:
+def clip(vision: dict[str, Any] | None = None, **text: Any) -> Change:
     """With a CLIP of another architecture."""
-    return described(part, architecture={"text_cfg": text, "vision_cfg": vision or {}})
+    return described("text", architecture={"text_cfg": text, "vision_cfg": vision or {}})
 
 
 def header(tensors: dict[str, Any] | str, behind: bytes = b"", length: int | None = None) -> bytes:
@@ -220,7 +220,7 @@ BUNDLES: dict[str, Change] = {
     "parts that do not fit": net("transformer", described("transformer", vocabulary=17)),
     "nobody may read a description": lambda folder: (folder / CONFIGS["text"]).chmod(0),
     "nobody may read the weights": lambda folder: (folder / WEIGHTS).chmod(0),
-    "nobody may enter a part": lambda folder: (folder / "judge").chmod(0),
+    "nobody may enter a part": lambda folder: (folder / "text").chmod(0),
     "nobody may enter the folder": lambda folder: folder.chmod(0),
     "a model that is a pipe": both(shutil.rmtree, os.mkfifo),
     "a model that is a link to itself": both(shutil.rmtree, lambda folder: folder.symlink_to(folder)),
@@ -243,9 +243,9 @@ BUNDLES: dict[str, Change] = {
     "a description is a folder": instead(CONFIGS["text"], Path.mkdir),
     "a description is a pipe": instead(CONFIGS["text"], os.mkfifo),
     "a description is a device": instead(CONFIGS["text"], link("/dev/zero")),
-    "a description is terabytes": instead(CONFIGS["judge"], hole),
-    "a description nests without end": written(CONFIGS["judge"], NEST),
-    "a description nests 50 deep": written(CONFIGS["judge"], '{"a": ' * 50 + "1" + "}" * 50),
+    "a description is terabytes": instead(CONFIGS["text"], hole),
+    "a description nests without end": written(CONFIGS["text"], NEST),
+    "a description nests 50 deep": written(CONFIGS["text"], '{"a": ' * 50 + "1" + "}" * 50),
     "a description has a long list": written(CONFIGS["text"], json.dumps({"a": [0] * 10**5})),
     "a description has many entries": written(CONFIGS["text"], json.dumps({f"{n}": n for n in range(2000)})),
     "a description is not UTF-8": written(CONFIGS["text"], b'{"name": "caf\xe9"}'),
@@ -289,20 +289,20 @@ BUNDLES: dict[str, Change] = {
     "a mask of 9 GiB beside small weights": net("text", clip(context_length=50_000)),
     "a text of one token": net("text", clip(context_length=1)),
     "a text with a token more than it has places": net("text", clip(embed_cls=True)),
-    "a judge of every token": net("judge", clip("judge", pool_type="none")),
-    "a judge that says more than it is asked": net("judge", clip("judge", {"output_tokens": True})),
+    "a CLIP of every token": net("text", clip(pool_type="none")),
+    "a CLIP that says more than it is asked": net("text", clip(vision={"output_tokens": True})),
     "a vocabulary that is not CLIP's": net("text", clip(vocab_size=100)),
     "a vocabulary of two billion": clip(vocab_size=2**31),
     "a million layers": clip(layers=10**6),
     "a million layers in a list": clip(vision={"layers": [10**6, 1, 1, 1]}),
     "layers below zero": clip(layers=-1),
-    "pictures of a billion pixels": clip("judge", {"image_size": 2**20, "patch_size": 1}),
-    "patches of nothing": clip("judge", {"patch_size": 0}),
-    "positions as sines, of terabytes": clip("judge", SINES),
-    "pictures that are no size": described("judge", preprocess={"size": 10**9}),
-    "pictures of another size": described("judge", preprocess={"size": 24}),
-    "pictures divided by nothing": described("judge", preprocess={"std": [0.0] * 3}),
-    "pictures less words": described("judge", preprocess={"mean": ["a", "b", "c"]}),
+    "pictures of a billion pixels": clip(vision={"image_size": 2**20, "patch_size": 1}),
+    "patches of nothing": clip(vision={"patch_size": 0}),
+    "positions as sines, of terabytes": clip(vision=SINES),
+    "pictures that are no size": described("text", preprocess={"size": 10**9}),
+    "pictures of another size": described("text", preprocess={"size": 24}),
+    "pictures divided by nothing": described("text", preprocess={"std": [0.0] * 3}),
+    "pictures less words": described("text", preprocess={"mean": ["a", "b", "c"]}),
     "a tokenizer of a thousand levels": pretrained(
         "diffusers", block_out_channels=LEVELS, layers_per_block=256, norm_num_groups=8,
         down_block_types=["DownEncoderBlock2D"] * 1024, up_block_types=["UpDecoderBlock2D"] * 1024,
@@ -314,7 +314,7 @@ BUNDLES: dict[str, Change] = {
     # ── of a description that asks for something else
     "a text tower of the hub": clip(hf_model_name="roberta-base"),
     "a tokenizer of the hub": clip(hf_tokenizer_name="roberta-base"),
-    "a picture tower of timm": clip("judge", {"timm_model_name": "vit_base_patch16_224"}),
+    "a picture tower of timm": clip(vision={"timm_model_name": "vit_base_patch16_224"}),
     "code of the hub": pretrained("janus", auto_map={"AutoModel": "evil--modeling.Model"}),
     "kernels of the hub": pretrained("janus", attn_implementation="kernels-community/flash-attn"),
     "a quantizer of the hub": pretrained("emu3", quantization_config={"quant_method": "bitsandbytes"}),
