@@ -789,11 +789,11 @@ def test_who_has_lost_the_lock_writes_nothing(bench: Bench, monkeypatch: pytest.
     real = leases.alone
 
     @contextmanager
-    def lost(name: str, work: str) -> Iterator[Callable[[], None]]:
+    def lost(name: str, work: str, *saying: str) -> Iterator[Callable[[], None]]:
         def still_ours() -> None:
             raise UserError("its lock may be another's")
 
-        with real(name, work) as ours:
+        with real(name, work, *saying) as ours:
             yield still_ours if work.startswith("registry/") else ours
 
     monkeypatch.setattr(leases, "alone", lost)
