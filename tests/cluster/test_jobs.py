@@ -227,7 +227,8 @@ def test_two_steps_share_a_job_and_one_of_them_is_enough(train: Callable[..., Tr
     assert code == 0, why + second.log
 
 
-def test_a_step_that_is_killed_and_never_comes_back_ends_its_job(training: Training) -> None:
+def test_a_step_that_is_killed_and_never_comes_back_ends_its_job(train: Callable[..., Training]) -> None:
+    training = train("abandoned", "transformer.training.steps=60000")  # four minutes are not to be enough
     step = training.start()
     training.runs()
     training.goes_on(180)
