@@ -126,6 +126,10 @@ def generate(
     temperature: Annotated[Optional[float], typer.Option(min=0, help="0 is greedy.")] = None,  # noqa: UP045
     top_k: Annotated[Optional[int], typer.Option(min=0, help="0 keeps all.")] = None,  # noqa: UP045
     top_p: Annotated[Optional[float], typer.Option(min=0, max=1, help="1 keeps all.")] = None,  # noqa: UP045
+    best_of: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, max=256, help="Draws per picture; the CLIP that reads prompts keeps the best."),
+    ] = None,
     unconditional: Annotated[bool, typer.Option("--unconditional", help="Draw without a prompt.")] = False,
 ) -> None:
     """Draw pictures from a prompt. Options left out are those that the model was registered with."""
@@ -161,6 +165,7 @@ def generate(
     side = size or generator.side
     files.check_side(side, generator.side)
     options = {"cfg_scale": cfg_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options["best_of"] = best_of
     given = {name: value for name, value in options.items() if value is not None}
     sampling = generator.sampling.model_copy(update=given)
     seeds = list(range(seed, seed + num_images))

@@ -56,7 +56,7 @@ REQUIREMENTS = (
     "jaxtyping",
     "boto3",
 )
-MAX_IMAGES = 64  # of one request
+MAX_IMAGES = 64  # drawn for one request, with those that its `best_of` does not keep
 NOT_GIVEN = -1.0  # of a sampling parameter: the model's own setting holds
 EXAMPLE = {"prompt": ["red apple"]}
 
@@ -95,13 +95,15 @@ class TextToImage(PythonModel):
 
     def _predict(self, prompts: list[str], given: dict[str, Any]) -> pd.DataFrame:
         seed, count = _whole(given, "seed", 0), _whole(given, "num_images", 1)
-        if not 1 <= count * len(prompts) <= MAX_IMAGES:
-            raise UserError(
-                f"num_images {count} for {len(prompts)} prompts; 1 to {MAX_IMAGES} pictures at once"
-            )
         from model.inference.generate import checked
 
         changed = {name: value for name, value in given.items() if value != NOT_GIVEN}
+        several = changed.get("best_of", 1)
+        if not 1 <= count * len(prompts) * several <= MAX_IMAGES:
+            best = f", each the best of {several:g}" if "best_of" in changed else ""
+            raise UserError(
+                f"num_images {count} for {len(prompts)} prompts{best}; 1 to {MAX_IMAGES} pictures at once"
+            )
         sampling = checked(self.generator.sampling.model_dump() | changed)
         rows = [(prompt, seed + i) for prompt in prompts for i in range(count)]
         images = self.generator.generate([row[0] for row in rows], [row[1] for row in rows], sampling)
@@ -152,6 +154,7 @@ def signature() -> ModelSignature:
                 ParamSpec("temperature", DataType.double, NOT_GIVEN),
                 ParamSpec("top_k", DataType.long, int(NOT_GIVEN)),
                 ParamSpec("top_p", DataType.double, NOT_GIVEN),
+                ParamSpec("best_of", DataType.long, int(NOT_GIVEN)),
             ]
         ),
     )

@@ -63,6 +63,15 @@ def test_settings_change_the_picture(model: serving.TextToImage) -> None:
     assert not np.array_equal(*drawn)
 
 
+def test_the_best_of_several_is_another_picture(model: serving.TextToImage) -> None:
+    asked = pd.DataFrame({"prompt": [PROMPT]})
+    sampling = model.generator.sampling.model_copy(update={"best_of": 16})
+    expected = model.generator.generate([PROMPT], [3], sampling)[0]
+    (best,) = pictures(model.predict(None, asked, {"seed": 3, "best_of": 16}))
+    assert np.array_equal(best, np.asarray(expected))
+    assert not np.array_equal(best, pictures(model.predict(None, asked, {"seed": 3}))[0])
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "says"),
     [
@@ -70,6 +79,8 @@ def test_settings_change_the_picture(model: serving.TextToImage) -> None:
         (PROMPT, {"num_images": 65}, "1 to 64 pictures"),
         (PROMPT, {"num_images": 0}, "1 to 64 pictures"),
         (PROMPT, {"num_images": -1}, "1 to 64 pictures"),
+        (PROMPT, {"num_images": 4, "best_of": 17}, "each the best of 17; 1 to 64 pictures"),
+        (PROMPT, {"best_of": 0}, "1 to 64 pictures"),
         (PROMPT, {"top_p": 2.0}, r"top_p is 2\.0"),
     ],
 )

@@ -74,6 +74,14 @@ def test_several_pictures_are_numbered(here: Path, capsys: pytest.CaptureFixture
     assert {path.name for path in here.glob("*.png")} == {"a-0.png", "a-1.png"}
 
 
+def test_the_best_of_several_is_kept_and_the_picture_says_so(here: Path) -> None:
+    generate("a cat", Path("own.png"), "model", seed=3)
+    generate("a cat", Path("best.png"), "model", seed=3, best_of=16)
+    own, best = Image.open("own.png"), Image.open("best.png")
+    assert own.tobytes() != best.tobytes()
+    assert '"best_of":16' in best.text["Sampling"]  # type: ignore[attr-defined]
+
+
 def test_a_picture_has_the_size_that_was_asked_for_and_says_so(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
