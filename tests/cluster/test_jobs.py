@@ -241,8 +241,13 @@ def test_a_step_that_is_killed_and_never_comes_back_ends_its_job(train: Callable
     )
     ends = [one.outcome.kind for one in attempts.attempts(training.spec.output) if one.outcome]
     assert set(ends) == {"orphaned"}, ends
-    (job,) = training.cluster.get("pytorchjobs", "--field-selector", f"metadata.name={training.job}")
-    assert "Succeeded" in [one["type"] for one in job["status"]["conditions"] if one["status"] == "True"]
+
+    def succeeded() -> bool:
+        """Whether the operator says so, who has to see first that its pods have ended."""
+        (job,) = training.cluster.get("pytorchjobs", "--field-selector", f"metadata.name={training.job}")
+        return ("Succeeded", "True") in [(one["type"], one["status"]) for one in job["status"]["conditions"]]
+
+    until(succeeded, 60, f"the success of {training.job}")
     assert training.checkpoint > 0
     step = training.start()
     step.says("goes on from step", 180)
