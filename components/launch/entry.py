@@ -190,10 +190,12 @@ def _run(spec: JobSpec, attempt: Attempt, told: Told) -> Outcome:
             told_first = _watched(ranks, meeting, told, spec.jobs.grace_seconds + GRACE)
         left = {int(who): end for who, end in outcome.left_in(str(outcomes)).items()}
         end = _judged(ranks, left, folder, meeting)
-    if told.unwanted and end.kind not in FINAL:
-        return Outcome(kind="orphaned", reason="nobody wants the asset any more; its processes hung")
     if end.well:
-        end = _settled(spec, meeting, told)
+        with _while_wanted(spec, told, HANGS):
+            end = _settled(spec, meeting, told)
+    if told.unwanted and end.kind not in FINAL:
+        said = f": {end.reason}" if end.reason else ""
+        return end.model_copy(update={"kind": "orphaned", "reason": f"nobody wants the asset any more{said}"})
     if told_first and end.kind not in FINAL:
         # Whoever is told to end in the middle of something may break in any way; the next attempt will tell.
         reason = end.reason if end.kind == "stopped" else f"told to end (SIGTERM); {end.reason}"

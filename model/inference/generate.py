@@ -198,7 +198,8 @@ class Generator:
             return self.sampler(None, None, alone, seeds, on_token=on_token)
         states, mask = self.text.encode(self.text.tokenize(prompts))
         rerank = self._rerank(prompts, self._reranker()) if self._reranker and sampling.best_of > 1 else None
-        return self.sampler(states, mask, sampling, seeds, on_token=on_token, rerank=rerank)
+        most = self._side_by_side()
+        return self.sampler(states, mask, sampling, seeds, on_token=on_token, rerank=rerank, at_once=most)
 
     def _decoded(self, codes: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) of codes (B, T)."""
@@ -209,7 +210,9 @@ class Generator:
 
     def _rerank(self, prompts: list[str], clip: Judge) -> Rerank:
         def scores(codes: Tensor) -> Tensor:  # (B, n, T) -> (B, n)
-            features = clip.image_features(self._decoded(codes.flatten(0, 1))).view(*codes.shape[:2], -1)
+            parts = codes.flatten(0, 1).split(self._side_by_side())
+            features = torch.cat([clip.image_features(self._decoded(part)) for part in parts])
+            features = features.view(*codes.shape[:2], -1)
             found = torch.einsum("bne,be->bn", features, clip.text_features(prompts))
             if not found.isfinite().all():
                 raise Diverged("pictures are chosen by what is no finite number; train the text encoder anew")

@@ -56,7 +56,7 @@ REQUIREMENTS = (
     "jaxtyping",
     "boto3",
 )
-MAX_IMAGES = 64  # drawn for one request, with those that its `best_of` does not keep
+MAX_IMAGES = 64  # drawn for one request, with those that `best_of` does not keep
 NOT_GIVEN = -1.0  # of a sampling parameter: the model's own setting holds
 EXAMPLE = {"prompt": ["red apple"]}
 
@@ -98,13 +98,12 @@ class TextToImage(PythonModel):
         from model.inference.generate import checked
 
         changed = {name: value for name, value in given.items() if value != NOT_GIVEN}
-        several = changed.get("best_of", 1)
-        if not 1 <= count * len(prompts) * several <= MAX_IMAGES:
-            best = f", each the best of {several:g}" if "best_of" in changed else ""
+        sampling = checked(self.generator.sampling.model_dump() | changed)
+        if not 1 <= count * len(prompts) * sampling.best_of <= MAX_IMAGES:
+            best = f", each the best of {sampling.best_of}" if sampling.best_of > 1 else ""
             raise UserError(
                 f"num_images {count} for {len(prompts)} prompts{best}; 1 to {MAX_IMAGES} pictures at once"
             )
-        sampling = checked(self.generator.sampling.model_dump() | changed)
         rows = [(prompt, seed + i) for prompt in prompts for i in range(count)]
         images = self.generator.generate([row[0] for row in rows], [row[1] for row in rows], sampling)
         return pd.DataFrame(

@@ -287,7 +287,7 @@ def load_text_encoder(folder: str | Path, device: str | torch.device = "cpu") ->
 
 
 def load_judge(folder: str | Path, device: str | torch.device = "cpu") -> Judge:
-    """The judge of a `judge` asset's folder. Raises UserError as `load`."""
+    """The CLIP of the folder of a `judge` asset, or of a `text` one. Raises UserError as `load`."""
     model, said = load(folder, _build_described, _compare)
     return Judge(model, Description.model_validate(said).preprocess.model_dump(), device)
 

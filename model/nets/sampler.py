@@ -55,6 +55,7 @@ class Sampler:
         prefix: Int[Tensor, "B P"] | None = None,
         on_token: OnToken | None = None,
         rerank: Rerank | None = None,
+        at_once: int = 0,
     ) -> Int[Tensor, "B T"]:
         """Codes of one picture per seed.
 
@@ -66,6 +67,7 @@ class Sampler:
             prefix: the first P < T codes of each picture, kept as they are.
             on_token: called after each position, with its codes on the model's device.
             rerank: chooses among `config.best_of` draws; needed where that exceeds 1.
+            at_once: of all their draws, at most; 0: all.
 
         Raises:
             ValueError: where rows, seeds and prefix do not fit together.
@@ -81,13 +83,16 @@ class Sampler:
             if rerank is None:
                 raise ValueError(f"best_of {n} needs a rerank function to choose")
 
-            def several(rows: Tensor | None) -> Tensor | None:
-                return None if rows is None else rows.repeat_interleave(n, dim=0)
-
             one = config.model_copy(update={"best_of": 1})
             candidates = [candidate_seed(seed, i) for seed in seeds for i in range(n)]
-            codes = self(several(text), several(text_mask), one, candidates, several(prefix), on_token)
-            codes = codes.view(len(seeds), n, gpt.tokens)
+            whose = torch.arange(len(seeds)).repeat_interleave(n)
+            parts = []
+            for part in torch.arange(len(candidates)).split(at_once or len(candidates)):
+                rows = whose[part]
+                few = [None if one_each is None else one_each[rows] for one_each in (text, text_mask, prefix)]
+                drawn = [candidates[place] for place in part]
+                parts.append(self(few[0], few[1], one, drawn, few[2], on_token))
+            codes = torch.cat(parts).view(len(seeds), n, gpt.tokens)
             best = rerank(codes).argmax(dim=1)
             return codes[torch.arange(len(seeds), device=device), best.to(device)]
 

@@ -87,9 +87,11 @@ def main(job):
     job.processes.barrier()
     if end == "nothing made":
         return
-    if end == "slow upload":
+    if end in ("slow upload", "slow and deaf upload"):
         if rank:
             return
+        if end != "slow upload":
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         Path(toy["folder"], "pid-0").write_text(str(os.getpid()))
         time.sleep(1000)
     if job.processes.is_main:
@@ -426,6 +428,20 @@ def test_a_rank_that_waits_for_one_of_a_worker_that_has_ended_well_ends_when_nob
     os.utime(lease, (time.time() - 3600,) * 2)
     assert ended(first) == [0], job.said(0)
     assert job.message(0)["kind"] == "orphaned"
+
+
+def test_a_worker_that_waits_for_an_upload_that_hangs_ends_when_nobody_wants_the_asset(
+    pods: Callable[..., Pods],
+) -> None:
+    job = pods("slow and deaf upload")
+    lease = Path(job.spec.leases, "step.json")
+    lease.parent.mkdir(parents=True)
+    lease.write_text("{}")
+    started = job.start()
+    job.running(0)
+    os.utime(lease, (time.time() - 3600,) * 2)
+    assert ended(started) == [0, 0], job.said(0) + job.said(1)
+    assert [job.message(number)["kind"] for number in (0, 1)] == ["orphaned", "orphaned"]
 
 
 def test_a_lease_that_is_renewed_when_the_worker_has_looked_once_has_not_run_out(

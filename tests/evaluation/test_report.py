@@ -26,7 +26,7 @@ FILE = File(name="model.safetensors", size=1_234_567, sha256="1" * 64)
 FILES = tuple(
     FILE.model_copy(update={"name": name})
     for name in (
-        *(f"{part}/{FILE.name}" for part in ("judge", "text", "tokenizer", "transformer")),
+        *(f"{part}/{FILE.name}" for part in ("text", "tokenizer", "transformer")),
         "sampling.json",
     )
 )
@@ -75,6 +75,12 @@ def manifest(kind: str, **inputs: str) -> Manifest:
     )
 
 
+def judged(sha256: str) -> Manifest:
+    """A benchmark whose judge has weights of this hash."""
+    weights = FILE.model_copy(update={"name": f"judge/{FILE.name}", "sha256": sha256})
+    return manifest("benchmark", judge="z").model_copy(update={"files": (FILE, weights)})
+
+
 @pytest.fixture
 def page() -> Page:
     return Page(
@@ -83,7 +89,7 @@ def page() -> Page:
         model=manifest("model", tokenizer="x", text="y", judge="z", transformer="w", sampling="v").model_copy(
             update={"files": FILES,
                     "info": {"tokenizer": {"psnr": 27.25}, "sampling": SWEPT}}),
-        benchmark=manifest("benchmark", judge="z"),
+        benchmark=judged(FILE.sha256),
         metrics=figures(),
         parameters={"transformer": 2_325_824, "tokenizer": 1_327_540},
         grids=[
@@ -151,7 +157,7 @@ def test_what_the_page_says(page: Page) -> None:
     text = " ".join(Reader(report.render(page)).text.split())
     for said in (
         "75.0 %", "27.2 dB", "compact CLIP trained in this run", "2.3M weights", "Combinations held out",
-        "images/0123456789abcdef", "quarantined 3", "1.2MB", "tokenizer/x", "psnr 27.25", "6.2MB",
+        "images/0123456789abcdef", "quarantined 3", "1.2MB", "tokenizer/x", "psnr 27.25", "4.9MB",
         "codebook_size: 16", "0.123",
         "the model draws at guidance 3.0 and temperature 0.9", "over the same 64 prompts",
         "24 captions seen in training, 20 captions held out", "latent-gpt run --preset tiny.yaml",
@@ -206,6 +212,10 @@ def test_a_judge_that_also_reads_or_chooses_is_named_so(page: Page) -> None:
     text = " ".join(Reader(report.render(Page(**{**page.__dict__, **changed}))).text.split())
     assert "ViT-L-14 (openai), pretrained; the same model reads the prompts" in text
     assert "best of 4 draws, chosen by the CLIP that reads the prompts, which flatters these scores" in text
+    changed |= {"benchmark": judged("2" * 64)}
+    text = " ".join(Reader(report.render(Page(**{**page.__dict__, **changed}))).text.split())
+    assert "chosen by the CLIP that reads the prompts." in text
+    assert "ViT-L-14 (openai), pretrained. Pictures" in text
 
 
 def test_files_of_the_asset(page: Page) -> None:

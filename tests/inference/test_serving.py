@@ -80,7 +80,8 @@ def test_the_best_of_several_is_another_picture(model: serving.TextToImage) -> N
         (PROMPT, {"num_images": 0}, "1 to 64 pictures"),
         (PROMPT, {"num_images": -1}, "1 to 64 pictures"),
         (PROMPT, {"num_images": 4, "best_of": 17}, "each the best of 17; 1 to 64 pictures"),
-        (PROMPT, {"best_of": 0}, "1 to 64 pictures"),
+        (PROMPT, {"best_of": 0}, "best_of is 0"),
+        (PROMPT, {"best_of": None}, "best_of is None"),
         (PROMPT, {"top_p": 2.0}, r"top_p is 2\.0"),
     ],
 )

@@ -315,7 +315,7 @@ def test_drawing_ahead_saves_passes_where_guesses_are_right() -> None:
     assert len(passes) == 35
 
 
-def test_best_of_keeps_what_the_judge_prefers() -> None:
+def test_best_of_keeps_what_is_preferred() -> None:
     gpt = tiny()
     text, mask = texts()
     config = SamplingConfig(cfg_scale=1, best_of=4)
@@ -332,6 +332,8 @@ def test_best_of_keeps_what_the_judge_prefers() -> None:
     assert torch.equal(offered[0][:, 0], sample(gpt, text, mask, single, seeds=[1, 2, 3]))
     second = sample(gpt, text, mask, single, seeds=[candidate_seed(seed, 1) for seed in (1, 2, 3)])
     assert torch.equal(offered[0][:, 1], second)
+    by_five = Sampler(gpt)(text, mask, config, seeds=[1, 2, 3], rerank=rerank, at_once=5)
+    assert torch.equal(by_five, best)
     with pytest.raises(ValueError, match="rerank"):
         sample(gpt, text, mask, config, seeds=[1, 2, 3])
     with pytest.raises(ValueError, match="seeds"):
