@@ -44,6 +44,7 @@ class KfpServer:
         self.uploads: dict[str, list[Object]] = {}  # by pipeline, the oldest first
         self.experiments: dict[str, Object] = {}
         self.runs: dict[str, Object] = {}
+        self.lost: set[str] = set()  # runs whose workflow somebody deleted
         self.recurring: dict[str, Object] = {}
         self._clock = datetime.datetime(2026, 11, 26, 12, tzinfo=datetime.UTC)
 
@@ -236,6 +237,8 @@ class KfpServer:
     def _terminate(self, run: str, query: Object, body: Any) -> Object:
         if self._run(run, query, body)["state"] in ("SUCCEEDED", "FAILED"):
             raise Refused(400, 3, "Failed to terminate a run: its state is final")
+        if run in self.lost:
+            raise Refused(500, 13, f'workflows.argoproj.io "{run}" not found')
         self.state(run, "CANCELING")
         return {}
 

@@ -208,10 +208,16 @@ def remove(kfp: Kfp, kubectl: Kubectl, limit: float = 180.0) -> None:
         if run and run not in found:
             with suppress(UserError):  # somebody deleted it
                 found[run] = kfp.run(run)
-    going = [run for run in found.values() if not run.over]
-    for run in going:
-        kfp.terminate(run.id)
-        print(f"cancelled {run.name} ({run.id})")
+    going = []
+    for run in found.values():
+        if not run.over:
+            try:
+                kfp.terminate(run.id)
+            except UserError as error:  # as of one whose workflow is gone, which KFP takes to run for ever
+                print(f"{run.name} ({run.id}) cannot be cancelled: {error}")
+                continue
+            going.append(run)
+            print(f"cancelled {run.name} ({run.id})")
     end = time.monotonic() + limit
     while going and time.monotonic() < end:
         time.sleep(LOOK)

@@ -151,6 +151,8 @@ def test_who_takes_all_away_ends_runs_first(
 ) -> None:
     over, going = runs.submit("smoke", name="over"), runs.submit("smoke", name="going")
     server.state(over, "RUNNING", "SUCCEEDED")
+    lost = runs.submit("smoke", name="lost")
+    server.lost = {lost}
     handed = runs.submit("smoke", name="handed over as a package")
     server.runs[handed]["pipeline_version_reference"] = {}
     pod = step(handed, "a", 1)
@@ -161,7 +163,10 @@ def test_who_takes_all_away_ends_runs_first(
     capsys.readouterr()
     runs.remove(kfp, kubectl)
     said = capsys.readouterr().out.splitlines()
-    assert said == [
+    (gone,) = [line for line in said if "lost" in line]
+    assert gone.startswith(f"lost ({lost}) cannot be cancelled: KFP at ")
+    assert gone.endswith(f'answers 500: workflows.argoproj.io "{lost}" not found')
+    assert [line for line in said if line != gone] == [
         f"cancelled going ({going})",
         f"cancelled handed over as a package ({handed})",
         f"removed pipeline {TEXT_TO_IMAGE} from KFP",
