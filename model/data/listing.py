@@ -21,7 +21,7 @@ def files(path: str, suffixes: tuple[str, ...]) -> list[str]:
     """
     folder, _, pattern = path.rstrip("/").rpartition("/")
     if "*" in pattern:
-        found = [name for name in _below(folder) if "/" not in name and fnmatch(name, pattern)]
+        found = [name for name in _below(folder, deep=False) if "/" not in name and fnmatch(name, pattern)]
     elif storage.exists(path):
         return [path]
     else:
@@ -31,12 +31,18 @@ def files(path: str, suffixes: tuple[str, ...]) -> list[str]:
     return [storage.join(folder, name) for name in visible]
 
 
-def _below(folder: str) -> list[str]:
+def _below(folder: str, deep: bool = True) -> list[str]:
+    """Names below a folder; those of a local one alone, unless `deep`."""
     if storage.is_s3(folder):
         return list(storage.list_sizes(folder))
 
     def closed(error: OSError) -> None:
-        raise UserError(f"{error.filename}: {error.strerror}") from None
+        if not isinstance(error, FileNotFoundError):  # somebody deletes it meanwhile
+            raise UserError(f"{error.filename}: {error.strerror}") from None
 
-    tree = storage.walk(folder, closed) if os.path.isdir(folder) else ()
-    return [os.path.relpath(os.path.join(path, name), folder) for path, _, names in tree for name in names]
+    found = []
+    for path, folders, names in storage.walk(folder, closed) if os.path.isdir(folder) else ():
+        found += [os.path.relpath(os.path.join(path, name), folder) for name in names]
+        if not deep:
+            folders.clear()
+    return found
