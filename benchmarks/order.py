@@ -375,9 +375,9 @@ class Measuring:
 
     @torch.no_grad()
     def figures(self, gpt: GPT, last: float | None) -> dict[str, float]:
-        """Of captions and combinations held out; at the last step of captions seen as well, of the tokenizer,
-        of pictures that are half hidden, and of those drawn by a net that is as sure as it should be: then
-        `last` is the temperature that fits its likelihoods."""
+        """Of captions and combinations held out; at the last step of captions seen as well, of the best of
+        several draws, of the tokenizer, of pictures that are half hidden, and of those drawn by a net that is
+        as sure as it should be: then `last` is the temperature that fits its likelihoods."""
         training, sampling = gpt.training, self.config.sampling
         drawn, found = self.drawn(gpt.eval()), dict[str, float]()
         for split in (split for split in self.benchmark.splits if last or split in HELD_OUT):
@@ -597,9 +597,9 @@ COLUMNS: Columns = {
     "held out": ("validation/retrieval", 100),
     "combinations": ("composition/retrieval", 100),
     "all right": ("composition/all_right", 100),
-    "seen, best of 4": ("train/retrieval_best_of", 100),
-    "held out, best of 4": ("validation/retrieval_best_of", 100),
-    "combinations, best of 4": ("composition/retrieval_best_of", 100),
+    f"seen, best of {BEST_OF}": ("train/retrieval_best_of", 100),
+    f"held out, best of {BEST_OF}": ("validation/retrieval_best_of", 100),
+    f"combinations, best of {BEST_OF}": ("composition/retrieval_best_of", 100),
     "held out, calibrated": ("validation/retrieval_fitted", 100),
     "combinations, calibrated": ("composition/retrieval_fitted", 100),
     "CLIP held out": ("validation/clip_score", 1),

@@ -32,7 +32,7 @@ def files(path: str, suffixes: tuple[str, ...]) -> list[str]:
 
 
 def _below(folder: str, deep: bool = True) -> list[str]:
-    """Names below a folder; those of a local one alone, unless `deep`."""
+    """Names of all files below a folder; unless `deep`, of a local one those that lie in it itself."""
     if storage.is_s3(folder):
         return list(storage.list_sizes(folder))
 

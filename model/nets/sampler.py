@@ -67,7 +67,7 @@ class Sampler:
             prefix: the first P < T codes of each picture, kept as they are.
             on_token: called after each position, with its codes on the model's device.
             rerank: chooses among `config.best_of` draws; needed where that exceeds 1.
-            at_once: of all their draws, at most; 0: all.
+            at_once: so many of these draws in one pass, at most; 0: all.
 
         Raises:
             ValueError: where rows, seeds and prefix do not fit together.

@@ -209,13 +209,12 @@ def remove(kfp: Kfp, kubectl: Kubectl, limit: float = 180.0) -> None:
             with suppress(UserError):  # somebody deleted it
                 found[run] = kfp.run(run)
     going = []
-    for run in found.values():
-        if not run.over:
-            try:
-                kfp.terminate(run.id)
-            except UserError as error:  # as of one whose workflow is gone, which KFP takes to run for ever
-                print(f"{run.name} ({run.id}) cannot be cancelled: {error}")
-                continue
+    for run in (one for one in found.values() if not one.over):
+        try:
+            kfp.terminate(run.id)
+        except UserError as error:  # as of one whose workflow is gone, which KFP takes to run for ever
+            print(f"{run.name} ({run.id}) cannot be cancelled: {error}")
+        else:
             going.append(run)
             print(f"cancelled {run.name} ({run.id})")
     end = time.monotonic() + limit

@@ -176,6 +176,19 @@ class Pods:
             started.append(pod)
         return started
 
+    @property
+    def _lease(self) -> Path:
+        return Path(self.spec.leases, "step.json")
+
+    def wanted(self) -> None:
+        """Hold the lease of a step."""
+        self._lease.parent.mkdir(parents=True)
+        self._lease.write_text("{}")
+
+    def wanted_no_more(self) -> None:
+        """Have it run out."""
+        os.utime(self._lease, (time.time() - 3600,) * 2)
+
     def said(self, number: int) -> str:
         return (self.folder / f"said-{number}").read_text()
 
@@ -384,12 +397,10 @@ def test_who_meets_nobody_says_so(pods: Callable[..., Pods], there: int) -> None
 
 def test_what_nobody_wants_any_more_ends_well(pods: Callable[..., Pods]) -> None:
     job = pods("train for ever")
-    lease = Path(job.spec.leases, "step.json")
-    lease.parent.mkdir(parents=True)
-    lease.write_text("{}")
+    job.wanted()
     started = job.start()
     job.running(0, 1)
-    os.utime(lease, (time.time() - 3600,) * 2)
+    job.wanted_no_more()
     assert ended(started) == [0, 0], job.said(0)
     assert [one.outcome.kind for one in job.attempts().values() if one.outcome] == ["orphaned"] * 2
     assert job.message(0)["kind"] == "orphaned"
@@ -403,14 +414,12 @@ def test_a_worker_that_waits_for_the_others_ends_when_nobody_wants_the_asset(
     pods: Callable[..., Pods],
 ) -> None:
     job = pods("train")
-    lease = Path(job.spec.leases, "step.json")
-    lease.parent.mkdir(parents=True)
-    lease.write_text("{}")
+    job.wanted()
     (alone,) = job.start(0)
     until = time.monotonic() + 60
     while "meets the others" not in job.said(0) and time.monotonic() < until:
         time.sleep(0.1)
-    os.utime(lease, (time.time() - 3600,) * 2)
+    job.wanted_no_more()
     assert ended([alone], within=20) == [0]
     assert job.message(0)["kind"] == "orphaned"
 
@@ -419,13 +428,11 @@ def test_a_rank_that_waits_for_one_of_a_worker_that_has_ended_well_ends_when_nob
     pods: Callable[..., Pods], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = pods("train")
-    lease = Path(job.spec.leases, "step.json")
-    lease.parent.mkdir(parents=True)
-    lease.write_text("{}")
+    job.wanted()
     first = job.start(0)
     monkeypatch.setenv("TOY_LEAVES", "when they have met, as if it saw just then that nobody wants it")
     assert ended(job.start(1)) == [0]
-    os.utime(lease, (time.time() - 3600,) * 2)
+    job.wanted_no_more()
     assert ended(first) == [0], job.said(0)
     assert job.message(0)["kind"] == "orphaned"
 
@@ -434,12 +441,10 @@ def test_a_worker_that_waits_for_an_upload_that_hangs_ends_when_nobody_wants_the
     pods: Callable[..., Pods],
 ) -> None:
     job = pods("slow and deaf upload")
-    lease = Path(job.spec.leases, "step.json")
-    lease.parent.mkdir(parents=True)
-    lease.write_text("{}")
+    job.wanted()
     started = job.start()
     job.running(0)
-    os.utime(lease, (time.time() - 3600,) * 2)
+    job.wanted_no_more()
     assert ended(started) == [0, 0], job.said(0) + job.said(1)
     assert [job.message(number)["kind"] for number in (0, 1)] == ["orphaned", "orphaned"]
 
